@@ -1,0 +1,85 @@
+"""The command `klash`."""
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from benchmarks.experiment import Experiment, load_experiment
+from benchmarks.report.build import build_report
+from benchmarks.run import run_experiment
+from shared.config import InputError
+from shared.fit import Diverged
+
+Argument = tyro.conf.Positional
+
+
+def main() -> None:
+    """Exit codes: 0 done, 1 a check failed or a guard stopped the run, 2 the input is wrong."""
+    words, overrides = split_overrides(sys.argv[1:])
+    try:
+        if overrides and words[:1] != ["compare"]:
+            raise InputError(f"only `klash compare` changes keys (found {overrides[0]})")
+        commands = {"compare": compare_with(overrides), "report": report}
+        tyro.extras.subcommand_cli_from_dict(commands, args=words, prog="klash")
+    except InputError as error:
+        print(f"klash: {error}", file=sys.stderr)
+        sys.exit(2)
+    except Diverged as error:
+        print(f"klash: stopped: {error}", file=sys.stderr)
+        sys.exit(1)
+
+
+def compare_with(overrides: list[str]) -> Callable[..., None]:
+    """`klash compare` with the configuration keys that were changed on the command line."""
+
+    def compare(
+        file: Annotated[str, Argument] = "reviews",
+        /,
+        quick: bool = False,
+        runs: Path = Path("runs"),
+    ) -> None:
+        """A head-to-head: train, evaluate, write results.json and the report.
+
+        Any key of the experiment can be changed: --ppo.epochs 4 --seeds "[0, 1]".
+
+        Args:
+            file: an experiment's TOML file, or the name of one that comes with Klash.
+            quick: one seed, smaller, each arm at its first setting.
+            runs: the folder of all runs and of the stages they share.
+        """
+        run = run_experiment(load_experiment(file, overrides, quick), runs)
+        print(f"report: {build_report(run)}")
+
+    return compare
+
+
+def report(run: Annotated[Path, Argument], /) -> None:
+    """Draw the report of a finished run again.
+
+    Args:
+        run: the folder with results.json.
+    """
+    if not (run / "results.json").is_file():
+        raise InputError(f"{run}: no results.json here; `klash compare` writes it")
+    print(f"report: {build_report(run)}")
+
+
+def split_overrides(words: list[str]) -> tuple[list[str], list[str]]:
+    """(the command's own words, the configuration keys and values among them)."""
+    own: list[str] = []
+    overrides: list[str] = []
+    rest = list(words)
+    while rest:
+        word = rest.pop(0)
+        key, equals, _ = word.removeprefix("--").partition("=")
+        is_key = "." in key or (key in Experiment.model_fields and key != "quick")
+        if not (word.startswith("--") and is_key):
+            own.append(word)
+            continue
+        overrides.append(word)
+        if not equals and rest:
+            overrides.append(rest.pop(0))
+    return own, overrides

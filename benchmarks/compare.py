@@ -1,0 +1,289 @@
+"""The pipeline on one screen.
+
+    config -> prompts and preferences -> SFT -> { reward model -> PPO | direct methods |
+    reward model -> filtered DPO } -> evaluate -> results
+
+Every line of it that starts with `run(` is a stage: skipped when its folder is there already.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from benchmarks.evaluate import evaluate, evaluate_best_of_n, score_samples
+from benchmarks.experiment import Arm, Experiment
+from dpo.filtered import train_filtered
+from dpo.reference import score_reference
+from dpo.train import train_direct
+from rlhf.ppo import train_ppo
+from rlhf.reward import examine_reward, train_reward
+from shared.preferences import make_preferences, make_reward_test
+from shared.samples import sample_reference
+from shared.sft import train_sft
+from shared.stages import Stages, read_json, read_jsonl
+
+Run = Callable[..., Path]
+
+
+@dataclass(frozen=True)
+class Common:
+    """What all seeds share: the SFT model, which is also the reference, and samples of it."""
+
+    sft: Path
+    scale_samples: Path  # on which reward models are centred and scaled
+    frontier_samples: Path
+    reward_test: Path
+
+
+@dataclass(frozen=True)
+class Seed:
+    """What all arms of one seed share."""
+
+    seed: int
+    preferences: Path
+    reward: Path
+    reward_scores: Path  # of the reward model on held-out pairs
+    limit_scores: Path  # of the reward model on the frontier's samples
+    reference: Path
+    sft_rows: Path
+
+
+@dataclass(frozen=True)
+class Trained:
+    """One arm at one setting and seed: `model` is None for best-of-n. Rows by share of training."""
+
+    setting: dict[str, float]
+    seed: int
+    model: Path | None
+    rows: dict[float, Path]  # share of training -> evaluation folder; 1.0 is the end
+    stages: tuple[Path, ...]  # whose cost is this arm's own
+
+
+@dataclass(frozen=True)
+class Compared:
+    """All folders of a finished head-to-head."""
+
+    common: Common
+    seeds: dict[int, Seed]
+    tuned: dict[str, dict[str, float]]
+    validation: dict[str, list[float | None]]  # mean validation gold of each setting
+    runs: dict[str, list[Trained]]
+
+
+def compare(experiment: Experiment, stages: Stages) -> Compared:
+    """Run whatever is not there yet. Settings are chosen on validation prompts, never on test."""
+    run = stages.run
+    common = prepare_common(experiment, run)
+    seeds = {seed: prepare_seed(experiment, run, common, seed) for seed in experiment.seeds}
+    tuned, validation, runs = {}, {}, {}
+    for name, arm in experiment.arms.items():
+        scores = tune(experiment, run, common, seeds, name, arm)
+        best = max(range(len(scores)), key=lambda i, s=scores: s[i] or 0.0)
+        tuned[name], validation[name] = arm.settings[best], scores
+        runs[name] = [
+            evaluate_arm(experiment, run, common, seeds[seed], name, arm, setting)
+            for setting in arm.settings
+            for seed in experiment.seeds
+            if setting == tuned[name] or seed in tuning_seeds(experiment, arm)
+        ]
+    return Compared(common, seeds, tuned, validation, runs)
+
+
+def tuning_seeds(experiment: Experiment, arm: Arm) -> tuple[int, ...]:
+    """Seeds on which every setting runs; none if there is nothing to choose."""
+    return experiment.seeds[: experiment.tuning_seeds] if len(arm.settings) > 1 else ()
+
+
+def prepare_common(experiment: Experiment, run: Run) -> Common:
+    """SFT, and the samples that scales, frontier and reward-model tests are read from."""
+    e, seed = experiment.evaluation, experiment.task_seed
+    task, sampling = experiment.task, experiment.sampling
+    sft = run("sft", train_sft, task=task, model=experiment.model, sft=experiment.sft, seed=seed)
+    of_sft = {"task": task, "policy": sft, "sampling": sampling, "seed": seed}
+    return Common(
+        sft=sft,
+        scale_samples=run(
+            "reference-samples", sample_reference, label="samples for score scale", **of_sft,
+            split="validation", prompts=e.scale_prompts, per_prompt=e.scale_samples,
+        ),
+        frontier_samples=run(
+            "reference-samples", sample_reference, label="samples for frontier", **of_sft,
+            split="test", prompts=e.frontier_prompts, per_prompt=e.frontier_samples,
+        ),
+        reward_test=run("reward-test", make_reward_test, **of_sft, pairs=e.reward_pairs),
+    )  # fmt: skip
+
+
+def prepare_seed(experiment: Experiment, run: Run, common: Common, seed: int) -> Seed:
+    """Preferences, reward model and reference log-probabilities of one seed."""
+    sft, task = common.sft, experiment.task
+    preferences = run(
+        "preferences", make_preferences, label=f"preferences, seed {seed}",
+        task=task, policy=sft, data=experiment.preferences, sampling=experiment.sampling, seed=seed,
+    )  # fmt: skip
+    reward = run(
+        "reward", train_reward, label=f"reward model, seed {seed}",
+        policy=sft, preferences=preferences, references=common.scale_samples,
+        reward=experiment.reward, seed=seed,
+    )  # fmt: skip
+    return Seed(
+        seed=seed,
+        preferences=preferences,
+        reward=reward,
+        reward_scores=run(
+            "reward-scores", examine_reward, label=f"reward model examined, seed {seed}",
+            reward_model=reward, pairs=common.reward_test, task=task,
+        ),
+        limit_scores=run(
+            "limit-scores", score_samples, label=f"reward model's limit, seed {seed}",
+            reward_model=reward, samples=common.frontier_samples,
+            per_prompt=experiment.evaluation.reward_limit_samples,
+        ),
+        reference=run(
+            "reference", score_reference, label=f"reference log-probabilities, seed {seed}",
+            policy=sft, preferences=preferences, seed=seed,
+        ),
+        sft_rows=evaluate_model(
+            experiment, run, common, reward, preferences, seed, sft, ".", f"sft, seed {seed}"
+        ),
+    )  # fmt: skip
+
+
+def tune(
+    experiment: Experiment,
+    run: Run,
+    common: Common,
+    seeds: dict[int, Seed],
+    name: str,
+    arm: Arm,
+) -> list[float | None]:
+    """Mean gold of each setting on validation prompts; None where there is nothing to choose."""
+    scores: list[float | None] = [None] * len(arm.settings)
+    for number, setting in enumerate(arm.settings):
+        golds = []
+        for seed in tuning_seeds(experiment, arm):
+            if arm.kind == "best-of-n":
+                rows = evaluate_n(experiment, run, common, seeds[seed], setting, "validation")
+            else:
+                model = train(experiment, run, common, seeds[seed], name, arm, setting)[0]
+                rows = evaluate_model(
+                    experiment, run, common, None, None, seed, model, "final",
+                    f"{name} {_text(setting)}, seed {seed}", "validation",
+                )  # fmt: skip
+            golds.append(np.mean([row["gold"] for row in read_jsonl(rows / "rows.jsonl")]))
+        scores[number] = float(np.mean(golds)) if golds else None
+    return scores
+
+
+def train(
+    experiment: Experiment,
+    run: Run,
+    common: Common,
+    seed: Seed,
+    name: str,
+    arm: Arm,
+    setting: dict[str, float],
+) -> tuple[Path, tuple[Path, ...]]:
+    """(folder of the trained policy, stages whose cost is its own)."""
+    inputs = {
+        "policy": common.sft,
+        "seed": seed.seed,
+        "checkpoints": experiment.evaluation.checkpoints,
+        "label": f"{name} {_text(setting)}, seed {seed.seed}",
+    }
+    if arm.kind == "ppo":
+        folder = run(
+            "ppo", train_ppo, **inputs, reward_model=seed.reward, task=experiment.task,
+            ppo=experiment.ppo, kl_coef=setting["kl_coef"], sampling=experiment.sampling,
+        )  # fmt: skip
+        return folder, (seed.reward, folder)
+    data = {
+        "preferences": seed.preferences,
+        "reference": seed.reference,
+        "setting": setting,
+        "direct": experiment.direct,
+    }
+    if arm.kind == "filtered":
+        filtering = experiment.filtering.model_copy(update={"random": arm.random})
+        folder = run(
+            "filtered", train_filtered, **inputs, **data, reward_model=seed.reward,
+            filtering=filtering, sampling=experiment.sampling,
+        )  # fmt: skip
+        return folder, (seed.reward, seed.reference, folder)
+    folder = run("direct", train_direct, **inputs, **data, loss=arm.loss)
+    return folder, (seed.reference, folder)
+
+
+def evaluate_arm(
+    experiment: Experiment,
+    run: Run,
+    common: Common,
+    seed: Seed,
+    name: str,
+    arm: Arm,
+    setting: dict[str, float],
+) -> Trained:
+    """Train `arm` if need be, and read its checkpoints and its end on test prompts."""
+    if arm.kind == "best-of-n":
+        rows = evaluate_n(experiment, run, common, seed, setting, "test")
+        return Trained(setting, seed.seed, None, {1.0: rows}, (seed.reward, rows))
+    folder, stages = train(experiment, run, common, seed, name, arm, setting)
+    rows = {}
+    for checkpoint, share in read_json(folder / "checkpoints.json").items():
+        label = f"{name} {_text(setting)} at {share:.0%}, seed {seed.seed}"
+        pairs = seed.preferences if share == 1.0 else None
+        rows[share] = evaluate_model(
+            experiment, run, common, seed.reward, pairs, seed.seed, folder, checkpoint, label
+        )
+    return Trained(setting, seed.seed, folder, rows, stages)
+
+
+def evaluate_model(
+    experiment: Experiment,
+    run: Run,
+    common: Common,
+    reward: Path | None,
+    preferences: Path | None,
+    seed: int,
+    model: Path,
+    checkpoint: str,
+    label: str,
+    split: str = "test",
+) -> Path:
+    """The folder with `rows.jsonl` of one policy: on test prompts, or on validation prompts."""
+    e = experiment.evaluation
+    whole = split == "test" and preferences is not None
+    return run(
+        "evaluation", evaluate, label=f"evaluate {label}",
+        policy=model, checkpoint=checkpoint, ref=common.sft, reward_model=reward,
+        preferences=preferences, task=experiment.task, split=split,
+        prompts=e.prompts if split == "test" else e.validation_prompts,
+        samples=e.samples if whole else e.checkpoint_samples,
+        sampling=experiment.sampling, prompt_seed=experiment.task_seed, seed=seed,
+    )  # fmt: skip
+
+
+def evaluate_n(
+    experiment: Experiment,
+    run: Run,
+    common: Common,
+    seed: Seed,
+    setting: dict[str, float],
+    split: str,
+) -> Path:
+    """The folder with `rows.jsonl` of best-of-n."""
+    e = experiment.evaluation
+    return run(
+        "best-of-n", evaluate_best_of_n,
+        label=f"best of {setting['n']:g} on {split} prompts, seed {seed.seed}",
+        ref=common.sft, reward_model=seed.reward, n=int(setting["n"]), task=experiment.task,
+        split=split, prompts=e.prompts if split == "test" else e.validation_prompts,
+        samples=e.samples if split == "test" else e.checkpoint_samples,
+        sampling=experiment.sampling, prompt_seed=experiment.task_seed, seed=seed.seed,
+    )  # fmt: skip
+
+
+def _text(setting: dict[str, float]) -> str:
+    return " ".join(f"{name}={value:g}" for name, value in setting.items())

@@ -1,0 +1,197 @@
+"""Build the report of a run: one self-contained page, figures, tables.
+
+Reads `results.json`, `samples.json` and `curves.json`; needs no torch and no network. The page has
+no script, and everything from the run passes through the template's escaping.
+"""
+
+import json
+import shlex
+import shutil
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from pydantic import TypeAdapter, ValidationError
+
+from benchmarks.report import rows
+from benchmarks.report.figures import draw_all
+from benchmarks.report.frontier_plot import KL_CAP, beyond
+from benchmarks.report.style import PALETTE, Picture, look, marker_path
+from benchmarks.report.tables import Bar, Table, count, number, to_csv, to_latex
+from benchmarks.report.training_plot import Curves
+from benchmarks.report.verdict import SEEDS_NEEDED, judge
+from benchmarks.results import Results
+from shared.config import Config, InputError, validate
+
+
+class Answer(Config):
+    """One method's completion of a prompt, and its gold score."""
+
+    text: str
+    gold: float | None = None
+
+
+class Prompt(Config):
+    """A test prompt with every method's answer."""
+
+    prompt: str
+    answers: dict[str, Answer]
+
+
+class Samples(Config):
+    """`samples.json`."""
+
+    prompts: tuple[Prompt, ...] = ()
+
+
+@dataclass(frozen=True)
+class ShownAnswer:
+    """An answer as the page shows it."""
+
+    method: str
+    text: str
+    gold: str
+    bar: Bar | None
+
+
+def build_report(run: Path) -> Path:
+    """Write `run/report/` from the run's JSON files; returns the page's path."""
+    results = validate(Results, _read(run / "results.json"), str(run / "results.json"))
+    samples = validate(
+        Samples, _read(run / "samples.json", optional=True), str(run / "samples.json")
+    )
+    order = list(results.methods)
+    curves = dict(
+        sorted(
+            _curves(run / "curves.json").items(),
+            key=lambda item: order.index(item[0]) if item[0] in order else len(order),
+        )
+    )
+    pictures = draw_all(results, curves)
+    tables = rows.all_tables(results)
+    report = run / "report"
+    _write_files(report, pictures, tables)
+    page = report / "index.html"
+    text = _page(results, samples, curves, pictures, tables)
+    page.write_bytes(text.encode("utf-8", errors="replace"))
+    return page
+
+
+def _read(path: Path, optional: bool = False) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        if optional:
+            return {}
+        raise InputError(f"{path}: there is no such file; is this the folder of a run?") from error
+    except ValueError as error:
+        raise InputError(f"{path}: not valid JSON: {error}") from error
+    if not isinstance(found, dict):
+        raise InputError(f"{path}: expected an object, found {type(found).__name__}")
+    return found
+
+
+def _curves(path: Path) -> Curves:
+    """Training logs; a diverged run's NaN is allowed here, and leaves a gap."""
+    try:
+        return TypeAdapter(Curves).validate_python(_read(path, optional=True))
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        raise InputError(f"{path}: `{where}`: {first['msg']}") from error
+
+
+def _write_files(report: Path, pictures: dict[str, Picture], tables: dict[str, Table]) -> None:
+    """Figures and tables, in folders of their own that hold nothing else."""
+    for name in ("figures", "tables"):
+        shutil.rmtree(report / name, ignore_errors=True)
+        (report / name).mkdir(parents=True)
+    for picture in pictures.values():
+        (report / "figures" / f"{picture.name}.svg").write_bytes(picture.svg)
+        (report / "figures" / f"{picture.name}.png").write_bytes(picture.png)
+    for table in tables.values():
+        for suffix, text in (("csv", to_csv(table)), ("tex", to_latex(table))):
+            path = report / "tables" / f"{table.name}.{suffix}"
+            path.write_bytes(text.encode("utf-8", errors="replace"))
+
+
+def _page(
+    results: Results,
+    samples: Samples,
+    curves: Curves,
+    pictures: dict[str, Picture],
+    tables: dict[str, Table],
+) -> str:
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {"look": look, "mark": marker_path, "count_of": count}
+    verdict = judge(results)
+    headline = [c.kl if c.metric == "gold_at_matched_kl" else None for c in verdict.headline[:1]]
+    hero = rows.headline_table(results, verdict.headline)
+    comparisons = [t for name, t in tables.items() if name.startswith("differences-")]
+    return environment.get_template("template.html").render(
+        r=results,
+        verdict=verdict,
+        seeds_needed=SEEDS_NEEDED,
+        command=f"klash compare {shlex.quote(results.experiment)}",
+        pictures=pictures,
+        tables=tables,
+        comparisons=comparisons,
+        headline=_headline_name(comparisons, headline),
+        hero=hero,
+        hero_left=len(verdict.headline) - len(hero.rows),
+        training=list(enumerate(curves)),
+        samples=list(_answers(results, samples)),
+        palette=PALETTE,
+        beyond=beyond(results),
+        kl_cap=f"{KL_CAP:g}",
+        environment=list(_flat(results.environment)),
+    )
+
+
+def _headline_name(tables: Sequence[Table], level: Sequence[float | None]) -> str:
+    """The name of the table that the first sentence speaks of."""
+    if not level:
+        return tables[0].name if tables else ""
+    return "differences-tuned" if level[0] is None else f"differences-{level[0]:g}-nats"
+
+
+def _answers(results: Results, samples: Samples) -> Iterator[tuple[str, list[ShownAnswer]]]:
+    """Each prompt's answers, SFT's first and then in the order of the main table."""
+    order = ["sft", *(name for name, _ in rows.by_gold(results) if name != "sft")]
+    scores = [a.gold for p in samples.prompts for a in p.answers.values() if a.gold is not None]
+    reach = max([1e-9, *map(abs, scores)])
+
+    def bar(gold: float | None) -> Bar | None:
+        if gold is None:
+            return None
+        at = round(50 + 50 * gold / reach, 2)
+        return Bar(min(at, 50.0), at, max(at, 50.0), 50.0)
+
+    for prompt in samples.prompts:
+        known = [name for name in order if name in prompt.answers]
+        known += [name for name in prompt.answers if name not in known]
+        yield (
+            prompt.prompt,
+            [
+                ShownAnswer(name, a.text, number(a.gold, signed=True), bar(a.gold))
+                for name in known
+                for a in (prompt.answers[name],)
+            ],
+        )
+
+
+def _flat(value: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
+    """Nested values as dotted names."""
+    for key, item in value.items():
+        if isinstance(item, dict) and item:
+            yield from _flat(item, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", item if isinstance(item, str) else json.dumps(item)

@@ -1,0 +1,400 @@
+"""Folders of a finished head-to-head -> `Results`: reads rows and calls the pure statistics."""
+
+import itertools
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from benchmarks.compare import Compared, Trained
+from benchmarks.experiment import Experiment
+from benchmarks.frontier import (
+    Frontier,
+    TiltTable,
+    default_temperatures,
+    efficiency,
+    frontier,
+    margin_interval,
+    tilt_table,
+)
+from benchmarks.metrics import (
+    accuracy_from_gold,
+    bayes_accuracy,
+    best_of_n_kl,
+    calibration,
+    hacking_gap,
+    matched_kl,
+    pearson,
+    win_rate,
+)
+from benchmarks.results import (
+    Comparison,
+    Cost,
+    CurvePoint,
+    Estimate,
+    FilterEpoch,
+    Method,
+    Results,
+    RewardModel,
+    Setting,
+    Stability,
+)
+from benchmarks.statistics import (
+    crossed_interval,
+    interquartile_range,
+    paired_difference,
+    seed_interval,
+    verdict,
+)
+from shared.samples import read_samples
+from shared.stages import read_json, read_jsonl
+
+Array = NDArray[np.float64]
+NOTHING = Estimate(mean=None)
+
+
+class Rows:
+    """One arm's evaluation rows over seeds: `rows["gold"]` is (seeds, prompts, samples)."""
+
+    def __init__(self, folders: list[Path]):
+        self.raw = [read_jsonl(folder / "rows.jsonl") for folder in folders]
+
+    def __contains__(self, column: str) -> bool:
+        return column in self.raw[0][0]
+
+    def __getitem__(self, column: str) -> Array:
+        return np.array([[row[column] for row in rows] for rows in self.raw], dtype=np.float64)
+
+    def mean(self, column: str) -> Array:
+        """(seeds, prompts)"""
+        return self[column].mean(-1)
+
+
+class Summary:
+    """What the methods of one experiment are read against, and the numbers of each."""
+
+    def __init__(self, experiment: Experiment, compared: Compared, matmul_rate: float):
+        self.experiment, self.compared, self.rate = experiment, compared, matmul_rate
+        self.sft = Rows([s.sft_rows for s in compared.seeds.values()])
+        gold = np.array([s.gold for s in read_samples(compared.common.frontier_samples)])
+        self.table = tilt_table(gold, default_temperatures())
+        self.frontier = frontier(self.table)
+        self.limits = [self._limit_table(s.limit_scores, gold) for s in compared.seeds.values()]
+        self.curves: dict[str, Array | None] = {}
+
+    def results(self, environment: dict[str, Any]) -> Results:
+        methods = {"sft": self._method("sft", "sft", {}, self.sft, [])}
+        for name, runs in self.compared.runs.items():
+            tuned = self._final(name)
+            rows = Rows([run.rows[1.0] for run in tuned])
+            kind = self.experiment.arms[name].kind
+            methods[name] = self._method(name, kind, self.compared.tuned[name], rows, runs)
+        top = max((m.kl.mean or 0.0) for m in methods.values())
+        e = self.experiment
+        return Results(
+            schema=1,
+            experiment=e.name,
+            task=e.task.name,
+            seeds=list(e.seeds),
+            environment=environment,
+            sizes={
+                "pairs": e.preferences.pairs,
+                "ppo_episodes": e.ppo.episodes,
+                "test_prompts": e.evaluation.prompts,
+                "samples_per_prompt": e.evaluation.samples,
+                "frontier_prompts": e.evaluation.frontier_prompts,
+                "frontier_samples": e.evaluation.frontier_samples,
+            },
+            methods=methods,
+            reward_model=self._reward_model(),
+            frontier=self.frontier.points(max(1.1 * top, 1.0), 60),
+            rm_frontier=frontier(self.limits[0]).points(max(1.1 * top, 1.0), 60),
+            comparisons=self._comparisons(list(self.compared.runs)),
+        )
+
+    def _final(self, name: str) -> list[Trained]:
+        tuned = self.compared.tuned[name]
+        return [run for run in self.compared.runs[name] if run.setting == tuned]
+
+    def _limit_table(self, scores: Path, gold: Array) -> TiltTable:
+        tilt = np.array(read_json(scores / "scores.json"))
+        return tilt_table(tilt, default_temperatures(), gold[:, : tilt.shape[1]])
+
+    def _method(
+        self, name: str, kind: str, setting: dict[str, float], rows: Rows, runs: list[Trained]
+    ) -> Method:
+        sft, gold = self.sft, rows.mean("gold")
+        bound = kind == "best-of-n"
+        kl = np.full_like(gold, best_of_n_kl(int(setting["n"]))) if bound else rows.mean("kl")
+        near = slice(0, self.experiment.evaluation.frontier_prompts)
+        ratios = [self._efficiency(g, k) for g, k in zip(gold[:, near], kl[:, near], strict=True)]
+        final = [run for run in runs if run.setting == setting]
+        return Method(
+            kind=kind,
+            setting=setting,
+            gold=crossed_interval(gold),
+            greedy_gold=NOTHING if bound else crossed_interval(rows["greedy_gold"]),
+            gain=paired_difference(gold, sft.mean("gold")),
+            proxy=paired_difference(rows.mean("score"), sft.mean("score")),
+            hacking_gap=crossed_interval(
+                hacking_gap(rows["score"], sft["score"], rows["gold"], sft["gold"])
+            ),
+            kl=crossed_interval(kl),
+            kl_is_bound=bound,
+            k1=NOTHING if bound else crossed_interval(rows.mean("k1")),
+            k3=NOTHING if bound else crossed_interval(rows.mean("k3")),
+            win_rate=crossed_interval(win_rate(rows["gold"], sft["gold"])),
+            frontier_efficiency=seed_interval([value for value, _ in ratios]),
+            efficiency_is_lower_bound=any(is_bound for _, is_bound in ratios),
+            frontier_margin=margin_interval(gold[:, near], kl[:, near], self.table, limits="t"),
+            rm_limit=seed_interval(
+                [
+                    _unbounded(frontier(t), float(k.mean()))
+                    for t, k in zip(self.limits, kl, strict=True)
+                ]
+            ),
+            length=crossed_interval(rows.mean("length")),
+            truncated=crossed_interval(rows.mean("truncated")),
+            well_formed=crossed_interval(rows.mean("well_formed")),
+            displacement=self._displacement(final),
+            gold_at_matched_kl=self._matched(name, runs),
+            cost=self._cost(kind, final),
+            stability=self._stability(runs, final),
+            sweep=self._sweep(name, runs),
+            filtering=self._filtering(final) if kind == "filtered" else None,
+        )  # fmt: skip
+
+    def _efficiency(self, gold: Array, kl: Array) -> tuple[float | None, bool]:
+        start = float(self.table.ref_gold.mean())
+        return efficiency(float(gold.mean()), float(kl.mean()), start, self.frontier)
+
+    def _displacement(self, final: list[Trained]) -> Estimate:
+        files = [run.rows[1.0] / "displacement.json" for run in final if run.model]
+        return seed_interval([read_json(f)["chosen"] for f in files]) if files else NOTHING
+
+    def _points(self, name: str, runs: list[Trained], seed: int) -> tuple[list[float], list[Array]]:
+        """One seed's curve: SFT at KL 0, then every evaluated checkpoint and setting."""
+        index = list(self.compared.seeds).index(seed)
+        kls, golds = [0.0], [self.sft.mean("gold")[index]]
+        bound = self.experiment.arms[name].kind == "best-of-n"
+        for run in (run for run in runs if run.seed == seed):
+            for folder in run.rows.values():
+                rows = Rows([folder])
+                kl = best_of_n_kl(int(run.setting["n"])) if bound else rows.mean("kl").mean()
+                kls.append(max(float(kl), 0.0))
+                golds.append(rows.mean("gold")[0])
+        return kls, golds
+
+    def _matched(self, name: str, runs: list[Trained]) -> dict[str, Estimate | None]:
+        """Gold at each preset KL, interpolated per seed and prompt; None if a seed stays below."""
+        if not runs:
+            return {}
+        points = [self._points(name, runs, seed) for seed in self.compared.seeds]
+        found: dict[str, Estimate | None] = {}
+        for level in self.experiment.evaluation.kl_levels:
+            values = [self._at_level(kls, golds, level) for kls, golds in points]
+            reached = [v for v in values if v is not None]
+            self.curves[f"{name}@{level:g}"] = (
+                np.array(reached) if len(reached) == len(values) else None
+            )
+            found[f"{level:g}"] = (
+                crossed_interval(np.array(reached)) if len(reached) == len(values) else None
+            )
+        self.curves[name] = Rows([run.rows[1.0] for run in self._final(name)]).mean("gold")
+        return found
+
+    def _at_level(self, kls: list[float], golds: list[Array], level: float) -> Array | None:
+        """(prompts,): the interpolation is linear in gold, so it goes prompt by prompt."""
+        columns = np.array(golds).T
+        values = [matched_kl(kls, column.tolist(), level) for column in columns]
+        return None if values[0] is None else np.array(values, dtype=np.float64)
+
+    def _cost(self, kind: str, final: list[Trained]) -> Cost:
+        if not final:
+            return Cost(wall_s=0, train_tokens=0, generated_tokens=0, flops=0,
+                        peak_memory_bytes=0, models_held=1, labels_used=0)  # fmt: skip
+        totals: list[dict[str, Any]] = []
+        for run in final:
+            costs = {f.name.rsplit("-", 1)[0]: read_json(f / "cost.json") for f in run.stages}
+            phases: dict[str, float] = {}
+            for stage, cost in costs.items():
+                whole = {stage: cost["wall_s"]}
+                inner = {f"{stage}: {k}": v for k, v in cost["phases"].items()}
+                phases |= inner if stage in ("ppo", "filtered") else whole
+            sums = {k: sum(c[k] for c in costs.values()) for k in _SUMMED}
+            most = {
+                k: max(c[k] for c in costs.values()) for k in ("peak_memory_bytes", "models_held")
+            }
+            totals.append({**sums, **most, "phases": phases})
+        mean = {k: float(np.mean([t[k] for t in totals])) for k in (*_SUMMED, "peak_memory_bytes")}
+        names = totals[0]["phases"]
+        return Cost(
+            **mean,
+            models_held=max(t["models_held"] for t in totals),
+            labels_used=self.experiment.preferences.pairs,
+            mfu=mean["flops"] / mean["wall_s"] / self.rate,
+            phases={n: float(np.mean([t["phases"].get(n, 0.0) for t in totals])) for n in names},
+        )  # pyright: ignore[reportArgumentType]
+
+    def _stability(self, runs: list[Trained], final: list[Trained]) -> Stability:
+        def gold(folder: Path) -> float:
+            return float(Rows([folder]).mean("gold").mean())
+
+        ends = [gold(run.rows[1.0]) for run in final]
+        best = [max(gold(f) for f in run.rows.values()) for run in final]
+        trained = [run for run in runs if run.model]
+        overshoot = []
+        for run in trained:
+            kls = {share: float(Rows([f]).mean("kl").mean()) for share, f in run.rows.items()}
+            overshoot.append(max(kls.values()) / kls[1.0] if kls[1.0] > 0 else 1.0)
+        stops = [read_json(run.model / "stopped.json") for run in trained if run.model]
+        norms = [_column(run.model / "log.json", "grad_norm") for run in trained if run.model]
+        return Stability(
+            runs=len(runs),
+            failed=sum(bool(stop["failed"]) for stop in stops),
+            stopped_early=sum(bool(stop["stopped_early"]) for stop in stops),
+            gold_iqr=interquartile_range(ends),
+            final_over_best=float(np.mean(np.array(ends) / best))
+            if ends and min(best) > 0
+            else None,
+            kl_overshoot=max(overshoot) if overshoot else None,
+            gradient_spikes=sum(int((n > 5 * np.median(n)).sum()) for n in norms),
+        )
+
+    def _sweep(self, name: str, runs: list[Trained]) -> list[Setting]:
+        if not runs:
+            return []
+        tuned, settings = self.compared.tuned[name], self.experiment.arms[name].settings
+        found = []
+        for setting, validation in zip(settings, self.compared.validation[name], strict=True):
+            same = [run for run in runs if run.setting == setting]
+            shares = sorted(set.intersection(*(set(run.rows) for run in same))) if same else []
+            points = [self._curve_point(share, same) for share in shares]
+            if points:
+                found.append(
+                    Setting(
+                        setting=setting,
+                        tuned=setting == tuned,
+                        validation_gold=validation,
+                        gold=points[-1].gold,
+                        kl=points[-1].kl,
+                        checkpoints=points,
+                    )
+                )
+        return found
+
+    def _curve_point(self, share: float, runs: list[Trained]) -> CurvePoint:
+        rows = Rows([run.rows[share] for run in runs])
+        if "kl" in rows:
+            kl = crossed_interval(rows.mean("kl"))
+        else:
+            kl = seed_interval([best_of_n_kl(int(run.setting["n"])) for run in runs])
+        return CurvePoint(fraction=share, gold=crossed_interval(rows.mean("gold")), kl=kl)
+
+    def _filtering(self, final: list[Trained]) -> list[FilterEpoch]:
+        logs = [read_json(run.model / "filtering.json") for run in final if run.model]
+        return [
+            FilterEpoch(
+                epoch=epochs[0]["epoch"],
+                kept_share=float(np.mean([e["kept_share"] for e in epochs])),
+                kept_share_per_seed=[e["kept_share"] for e in epochs],
+                floor_bound=sum(e["floor_bound"] for e in epochs),
+            )
+            for epochs in zip(*logs, strict=True)
+        ]
+
+    def _reward_model(self) -> RewardModel:
+        scores = [read_json(s.reward_scores / "scores.json") for s in self.compared.seeds.values()]
+        data = [{k: np.array(v) for k, v in s.items()} for s in scores]
+        best = bayes_accuracy(data[0]["p_a_wins"])
+        accuracy = [accuracy_from_gold(d["score_a"], d["score_b"], d["p_a_wins"]) for d in data]
+        predicted = [1 / (1 + np.exp(d["score_b"] - d["score_a"])) for d in data]
+        fits = [calibration(p, d["p_a_wins"]) for p, d in zip(predicted, data, strict=True)]
+        return RewardModel(
+            accuracy=seed_interval(accuracy),
+            bayes_accuracy=best,
+            share_of_attainable=seed_interval([(a - 0.5) / (best - 0.5) for a in accuracy]),
+            calibration_error=seed_interval([error for error, _ in fits]),
+            length_correlation=seed_interval([_correlation(d, "length") for d in data]),
+            gold_correlation=seed_interval([_correlation(d, "gold") for d in data]),
+            score_sd=seed_interval([float(d["scale"]) for d in data]),
+            pairs=len(data[0]["p_a_wins"]),
+            reliability=fits[0][1],
+        )
+
+    def _comparisons(self, names: list[str]) -> list[Comparison]:
+        """Every two methods: gold at the end, and gold at each KL that both reach."""
+        found = []
+        levels = [None, *self.experiment.evaluation.kl_levels]
+        for (a, b), level in itertools.product(itertools.combinations(names, 2), levels):
+            x, y = (self.curves[n if level is None else f"{n}@{level:g}"] for n in (a, b))
+            what = "gold" if level is None else f"gold at {level:g} nats"
+            difference = NOTHING if x is None or y is None else paired_difference(x, y)
+            found.append(
+                Comparison(
+                    a=a,
+                    b=b,
+                    metric="gold" if level is None else "gold_at_matched_kl",
+                    kl=level,
+                    difference=difference,
+                    verdict=verdict(a, b, difference, what),
+                )
+            )
+        return found
+
+
+_SUMMED = ("wall_s", "train_tokens", "generated_tokens", "flops")
+
+
+def side_by_side(compared: Compared, seed: int, count: int) -> dict[str, Any]:
+    """The first test prompts, each answered by every method (`samples.json`)."""
+    folders = {"sft": compared.seeds[seed].sft_rows}
+    for name, runs in compared.runs.items():
+        run = next(r for r in runs if r.seed == seed and r.setting == compared.tuned[name])
+        folders[name] = run.rows[1.0]
+    rows = {name: read_jsonl(folder / "rows.jsonl")[:count] for name, folder in folders.items()}
+    return {
+        "prompts": [
+            {
+                "prompt": rows["sft"][i]["prompt"],
+                "answers": {
+                    name: {"text": r[i]["completions"][0], "gold": r[i]["gold"][0]}
+                    for name, r in rows.items()
+                },
+            }
+            for i in range(len(rows["sft"]))
+        ]
+    }
+
+
+def training_curves(compared: Compared, points: int = 100) -> dict[str, Any]:
+    """Training logs at the tuned settings, by method, seed and metric (`curves.json`)."""
+    folders = {("reward", s.seed): s.reward for s in compared.seeds.values()}
+    for name, runs in compared.runs.items():
+        for run in runs:
+            if run.model is not None and run.setting == compared.tuned[name]:
+                folders[name, run.seed] = run.model
+    curves: dict[str, Any] = {}
+    for (name, seed), folder in folders.items():
+        log = read_json(folder / "log.json")
+        stride = max(1, len(log) // points)
+        curves.setdefault(name, {})[str(seed)] = {
+            metric: [[i + 1, log[i][metric]] for i in range(0, len(log), stride)]
+            for metric in log[0]
+        }
+    return curves
+
+
+def _unbounded(curve: Frontier, kl: float) -> float | None:
+    gold, is_bound = curve.at(kl)
+    return None if is_bound else gold
+
+
+def _column(path: Path, name: str) -> Array:
+    return np.array([row[name] for row in read_json(path)], dtype=np.float64)
+
+
+def _correlation(scores: dict[str, Array], column: str) -> float:
+    both = np.concatenate([scores["score_a"], scores["score_b"]])
+    return pearson(both, np.concatenate([scores[f"{column}_a"], scores[f"{column}_b"]]))

@@ -1,0 +1,32 @@
+"""Best-of-n: the arm without training. Sample n answers, keep the reward model's favourite."""
+
+import torch
+from torch import Tensor
+
+from shared.cost import Meter, forward_flops
+from shared.generation.engine import Completions, Sampling
+from shared.generation.hf import HFEngine
+from shared.models import Scorer
+
+
+def best_of_n(
+    engine: HFEngine,
+    scorer: Scorer,
+    prompts: list[list[int]],
+    n: int,
+    sampling: Sampling,
+    meter: Meter,
+) -> Completions:
+    """The highest-scored of `n` samples for each prompt; the first one where scores tie.
+
+    Its KL to the sampled policy is at most log n - (n - 1) / n (Beirami et al. 2024,
+    arXiv:2401.01879).
+    """
+    repeated = [p for p in prompts for _ in range(n)]
+    drawn = engine.generate(repeated, sampling)
+    scores: Tensor = scorer.score_all(repeated, drawn.ids)
+    lengths = [*map(len, repeated)], [*map(len, drawn.ids)]
+    meter.generation(engine.model, *lengths)
+    meter.flops += forward_flops(scorer.model, [sum(pair) for pair in zip(*lengths, strict=True)])
+    best = scores.view(len(prompts), n).argmax(1) + n * torch.arange(len(prompts))
+    return Completions([drawn.ids[i] for i in best], [drawn.truncated[i] for i in best])

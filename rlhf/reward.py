@@ -1,0 +1,124 @@
+"""The reward model: trained on labels, normalised on SFT samples, examined on held-out pairs."""
+
+from pathlib import Path
+
+import numpy as np
+from pydantic import Field
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from rlhf.losses import bradley_terry_loss
+from shared.config import Config
+from shared.cost import Meter
+from shared.fit import OptimizerConfig, batches, prepare, step, steps_of
+from shared.logprobs import Sequences, by_length, collate
+from shared.models import (
+    Scorer,
+    load_tokenizer,
+    new_scalar_model,
+    save,
+    save_normalisation,
+    sequence_scores,
+    special_ids,
+)
+from shared.preferences import Pair, read_pairs
+from shared.samples import read_samples
+from shared.stages import write_json
+from shared.tasks.registry import TaskConfig, make_task
+
+
+class RewardConfig(Config):
+    """Bradley-Terry training from the SFT policy's trunk. `center` > 0 keeps scores near 0."""
+
+    optimizer: OptimizerConfig = OptimizerConfig(learning_rate=5e-4)
+    epochs: int = Field(default=3, gt=0)
+    batch_size: int = Field(default=32, gt=0)
+    micro_batch_size: int = Field(default=32, gt=0)
+    center: float = Field(default=0.0, ge=0)
+
+
+def train_reward(
+    folder: Path, policy: Path, preferences: Path, references: Path, reward: RewardConfig, seed: int
+) -> None:
+    """Stage: a reward model (plain one-label sequence classifier) with its normalisation and log.
+
+    `references` holds `samples.jsonl`: SFT samples, several a prompt, on which scores are centred
+    and scaled.
+    """
+    tokenizer, meter = load_tokenizer(policy), Meter()
+    pairs = read_pairs(preferences / "train.jsonl")
+    model = new_scalar_model(policy, seed)
+    steps = steps_of(len(pairs), reward.batch_size, reward.epochs)
+    trainee = prepare(model, reward.optimizer, steps)
+    pad_id = special_ids(tokenizer).pad
+
+    def loss(model: PreTrainedModel, batch: Sequences) -> tuple[Tensor, dict[str, float]]:
+        meter.forward(model, batch, backward=True)
+        chosen, rejected = sequence_scores(model, batch).chunk(2)
+        accuracy = (chosen > rejected).float().mean().item()
+        losses = bradley_terry_loss(chosen, rejected, center=reward.center)
+        return losses.mean(), {"accuracy": accuracy, "margin": (chosen - rejected).mean().item()}
+
+    log = []
+    with meter.phase("train"):
+        for rows in batches(len(pairs), reward.batch_size, reward.epochs, seed):
+            micro_batches = pair_batches([pairs[i] for i in rows], pad_id, reward.micro_batch_size)
+            log.append(step(trainee, micro_batches, loss))
+    save(trainee.accelerator.unwrap_model(trainee.model), tokenizer, folder)
+    with meter.phase("normalise"):
+        normalise(folder, references)
+    write_json(folder / "log.json", log)
+    write_json(folder / "cost.json", {**meter.summary(), "labels_used": len(pairs)})
+
+
+def pair_batches(
+    pairs: list[Pair], pad_id: int, micro_batch_size: int
+) -> list[tuple[Sequences, float]]:
+    """Micro-batches of pairs of similar length, chosen rows first and then the rejected ones."""
+    groups = by_length(
+        [max(len(p.chosen_ids), len(p.rejected_ids)) for p in pairs], micro_batch_size
+    )
+    return [(collate_pairs([pairs[i] for i in rows], pad_id), float(len(rows))) for rows in groups]
+
+
+def collate_pairs(pairs: list[Pair], pad_id: int) -> Sequences:
+    """(2 B) rows: the chosen completions, then the rejected ones."""
+    prompts = [p.prompt_ids for p in pairs]
+    completions = [p.chosen_ids for p in pairs] + [p.rejected_ids for p in pairs]
+    return collate(prompts * 2, completions, pad_id)
+
+
+def normalise(folder: Path, references: Path) -> None:
+    """Measure `offset` (mean raw score) and `scale` (within-prompt deviation) on SFT samples."""
+    samples, scorer = read_samples(references), Scorer(folder)
+    count = len(samples[0].completions)
+    prompts = [row.prompt_ids for row in samples for _ in range(count)]
+    raw = scorer.score_all(prompts, [c for row in samples for c in row.completions])
+    raw = raw.view(len(samples), count)
+    scale = raw.var(1, unbiased=True).mean().sqrt().item()
+    save_normalisation(folder, raw.mean().item(), scale)
+
+
+def examine_reward(folder: Path, reward_model: Path, pairs: Path, task: TaskConfig) -> None:
+    """Stage: `scores.json`, what the report says of the reward model is computed from.
+
+    Raw (Bradley-Terry) scores of both sides, the true P(a wins), gold, and lengths.
+    """
+    rows, scorer, source = read_pairs(pairs / "pairs.jsonl"), Scorer(reward_model), make_task(task)
+    prompts = [p.prompt_ids for p in rows]
+    a = scorer.score_all(prompts, [p.chosen_ids for p in rows]) * scorer.scale + scorer.offset
+    b = scorer.score_all(prompts, [p.rejected_ids for p in rows]) * scorer.scale + scorer.offset
+    gold_a, gold_b = np.array([[p.chosen_gold, p.rejected_gold] for p in rows]).T
+    write_json(
+        folder / "scores.json",
+        {
+            "score_a": a.tolist(),
+            "score_b": b.tolist(),
+            "p_a_wins": source.preference(gold_a, gold_b).tolist(),
+            "gold_a": gold_a.tolist(),
+            "gold_b": gold_b.tolist(),
+            "length_a": [len(p.chosen_ids) for p in rows],
+            "length_b": [len(p.rejected_ids) for p in rows],
+            "scale": scorer.scale,
+        },
+    )

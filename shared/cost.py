@@ -1,0 +1,103 @@
+"""What a stage costs: seconds by phase, tokens, FLOPs, peak memory, models held at once."""
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedModel
+
+from shared.logprobs import Sequences
+
+
+class Meter:
+    """Counts as the work goes on; `summary()` is what a stage's manifest keeps.
+
+    FLOPs count non-padding tokens and unmasked attention: a forward pass of n tokens is
+    2 n parameters + 2 n^2 hidden layers, a backward pass twice that. For a sum over rows.
+    """
+
+    def __init__(self) -> None:
+        self.phases: dict[str, float] = {}
+        self.train_tokens = 0
+        self.generated_tokens = 0
+        self.flops = 0.0
+        self.models_held = 1
+        _reset_peak_memory()
+        self._start = time.perf_counter()
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Adds the time spent inside to phase `name`."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.phases[name] = self.phases.get(name, 0.0) + time.perf_counter() - start
+
+    def forward(self, model: PreTrainedModel, batch: Sequences, backward: bool = False) -> None:
+        """Counts a pass over `batch`; with `backward` also its gradient and the trained tokens."""
+        lengths = batch.attention.sum(1).tolist()
+        self.flops += forward_flops(model, lengths) * (3 if backward else 1)
+        if backward:
+            self.train_tokens += sum(lengths)
+
+    def generation(
+        self, model: PreTrainedModel, prompts: list[int], completions: list[int]
+    ) -> None:
+        """Counts sampled completions (lengths in tokens), each token computed once."""
+        self.generated_tokens += sum(completions)
+        lengths = [p + c for p, c in zip(prompts, completions, strict=True)]
+        self.flops += forward_flops(model, lengths)
+
+    def summary(self) -> dict[str, float | int | dict[str, float]]:
+        return {
+            "wall_s": time.perf_counter() - self._start,
+            "train_tokens": self.train_tokens,
+            "generated_tokens": self.generated_tokens,
+            "flops": self.flops,
+            "peak_memory_bytes": peak_memory_bytes(),
+            "models_held": self.models_held,
+            "phases": dict(self.phases),
+        }
+
+
+def forward_flops(model: PreTrainedModel, lengths: list[int]) -> float:
+    """FLOPs of a forward pass over rows of these lengths; tied embeddings count as output head."""
+    config = model.config.get_text_config()
+    matrices = sum(p.numel() for p in model.parameters() if p.ndim == 2)
+    output = model.get_output_embeddings()
+    if output is None or output.weight is not model.get_input_embeddings().weight:
+        matrices -= config.vocab_size * config.hidden_size  # a look-up multiplies nothing
+    causal = config.num_hidden_layers * config.hidden_size
+    return sum(2.0 * n * matrices + 2.0 * n * n * causal for n in lengths)
+
+
+def matmul_rate(seconds: float = 0.5) -> float:
+    """FLOP/s of a plain float32 matrix product, measured now: what `mfu` is a share of."""
+    a = torch.randn(1024, 1024)
+    torch.mm(a, a)
+    start, count = time.perf_counter(), 0
+    while (spent := time.perf_counter() - start) < seconds:
+        torch.mm(a, a)
+        count += 1
+    return 2 * 1024**3 * count / spent
+
+
+def peak_memory_bytes() -> int:
+    """Most memory held since the last Meter began: of the GPU where there is one, else resident."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    status = Path("/proc/self/status")
+    if not status.exists():
+        return 0
+    line = next(row for row in status.read_text().splitlines() if row.startswith("VmHWM"))
+    return int(line.split()[1]) * 1024
+
+
+def _reset_peak_memory() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    elif (clear := Path("/proc/self/clear_refs")).exists():
+        clear.write_text("5")  # Linux: start VmHWM anew

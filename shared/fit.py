@@ -1,0 +1,112 @@
+"""The one optimiser step and the plain loop around it, on Accelerate.
+
+A loss function gets the model and one micro-batch and returns the mean over its items (pairs,
+tokens, ...) with a few numbers to log; the caller says how many items each micro-batch holds, and
+gradients and logged numbers are weighted by them. So cutting a batch into micro-batches changes
+memory and speed, never the result.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, TypeVar
+
+import torch
+from accelerate import Accelerator
+from pydantic import Field
+from torch import Tensor
+from transformers import PreTrainedModel, get_scheduler
+
+from shared.config import Config
+
+T = TypeVar("T")
+Loss = Callable[[PreTrainedModel, T], tuple[Tensor, dict[str, float]]]
+
+
+class Diverged(Exception):
+    """Training left the finite numbers. The weights before the step are kept."""
+
+
+class OptimizerConfig(Config):
+    """AdamW, linear warm-up, then the schedule."""
+
+    learning_rate: float = Field(gt=0)
+    schedule: Literal["linear", "cosine", "constant"] = "cosine"
+    warmup_share: float = Field(default=0.05, ge=0, le=1)
+    max_grad_norm: float = Field(default=1.0, gt=0)
+    weight_decay: float = Field(default=0.0, ge=0)
+    adam_epsilon: float = Field(default=1e-8, gt=0)
+    adam_beta2: float = Field(default=0.999, gt=0, lt=1)
+
+
+@dataclass
+class Trainee:
+    """A model on its way: optimiser, schedule, and the accelerator that runs them."""
+
+    model: PreTrainedModel
+    optimizer: Any
+    scheduler: Any
+    accelerator: Accelerator
+    max_grad_norm: float
+
+
+def prepare(model: PreTrainedModel, config: OptimizerConfig, steps: int) -> Trainee:
+    """Put `model` in train mode under a fresh AdamW with a schedule of `steps` steps."""
+    accelerator = Accelerator()
+    optimizer = torch.optim.AdamW(
+        [p for p in model.parameters() if p.requires_grad],
+        lr=config.learning_rate,
+        betas=(0.9, config.adam_beta2),
+        eps=config.adam_epsilon,
+        weight_decay=config.weight_decay,
+        fused=True,
+    )
+    name = "constant_with_warmup" if config.schedule == "constant" else config.schedule
+    scheduler = get_scheduler(name, optimizer, math.ceil(config.warmup_share * steps), steps)
+    model, optimizer = accelerator.prepare(model.train(), optimizer)
+    return Trainee(model, optimizer, scheduler, accelerator, config.max_grad_norm)
+
+
+def step(
+    trainee: Trainee, micro_batches: Sequence[tuple[T, float]], loss: Loss[T]
+) -> dict[str, float]:
+    """One optimiser step over `(micro_batch, items)`; returns item-weighted means of the log.
+
+    Raises Diverged, before any weight changes, if a loss or the gradient is not finite.
+    """
+    total = sum(items for _, items in micro_batches)
+    log = {"loss": 0.0}
+    for micro_batch, items in micro_batches:
+        value, numbers = loss(trainee.model, micro_batch)
+        trainee.accelerator.backward(value * (items / total))
+        for key, number in {"loss": value.item(), **numbers}.items():
+            log[key] = log.get(key, 0.0) + number * items / total
+    norm = trainee.accelerator.clip_grad_norm_(trainee.model.parameters(), trainee.max_grad_norm)
+    log["grad_norm"] = float(norm)  # pyright: ignore[reportArgumentType]
+    if not (math.isfinite(log["loss"]) and math.isfinite(log["grad_norm"])):
+        trainee.optimizer.zero_grad()
+        raise Diverged(f"loss {log['loss']}, gradient norm {log['grad_norm']}: not finite")
+    log["learning_rate"] = trainee.scheduler.get_last_lr()[0]
+    trainee.optimizer.step()
+    trainee.scheduler.step()
+    trainee.optimizer.zero_grad()
+    return log
+
+
+def batches(count: int, batch_size: int, epochs: int, seed: int) -> Iterator[list[int]]:
+    """Row numbers of each batch, shuffled anew every epoch; the last, partial batch is kept."""
+    generator = torch.Generator().manual_seed(seed)
+    for _ in range(epochs):
+        order = torch.randperm(count, generator=generator).tolist()
+        for start in range(0, count, batch_size):
+            yield order[start : start + batch_size]
+
+
+def steps_of(count: int, batch_size: int, epochs: int) -> int:
+    """How many batches `batches` yields."""
+    return math.ceil(count / batch_size) * epochs
+
+
+def checkpoint_steps(steps: int, shares: Sequence[float]) -> dict[int, float]:
+    """After which step (counted from 1) to evaluate: {step: share of the training done}."""
+    return {max(1, round(share * steps)): share for share in shares}

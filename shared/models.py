@@ -1,0 +1,211 @@
+"""Models: the policy, its frozen reference, the scalar head of reward and value models, saving.
+
+Everything is saved as a plain transformers folder (safetensors), so that `from_pretrained` of any
+other project loads it. A reward model's normalisation lies beside it in `normalisation.json`.
+"""
+
+import copy
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from shared.config import Config, InputError
+from shared.logprobs import Sequences, by_length, collate
+
+
+class ModelConfig(Config):
+    """A Llama from scratch (head size 32: a size that vLLM's CPU kernels know)."""
+
+    hidden_size: int = 128
+    layers: int = 4
+    intermediate_size: int = 384
+
+
+def new_policy(
+    config: ModelConfig, tokenizer: PreTrainedTokenizerBase, seed: int
+) -> PreTrainedModel:
+    """A small Llama with random weights, tied embeddings and no dropout."""
+    torch.manual_seed(seed)
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=config.hidden_size,
+            intermediate_size=config.intermediate_size,
+            num_hidden_layers=config.layers,
+            num_attention_heads=config.hidden_size // 32,
+            num_key_value_heads=config.hidden_size // 32,
+            max_position_embeddings=256,
+            tie_word_embeddings=True,
+            pad_token_id=special_ids(tokenizer).pad,
+            eos_token_id=special_ids(tokenizer).eos,
+            bos_token_id=None,
+        )
+    )
+
+
+def load_policy(folder: Path) -> PreTrainedModel:
+    """A causal language model from a transformers folder, float32, dropout off."""
+    _require_model(folder)
+    return without_dropout(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32))
+
+
+def frozen(model: PreTrainedModel) -> PreTrainedModel:
+    """A frozen copy: the reference of the policy that `model` goes on to be."""
+    reference = copy.deepcopy(model).eval().requires_grad_(False)
+    return without_dropout(reference)
+
+
+def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model folder. Pad and EOS must be two tokens: a score is read at EOS."""
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    if tokenizer.eos_token_id is None or tokenizer.pad_token_id in (None, tokenizer.eos_token_id):
+        raise InputError(
+            f"{folder}: the tokenizer needs an EOS token and a pad token that differs from it "
+            f"(eos {tokenizer.eos_token!r}, pad {tokenizer.pad_token!r}); "
+            "give it one with tokenizer.add_special_tokens({'pad_token': '<pad>'})"
+        )
+    return tokenizer
+
+
+class SpecialIds(NamedTuple):
+    """Token ids that the pipeline needs to know."""
+
+    pad: int
+    eos: int
+
+
+def special_ids(tokenizer: PreTrainedTokenizerBase) -> SpecialIds:
+    """Pad and EOS of a tokenizer that `load_tokenizer` let pass."""
+    pad, eos = tokenizer.pad_token_id, tokenizer.eos_token_id
+    if not isinstance(pad, int) or not isinstance(eos, int):
+        raise InputError("the tokenizer's pad and EOS must be one token each")
+    return SpecialIds(pad, eos)
+
+
+def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Write a plain transformers folder."""
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def without_dropout(model: PreTrainedModel) -> PreTrainedModel:
+    """Dropout off in train mode too: two forward passes of the same batch must agree."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    for name in ("attention_dropout", "attn_pdrop", "resid_pdrop", "embd_pdrop", "hidden_dropout"):
+        if hasattr(model.config, name):
+            setattr(model.config, name, 0.0)
+    for module in model.modules():
+        if isinstance(getattr(module, "attention_dropout", None), float):
+            setattr(module, "attention_dropout", 0.0)  # noqa: B010 (a plain float of the module)
+    return model
+
+
+def new_scalar_model(policy_folder: Path, seed: int) -> PreTrainedModel:
+    """The policy's trunk under a scalar head ~ N(0, 1/sqrt(hidden + 1)) (Stiennon et al. 2020).
+
+    Details: Huang et al. 2024 (arXiv:2403.17031), "The N+ implementation details of RLHF with PPO".
+    """
+    model = load_scalar_model(policy_folder)
+    head = scalar_head(model)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        head.weight.normal_(std=(head.in_features + 1) ** -0.5, generator=generator)
+        if head.bias is not None:
+            head.bias.zero_()
+    return model
+
+
+def load_scalar_model(folder: Path) -> PreTrainedModel:
+    """A one-label sequence classifier, float32, dropout off: a reward model or a value model."""
+    _require_model(folder)
+    model = AutoModelForSequenceClassification.from_pretrained(
+        folder, num_labels=1, dtype=torch.float32
+    )
+    return without_dropout(model)
+
+
+def scalar_head(model: PreTrainedModel) -> nn.Linear:
+    """The one-output layer, which transformers calls `score` in decoder models."""
+    head = getattr(model, "score", None)
+    if not isinstance(head, nn.Linear) or head.out_features != 1:
+        raise InputError(f"{type(model).__name__} has no `score` layer with one output")
+    return head
+
+
+def token_scalars(model: PreTrainedModel, batch: Sequences) -> Tensor:
+    """The head's output at every position, (B, P + T)."""
+    trunk = getattr(model, model.base_model_prefix)
+    hidden = trunk(
+        input_ids=batch.ids,
+        attention_mask=batch.attention,
+        position_ids=batch.positions,
+        use_cache=False,
+    ).last_hidden_state
+    return scalar_head(model)(hidden).squeeze(-1).float()
+
+
+def state_values(model: PreTrainedModel, batch: Sequences) -> Tensor:
+    """V(prompt, tokens before t) for each completion token t, (B, T)."""
+    length = batch.mask.shape[1]
+    return token_scalars(model, batch)[:, -length - 1 : -1]
+
+
+def sequence_scores(model: PreTrainedModel, batch: Sequences) -> Tensor:
+    """The raw score at each row's last token (EOS unless it was cut), found by length, (B,)."""
+    prompt_columns = batch.ids.shape[1] - batch.mask.shape[1]
+    last = prompt_columns + batch.lengths - 1
+    return token_scalars(model, batch).gather(1, last.unsqueeze(1)).squeeze(1)
+
+
+class Scorer:
+    """Reward-model inference: `score` = (raw - offset) / scale, in SFT within-prompt deviations."""
+
+    def __init__(self, folder: Path, device: torch.device | str = "cpu"):
+        self.model = load_scalar_model(folder).to(device).eval().requires_grad_(False)  # pyright: ignore[reportArgumentType]
+        self.pad_id = special_ids(load_tokenizer(folder)).pad
+        path = folder / "normalisation.json"
+        values = json.loads(path.read_text()) if path.exists() else {"offset": 0.0, "scale": 1.0}
+        self.offset, self.scale = float(values["offset"]), float(values["scale"])
+
+    @torch.no_grad()
+    def score(self, batch: Sequences) -> Tensor:
+        """Normalised scores of one batch, (B,)."""
+        return (sequence_scores(self.model, batch.to(self.model.device)) - self.offset) / self.scale
+
+    def score_all(
+        self,
+        prompts: Sequence[Sequence[int]],
+        completions: Sequence[Sequence[int]],
+        batch_size: int = 256,
+    ) -> Tensor:
+        """Normalised scores of any number of rows, in their order, (N,), on the CPU."""
+        scores = torch.zeros(len(prompts))
+        for rows in by_length([len(c) for c in completions], batch_size):
+            batch = collate([prompts[i] for i in rows], [completions[i] for i in rows], self.pad_id)
+            scores[torch.tensor(rows)] = self.score(batch).cpu()
+        return scores
+
+
+def save_normalisation(folder: Path, offset: float, scale: float) -> None:
+    """Write what turns raw scores into `score` beside the reward model."""
+    (folder / "normalisation.json").write_text(json.dumps({"offset": offset, "scale": scale}))
+
+
+def _require_model(folder: Path) -> None:
+    if not (folder / "config.json").is_file():
+        raise InputError(f"{folder}: no model here (config.json is missing)")

@@ -1,0 +1,137 @@
+"""Preference pairs: sampled from a policy, labelled by the task, cleaned with counted reasons.
+
+Pairs carry token ids from the sampler to the losses: nothing is decoded and encoded again.
+"""
+
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import numpy as np
+from pydantic import Field
+
+from shared.config import Config, InputError
+from shared.generation.engine import Sampling
+from shared.samples import draw_samples
+from shared.stages import read_jsonl, write_json, write_jsonl
+from shared.tasks.registry import TaskConfig, make_task
+from shared.tasks.task import Split
+
+
+class PreferenceConfig(Config):
+    """`labels`: drawn from the gold scores, or "shuffled": tossed by a coin (control)."""
+
+    pairs: int = Field(default=6000, gt=0)
+    held_out_pairs: int = Field(default=256, gt=0)
+    labels: Literal["bradley-terry", "shuffled"] = "bradley-terry"
+
+
+class Pair(NamedTuple):
+    """One labelled comparison. Completions hold their EOS unless they were cut."""
+
+    id: str
+    prompt: str
+    prompt_ids: list[int]
+    chosen_ids: list[int]
+    rejected_ids: list[int]
+    chosen_gold: float
+    rejected_gold: float
+
+
+def make_preferences(
+    folder: Path,
+    task: TaskConfig,
+    policy: Path,
+    data: PreferenceConfig,
+    sampling: Sampling,
+    seed: int,
+) -> None:
+    """Stage: `train.jsonl` and `held_out.jsonl`, two samples of `policy` a prompt, labelled."""
+    count = data.pairs + data.held_out_pairs
+    rng = np.random.default_rng([seed, 2])
+    spare = count + max(64, count // 20)  # some samples come out identical
+    drawn = sample_pairs(task, policy, "preference", spare, sampling, seed)
+    p_first_wins = make_task(task).preference(
+        np.array([p.chosen_gold for p in drawn]), np.array([p.rejected_gold for p in drawn])
+    )
+    if data.labels == "shuffled":
+        p_first_wins = np.full(len(drawn), 0.5)
+    first_wins = rng.random(len(drawn)) < p_first_wins
+    labelled = [p if won else swapped(p) for p, won in zip(drawn, first_wins, strict=True)]
+    pairs, dropped = clean(labelled)
+    if len(pairs) < count:
+        raise InputError(
+            f"preferences: only {len(pairs)} of {count} pairs are usable (dropped: "
+            f"{dict(dropped)}); the policy repeats itself, ask for fewer pairs"
+        )
+    write_jsonl(folder / "train.jsonl", [p._asdict() for p in pairs[: data.pairs]])
+    write_jsonl(folder / "held_out.jsonl", [p._asdict() for p in pairs[data.pairs : count]])
+    write_json(folder / "cleaning.json", {"kept": count, "dropped": dict(dropped)})
+
+
+def make_reward_test(
+    folder: Path, task: TaskConfig, policy: Path, pairs: int, sampling: Sampling, seed: int
+) -> None:
+    """Stage: `pairs.jsonl`, unlabelled pairs of other prompts, to examine reward models on."""
+    drawn = sample_pairs(task, policy, "reward-test", pairs, sampling, seed)
+    write_jsonl(folder / "pairs.jsonl", [p._asdict() for p in drawn])
+
+
+def sample_pairs(
+    task: TaskConfig, policy: Path, split: Split, count: int, sampling: Sampling, seed: int
+) -> list[Pair]:
+    """Two samples for each of `count` prompts with their gold scores, in the order drawn."""
+    rows = draw_samples(task, policy, split, count, 2, sampling, seed, seed)
+    return [
+        Pair(
+            id=f"{split}-{seed}-{number}",
+            prompt=row.prompt,
+            prompt_ids=row.prompt_ids,
+            chosen_ids=row.completions[0],
+            rejected_ids=row.completions[1],
+            chosen_gold=row.gold[0],
+            rejected_gold=row.gold[1],
+        )
+        for number, row in enumerate(rows)
+    ]
+
+
+def swapped(pair: Pair) -> Pair:
+    """The same comparison with the other completion as the winner."""
+    return pair._replace(
+        chosen_ids=pair.rejected_ids,
+        rejected_ids=pair.chosen_ids,
+        chosen_gold=pair.rejected_gold,
+        rejected_gold=pair.chosen_gold,
+    )
+
+
+def clean(pairs: Sequence[Pair]) -> tuple[list[Pair], Counter[str]]:
+    """Drop what teaches nothing or the wrong thing; count why.
+
+    `empty`: a side without tokens. `identical`: both sides the same tokens. `duplicate`: seen
+    before. `contradiction`: seen before the other way round (both are kept out).
+    """
+    dropped: Counter[str] = Counter()
+    seen: dict[tuple[tuple[int, ...], ...], Pair] = {}
+    for pair in pairs:
+        sides = tuple(map(tuple, (pair.prompt_ids, pair.chosen_ids, pair.rejected_ids)))
+        reverse = (sides[0], sides[2], sides[1])
+        if not pair.prompt_ids or not pair.chosen_ids or not pair.rejected_ids:
+            dropped["empty"] += 1
+        elif pair.chosen_ids == pair.rejected_ids:
+            dropped["identical"] += 1
+        elif sides in seen:
+            dropped["duplicate"] += 1
+        elif reverse in seen:
+            dropped["contradiction"] += 2
+            del seen[reverse]
+        else:
+            seen[sides] = pair
+    return list(seen.values()), dropped
+
+
+def read_pairs(path: Path) -> list[Pair]:
+    """Pairs as `make_preferences` wrote them."""
+    return [Pair(**row) for row in read_jsonl(path)]

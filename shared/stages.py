@@ -1,0 +1,178 @@
+"""A stage reads folders and writes one folder: skipped when done, atomic, with a manifest.
+
+A stage's folder is named by a hash of what went into it: its name, its part of the configuration,
+the identities of the stages it reads, and the code it runs. Equal work is thus done once, by any
+experiment, and a change of any input makes a new folder. The folder appears in one rename, after
+its manifest (the SHA-256 of every file) is on disk: a killed run leaves nothing half done.
+"""
+
+import ast
+import hashlib
+import importlib.util
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel
+
+PACKAGES = ("shared", "rlhf", "dpo", "benchmarks")
+
+
+@dataclass
+class Stages:
+    """The store of finished stages below `root`; `report(name, state, seconds)` hears of each."""
+
+    root: Path
+    report: Callable[[str, str, float], None]
+    _intact: set[Path] = field(default_factory=set)
+
+    def run(self, name: str, work: Callable[..., None], *, label: str = "", **inputs: Any) -> Path:
+        """The folder of stage `name`; `work(folder, **inputs)` fills it if no finished one exists.
+
+        `inputs` are plain values, configuration models and folders of earlier stages: what is
+        hashed is exactly what `work` gets. A damaged folder is set aside and its stage runs again.
+        An error in `work` leaves no folder.
+        """
+        folder = self.root / stage_key(name, work, inputs)
+        if folder not in self._intact:
+            if not _intact(folder):
+                self._fill(folder, name, work, label or name, inputs)
+            else:
+                self.report(label or name, "cached", 0.0)
+            self._intact.add(folder)
+        return folder
+
+    def _fill(
+        self, folder: Path, name: str, work: Callable[..., None], label: str, inputs: dict[str, Any]
+    ) -> None:
+        if folder.exists():
+            folder.rename(self.root / f".damaged-{folder.name}-{time.time_ns()}")
+        self.report(label, "running", 0.0)
+        start = time.perf_counter()
+        with _appears_whole(folder) as unfinished:
+            work(unfinished, **inputs)
+            write_manifest(unfinished, {"stage": name, "inputs": _plain(inputs)})
+        self.report(label, "done", time.perf_counter() - start)
+
+
+def stage_key(name: str, work: Callable[..., Any], inputs: dict[str, Any]) -> str:
+    """`name-<hash>`: changes with any input and with any code that `work`'s module reaches."""
+    payload = json.dumps([name, _plain(inputs), code_hash(work.__module__)], sort_keys=True)
+    return f"{name}-{hashlib.sha256(payload.encode()).hexdigest()[:16]}"
+
+
+@cache
+def code_hash(module: str) -> str:
+    """Hash of the syntax (not the comments) of `module` and of all project modules it imports."""
+    found, queue = {}, [module]
+    while queue:
+        current = queue.pop()
+        if current in found:
+            continue
+        spec = importlib.util.find_spec(current)
+        if spec is None or spec.origin is None:
+            continue
+        tree = ast.parse(Path(spec.origin).read_text(encoding="utf-8"))
+        found[current] = hashlib.sha256(ast.dump(tree).encode()).hexdigest()
+        queue.extend(_project_imports(tree))
+    return hashlib.sha256(json.dumps(found, sort_keys=True).encode()).hexdigest()
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write `value` in one rename, so that a reader sees the old file or the new one."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    with temporary.open("w", encoding="utf-8") as file:
+        json.dump(value, file, indent=1, allow_nan=False)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+def read_json(path: Path) -> Any:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def write_jsonl(path: Path, rows: list[dict[str, Any]]) -> None:
+    path.write_text("".join(json.dumps(row, allow_nan=False) + "\n" for row in rows))
+
+
+def read_jsonl(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def write_manifest(folder: Path, about: dict[str, Any]) -> None:
+    files = {str(p.relative_to(folder)): _sha256(p) for p in _files(folder)}
+    write_json(folder / "manifest.json", {**about, "files": files})
+    for path in [*_files(folder), folder]:
+        descriptor = os.open(path, os.O_RDONLY)
+        os.fsync(descriptor)
+        os.close(descriptor)
+
+
+def _intact(folder: Path) -> bool:
+    manifest = folder / "manifest.json"
+    if not manifest.is_file():
+        return False
+    try:
+        files = read_json(manifest)["files"]
+    except (json.JSONDecodeError, KeyError, UnicodeDecodeError):
+        return False
+    return all((folder / f).is_file() and _sha256(folder / f) == h for f, h in files.items())
+
+
+@contextmanager
+def _appears_whole(folder: Path) -> Iterator[Path]:
+    """A folder to fill that becomes `folder` in one rename; another process may get there first."""
+    for abandoned in folder.parent.glob(f".unfinished-{folder.name}-*"):
+        if not Path(f"/proc/{abandoned.name.rpartition('-')[2]}").exists():
+            shutil.rmtree(abandoned, ignore_errors=True)
+    unfinished = folder.with_name(f".unfinished-{folder.name}-{os.getpid()}")
+    unfinished.mkdir(parents=True)
+    yield unfinished
+    try:
+        unfinished.rename(folder)
+    except OSError:
+        if not _intact(folder):
+            raise
+        shutil.rmtree(unfinished)
+    descriptor = os.open(folder.parent, os.O_RDONLY)
+    os.fsync(descriptor)
+    os.close(descriptor)
+
+
+def _plain(value: Any) -> Any:
+    """`value` as JSON; a stage's folder is known by its name, which is its content's address."""
+    if isinstance(value, BaseModel):
+        return value.model_dump(mode="json")
+    if isinstance(value, Path):
+        return value.name
+    if isinstance(value, dict):
+        return {str(k): _plain(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(v) for v in value]
+    return value
+
+
+def _project_imports(tree: ast.AST) -> list[str]:
+    names: list[str] = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and node.module:
+            names.append(node.module)
+        elif isinstance(node, ast.Import):
+            names.extend(alias.name for alias in node.names)
+    return [name for name in names if name.split(".")[0] in PACKAGES]
+
+
+def _files(folder: Path) -> list[Path]:
+    return sorted(p for p in folder.rglob("*") if p.is_file() and p.name != "manifest.json")
+
+
+def _sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()

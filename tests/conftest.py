@@ -1,0 +1,94 @@
+"""What many tests stand on: a tiny policy with random weights, a reward model, a few pairs.
+
+The weights are random but not small: attention matters, and a completion ends by itself about one
+time in two, so that a wrong mask, position or EOS shows.
+"""
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from benchmarks.run import quiet_libraries
+from dpo.reference import score_reference
+from shared.generation.engine import Sampling
+from shared.models import (
+    ModelConfig,
+    new_policy,
+    new_scalar_model,
+    save,
+    save_normalisation,
+    special_ids,
+)
+from shared.preferences import PreferenceConfig, make_preferences
+from shared.tasks.registry import TaskConfig, make_task
+
+
+@pytest.fixture(scope="session", autouse=True)
+def quiet_and_single_threaded() -> None:
+    torch.set_num_threads(1)
+    quiet_libraries()
+
+
+@pytest.fixture(scope="session")
+def task_config() -> TaskConfig:
+    return TaskConfig()
+
+
+@pytest.fixture(scope="session")
+def tokenizer(task_config: TaskConfig) -> PreTrainedTokenizerBase:
+    return make_task(task_config).tokenizer()
+
+
+@pytest.fixture(scope="session")
+def policy_folder(
+    tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTokenizerBase
+) -> Path:
+    """A policy as `shared.models.save` writes it. Do not write here."""
+    folder = tmp_path_factory.mktemp("policy")
+    config = ModelConfig(hidden_size=32, layers=2, intermediate_size=64)
+    model = new_policy(config, tokenizer, seed=0)
+    with torch.no_grad():
+        embeddings = model.get_input_embeddings().weight  # tied to the output layer
+        for weights in model.parameters():
+            if weights.ndim == 2:
+                weights *= 10 if weights is embeddings else 4
+        embeddings[:, 0] += 2.0  # a direction that every state shares: along it lies EOS
+        embeddings[special_ids(tokenizer).eos, 0] += 0.85
+    save(model, tokenizer, folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def reward_folder(
+    tmp_path_factory: pytest.TempPathFactory,
+    policy_folder: Path,
+    tokenizer: PreTrainedTokenizerBase,
+) -> Path:
+    """A reward model with a normalisation that changes every score. Do not write here."""
+    folder = tmp_path_factory.mktemp("reward")
+    save(new_scalar_model(policy_folder, seed=1), tokenizer, folder)
+    save_normalisation(folder, offset=0.25, scale=2.0)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def preferences_folder(
+    tmp_path_factory: pytest.TempPathFactory, policy_folder: Path, task_config: TaskConfig
+) -> Path:
+    """22 training pairs, sampled from the policy and labelled by the task. Do not write here."""
+    folder = tmp_path_factory.mktemp("preferences")
+    data = PreferenceConfig(pairs=22, held_out_pairs=2)
+    make_preferences(folder, task_config, policy_folder, data, Sampling(max_new_tokens=10), seed=0)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def reference_folder(
+    tmp_path_factory: pytest.TempPathFactory, policy_folder: Path, preferences_folder: Path
+) -> Path:
+    """Reference log-probabilities of those pairs. Do not write here."""
+    folder = tmp_path_factory.mktemp("reference")
+    score_reference(folder, policy_folder, preferences_folder, seed=0)
+    return folder
