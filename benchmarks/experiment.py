@@ -53,14 +53,14 @@ class EvaluationConfig(Config):
     samples: int = Field(default=4, gt=0)
     checkpoint_samples: int = Field(default=2, gt=0)
     validation_prompts: int = Field(default=128, gt=1)
-    checkpoints: tuple[float, ...] = (0.25, 0.5)
+    checkpoints: tuple[float, ...] = (0.5,)
     kl_levels: tuple[float, ...] = (0.5, 1.0, 2.0, 5.0)
     reward_pairs: int = Field(default=5000, gt=1)
     scale_prompts: int = Field(default=256, gt=1)
     scale_samples: int = Field(default=8, gt=1)
     frontier_prompts: int = Field(default=64, gt=1)
-    frontier_samples: int = Field(default=2000, gt=1)
-    reward_limit_samples: int = Field(default=500, gt=1)
+    frontier_samples: int = Field(default=1000, gt=1)
+    reward_limit_samples: int = Field(default=250, gt=1)
 
 
 class QuickConfig(Config):
@@ -68,10 +68,10 @@ class QuickConfig(Config):
 
     pairs: int = Field(default=1500, gt=0)
     episodes: int = Field(default=2560, gt=0)
-    sft_examples: int = Field(default=8000, gt=0)
+    sft_examples: int = Field(default=6000, gt=0)
     prompts: int = Field(default=128, gt=1)
     reward_pairs: int = Field(default=1000, gt=1)
-    frontier_samples: int = Field(default=500, gt=1)
+    frontier_samples: int = Field(default=250, gt=1)
 
 
 class Experiment(Config):

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from datasets.utils.logging import disable_progress_bar
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from transformers.utils import logging as transformers_logging
@@ -113,6 +112,6 @@ def environment(rate: float) -> dict[str, Any]:
 
 def quiet_libraries() -> None:
     """No progress bars or loading notes of the libraries between our own lines."""
+    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
-    disable_progress_bar()

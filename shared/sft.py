@@ -4,12 +4,8 @@ import tempfile
 from pathlib import Path
 
 import torch
-from datasets import Dataset
 from pydantic import Field
-from transformers import PreTrainedTokenizerBase
-from transformers.utils import logging as transformers_logging
-from trl.trainer.sft_config import SFTConfig
-from trl.trainer.sft_trainer import SFTTrainer
+from transformers import PreTrainedTokenizerBase, PrinterCallback
 
 from shared.config import Config
 from shared.models import ModelConfig, new_policy, save
@@ -30,14 +26,17 @@ def train_sft(
     folder: Path, task: TaskConfig, model: ModelConfig, sft: SftConfig, seed: int
 ) -> None:
     """Stage: a new policy trained on `sft.examples` prompts with completions; saved to `folder`."""
+    # Here and not above: they take seconds to import, and a run with SFT cached needs neither.
+    from datasets import Dataset
+    from trl.trainer.sft_config import SFTConfig
+    from trl.trainer.sft_trainer import SFTTrainer
+
     source = make_task(task)
     tokenizer = source.tokenizer()
     rows = [
         tokenize(tokenizer, prompt, completion)
         for prompt, completion in source.corpus(sft.examples, seed)
     ]
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
     with tempfile.TemporaryDirectory() as scratch:
         trainer = SFTTrainer(
             model=new_policy(model, tokenizer, seed),
@@ -63,6 +62,7 @@ def train_sft(
             train_dataset=Dataset.from_list(rows),
             processing_class=tokenizer,
         )
+        trainer.remove_callback(PrinterCallback)  # the log goes to a file
         trainer.train()
     save(trainer.model, tokenizer, folder)  # pyright: ignore[reportArgumentType]
     log = [row for row in trainer.state.log_history if "loss" in row]

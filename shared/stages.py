@@ -31,7 +31,7 @@ class Stages:
 
     root: Path
     report: Callable[[str, str, float], None]
-    _intact: set[Path] = field(default_factory=set)
+    _checked: set[Path] = field(default_factory=set)
 
     def run(self, name: str, work: Callable[..., None], *, label: str = "", **inputs: Any) -> Path:
         """The folder of stage `name`; `work(folder, **inputs)` fills it if no finished one exists.
@@ -41,12 +41,12 @@ class Stages:
         An error in `work` leaves no folder.
         """
         folder = self.root / stage_key(name, work, inputs)
-        if folder not in self._intact:
-            if not _intact(folder):
+        if folder not in self._checked:
+            if not intact(folder):
                 self._fill(folder, name, work, label or name, inputs)
             else:
                 self.report(label or name, "cached", 0.0)
-            self._intact.add(folder)
+            self._checked.add(folder)
         return folder
 
     def _fill(
@@ -116,7 +116,8 @@ def write_manifest(folder: Path, about: dict[str, Any]) -> None:
         os.close(descriptor)
 
 
-def _intact(folder: Path) -> bool:
+def intact(folder: Path) -> bool:
+    """Whether a stage's folder is whole: its manifest is there and every file has its hash."""
     manifest = folder / "manifest.json"
     if not manifest.is_file():
         return False
@@ -139,7 +140,7 @@ def _appears_whole(folder: Path) -> Iterator[Path]:
     try:
         unfinished.rename(folder)
     except OSError:
-        if not _intact(folder):
+        if not intact(folder):
             raise
         shutil.rmtree(unfinished)
     descriptor = os.open(folder.parent, os.O_RDONLY)

@@ -241,6 +241,17 @@ def test_quick_runs_one_seed_and_the_first_setting_of_every_arm(name: str):
     assert again == quick
 
 
+def test_quick_makes_a_small_experiment_no_larger(tmp_path: Path):
+    path = write(
+        tmp_path,
+        f'name = "e"\nsft = {{ examples = 10 }}\npreferences = {{ pairs = 11 }}\n'
+        f"ppo = {{ episodes = 12 }}\nevaluation = {{ prompts = 13, reward_pairs = 14 }}\n{ARM}",
+    )
+    quick = load_experiment(str(path), [], quick=True)
+    assert (quick.sft.examples, quick.preferences.pairs, quick.ppo.episodes) == (10, 11, 12)
+    assert (quick.evaluation.prompts, quick.evaluation.reward_pairs) == (13, 14)
+
+
 @pytest.mark.parametrize(
     "name",
     ["..", ".", "", "/tmp/x", "a/b", "a\\b", "..\\x", "a\u2215b", "a\u2044b", "x" * 101, "-x",
@@ -283,6 +294,7 @@ def arm(kind: str, setting: str, loss: str = "") -> str:
         ('[arms.x]\nkind = "ppo"\nsettings = []\n', ["arms.x.settings"]),
         ("[arms]\n", ["arms"]),
     ],
+    ids=lambda value: value.replace("\n", " ") if isinstance(value, str) else "",
 )
 def test_an_arm_with_a_wrong_setting_is_refused_naming_it(
     tmp_path: Path, text: str, said: list[str]
@@ -357,6 +369,7 @@ def test_a_value_that_breaks_a_run_midway_is_refused_before_it(
         arm("direct", "{ tau = 0 }", "ipo"),
         arm("direct", "{ beta = 0.2 }, { beta = 0.2 }", "dpo"),  # the same runs counted twice
     ],
+    ids=lambda text: text.replace("\n", " "),
 )
 def test_a_setting_that_no_method_can_use_is_refused(tmp_path: Path, text: str):
     with pytest.raises(InputError, match=r"arms\.x"):

@@ -1,19 +1,27 @@
-"""Sampling with transformers' `generate`."""
+"""Sampling with transformers: the model's own forward pass and key-value cache, step by step.
+
+`model.generate` keeps computing rows that have ended; here they leave the batch and its cache,
+which about halves the work where lengths differ. The distribution is the model's own, divided by
+the temperature and nothing else.
+"""
 
 from collections.abc import Sequence
 
 import torch
-from transformers import GenerationConfig, PreTrainedModel
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedModel
 
 from shared.generation.engine import Completions, Sampling
 from shared.logprobs import by_length
 from shared.models import SpecialIds
 
+LEAVE_BELOW = 0.8  # share of rows still going under which the ended ones leave the cache
+
 
 class HFEngine:
     """Samples from the very weights that train: there is nothing to synchronise."""
 
-    def __init__(self, model: PreTrainedModel, ids: SpecialIds, batch_size: int = 1024):
+    def __init__(self, model: PreTrainedModel, ids: SpecialIds, batch_size: int = 512):
         self.model, self.batch_size = model, batch_size
         self.pad_id, self.eos_id = ids
 
@@ -27,32 +35,51 @@ class HFEngine:
             torch.manual_seed(sampling.seed)
             for rows in by_length([len(p) for p in prompts], self.batch_size):
                 outputs = self._generate_batch([prompts[i] for i in rows], sampling)
-                for row, tokens in zip(rows, outputs, strict=True):
-                    ids[row] = self._until_eos(tokens)
+                for row, tokens in zip(rows, outputs.tolist(), strict=True):
+                    end = tokens.index(self.eos_id) + 1 if self.eos_id in tokens else len(tokens)
+                    ids[row] = tokens[:end]
         self.model.train(was_training)
         return Completions(ids, [tokens[-1] != self.eos_id for tokens in ids])
 
-    def _generate_batch(
-        self, prompts: Sequence[Sequence[int]], sampling: Sampling
-    ) -> list[list[int]]:
-        width = max(map(len, prompts))
-        ids = torch.tensor([[self.pad_id] * (width - len(p)) + list(p) for p in prompts])
-        attention = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts])
-        output = self.model.generate(  # pyright: ignore[reportCallIssue]
-            input_ids=ids.to(self.model.device),
-            attention_mask=attention.to(self.model.device),
-            generation_config=GenerationConfig(
-                max_new_tokens=sampling.max_new_tokens,
-                do_sample=sampling.temperature > 0,
-                temperature=sampling.temperature or None,
-                top_k=0 if sampling.temperature else None,
-                top_p=1.0 if sampling.temperature else None,
-                pad_token_id=self.pad_id,
-                eos_token_id=self.eos_id,
-            ),
+    def _generate_batch(self, prompts: Sequence[Sequence[int]], sampling: Sampling) -> Tensor:
+        """(B, max_new_tokens); what follows an EOS is padding."""
+        device, width = self.model.device, max(map(len, prompts))
+        padding = [width - len(p) for p in prompts]
+        step = torch.tensor(
+            [[self.pad_id] * n + list(p) for n, p in zip(padding, prompts, strict=True)]
         )
-        return output[:, width:].tolist()
+        attention = torch.tensor([[0] * n + [1] * (width - n) for n in padding]).to(device)
+        positions = (attention.cumsum(1) - 1).clamp(min=0)
+        step, cache = step.to(device), DynamicCache(config=self.model.config)
+        output = step.new_full((len(prompts), sampling.max_new_tokens), self.pad_id)
+        going = torch.arange(len(prompts), device=device)  # output rows of the cache's rows
+        ended = torch.zeros(len(prompts), dtype=torch.bool, device=device)
+        for t in range(sampling.max_new_tokens):
+            logits = self.model(
+                input_ids=step,
+                attention_mask=attention,
+                position_ids=positions,
+                past_key_values=cache,
+                use_cache=True,
+                logits_to_keep=1,
+            ).logits[:, -1]
+            tokens = _draw(logits.float(), sampling.temperature)
+            output[going, t] = tokens.masked_fill(ended, self.pad_id)
+            ended = ended | (tokens == self.eos_id)
+            if ended.all():
+                break
+            step, positions = tokens.unsqueeze(1), positions[:, -1:] + 1
+            attention = torch.cat([attention, torch.ones_like(step)], dim=1)
+            if (~ended).sum() < LEAVE_BELOW * len(ended):
+                stay = (~ended).nonzero().squeeze(1)
+                cache.batch_select_indices(stay)
+                going, ended, step = going[stay], ended[stay], step[stay]
+                attention, positions = attention[stay], positions[stay]
+        return output
 
-    def _until_eos(self, tokens: list[int]) -> list[int]:
-        end = tokens.index(self.eos_id) + 1 if self.eos_id in tokens else len(tokens)
-        return tokens[:end]
+
+def _draw(logits: Tensor, temperature: float) -> Tensor:
+    """One token a row, (B, V) -> (B,); the most likely one at temperature 0."""
+    if temperature == 0:
+        return logits.argmax(-1)
+    return torch.multinomial((logits / temperature).softmax(-1), 1).squeeze(1)
