@@ -75,7 +75,8 @@ def split_overrides(words: list[str]) -> tuple[list[str], list[str]]:
     while rest:
         word = rest.pop(0)
         key, equals, _ = word.removeprefix("--").partition("=")
-        is_key = "." in key or (key in Experiment.model_fields and key != "quick")
+        field = key.replace("-", "_")
+        is_key = "." in key or (field in Experiment.model_fields and field != "quick")
         if not (word.startswith("--") and is_key):
             own.append(word)
             continue

@@ -110,7 +110,7 @@ def prepare_common(experiment: Experiment, run: Run) -> Common:
         ),
         frontier_samples=run(
             "reference-samples", sample_reference, label="samples for frontier", **of_sft,
-            split="test", prompts=e.frontier_prompts, per_prompt=e.frontier_samples,
+            split="test", prompts=e.near_prompts, per_prompt=e.frontier_samples,
         ),
         reward_test=run("reward-test", make_reward_test, **of_sft, pairs=e.reward_pairs),
     )  # fmt: skip
@@ -139,7 +139,7 @@ def prepare_seed(experiment: Experiment, run: Run, common: Common, seed: int) ->
         limit_scores=run(
             "limit-scores", score_samples, label=f"reward model's limit, seed {seed}",
             reward_model=reward, samples=common.frontier_samples,
-            per_prompt=experiment.evaluation.reward_limit_samples,
+            per_prompt=experiment.evaluation.limit_samples,
         ),
         reference=run(
             "reference", score_reference, label=f"reference log-probabilities, seed {seed}",

@@ -34,10 +34,16 @@ class Arm(Config):
 
     @model_validator(mode="after")
     def settings_fit(self) -> "Arm":
+        if any(self.settings.count(setting) > 1 for setting in self.settings):
+            raise ValueError("a setting stands twice")
         wanted = {"best-of-n": {"n"}, "ppo": {"kl_coef"}}.get(self.kind)
         for setting in self.settings:
             if wanted is not None and set(setting) != wanted:
                 raise ValueError(f"a `{self.kind}` arm's settings hold just {sorted(wanted)}")
+            if self.kind == "best-of-n" and (setting["n"] < 1 or setting["n"] % 1):
+                raise ValueError(f"`n` must be a whole number from 1 on, found {setting['n']}")
+            if self.kind == "ppo" and setting["kl_coef"] < 0:
+                raise ValueError(f"`kl_coef` must be 0 or more, found {setting['kl_coef']}")
             if wanted is None:
                 try:
                     check_setting(self.loss, setting)
@@ -53,14 +59,24 @@ class EvaluationConfig(Config):
     samples: int = Field(default=4, gt=0)
     checkpoint_samples: int = Field(default=2, gt=0)
     validation_prompts: int = Field(default=128, gt=1)
-    checkpoints: tuple[float, ...] = (0.5,)
-    kl_levels: tuple[float, ...] = (0.5, 1.0, 2.0, 5.0)
+    checkpoints: tuple[Annotated[float, Field(gt=0, lt=1)], ...] = (0.5,)
+    kl_levels: tuple[Annotated[float, Field(gt=0)], ...] = (0.5, 1.0, 2.0, 5.0)
     reward_pairs: int = Field(default=5000, gt=1)
     scale_prompts: int = Field(default=256, gt=1)
     scale_samples: int = Field(default=8, gt=1)
     frontier_prompts: int = Field(default=64, gt=1)
     frontier_samples: int = Field(default=1000, gt=1)
     reward_limit_samples: int = Field(default=250, gt=1)
+
+    @property
+    def near_prompts(self) -> int:
+        """Test prompts that the frontier is estimated on: the first ones."""
+        return min(self.frontier_prompts, self.prompts)
+
+    @property
+    def limit_samples(self) -> int:
+        """The frontier's samples a prompt that each reward model scores."""
+        return min(self.reward_limit_samples, self.frontier_samples)
 
 
 class QuickConfig(Config):
@@ -78,8 +94,8 @@ class Experiment(Config):
     """A head-to-head. `task_seed` fixes SFT, the reference and test prompts, a seed the rest."""
 
     name: RunName
-    task_seed: int = 0
-    seeds: tuple[int, ...] = Field(default=(0, 1, 2), min_length=1)
+    task_seed: int = Field(default=0, ge=0)
+    seeds: tuple[Annotated[int, Field(ge=0)], ...] = Field(default=(0, 1, 2), min_length=1)
     tuning_seeds: int = Field(default=1, gt=0)
     threads: int = Field(default=2, gt=0)
     task: TaskConfig = TaskConfig()
@@ -95,6 +111,14 @@ class Experiment(Config):
     quick: QuickConfig = QuickConfig()
     arms: dict[str, Arm] = Field(min_length=1)
 
+    @model_validator(mode="after")
+    def names_and_seeds_fit(self) -> "Experiment":
+        if len(set(self.seeds)) < len(self.seeds):
+            raise ValueError(f"`seeds` holds a seed twice: {list(self.seeds)}")
+        if taken := {"sft", "reward"} & set(self.arms):
+            raise ValueError(f"`arms`: the name {sorted(taken)[0]!r} is taken, choose another")
+        return self
+
 
 def load_experiment(file: str, overrides: list[str], quick: bool) -> Experiment:
     """Read a TOML file, or an experiment that comes with Klash by its name, with `overrides`."""
@@ -107,24 +131,23 @@ def load_experiment(file: str, overrides: list[str], quick: bool) -> Experiment:
 
 def smaller(experiment: Experiment) -> Experiment:
     """The `--quick` form: one seed, one setting an arm, the sizes of `[quick]`."""
-    quick = experiment.quick
+    quick, whole = experiment.quick, experiment.evaluation
     arms = {n: _changed(arm, settings=arm.settings[:1]) for n, arm in experiment.arms.items()}
     return _changed(
         experiment,
         name=f"{experiment.name}-quick",
         seeds=experiment.seeds[:1],
         arms=arms,
-        sft=_changed(experiment.sft, examples=quick.sft_examples),
-        preferences=_changed(experiment.preferences, pairs=quick.pairs),
-        ppo=_changed(experiment.ppo, episodes=quick.episodes),
+        sft=_changed(experiment.sft, examples=min(quick.sft_examples, experiment.sft.examples)),
+        preferences=_changed(
+            experiment.preferences, pairs=min(quick.pairs, experiment.preferences.pairs)
+        ),
+        ppo=_changed(experiment.ppo, episodes=min(quick.episodes, experiment.ppo.episodes)),
         evaluation=_changed(
-            experiment.evaluation,
-            prompts=quick.prompts,
-            reward_pairs=quick.reward_pairs,
-            frontier_samples=quick.frontier_samples,
-            reward_limit_samples=min(
-                quick.frontier_samples, experiment.evaluation.reward_limit_samples
-            ),
+            whole,
+            prompts=min(quick.prompts, whole.prompts),
+            reward_pairs=min(quick.reward_pairs, whole.reward_pairs),
+            frontier_samples=min(quick.frontier_samples, whole.frontier_samples),
             checkpoints=(),
         ),
     )

@@ -20,6 +20,7 @@ from benchmarks.results import Results
 from benchmarks.summary import Summary, side_by_side, training_curves
 from shared.config import InputError
 from shared.cost import matmul_rate
+from shared.fit import checkpoint_steps, steps_of
 from shared.stages import Stages, write_json
 
 PACKAGES = ("torch", "transformers", "trl", "accelerate", "datasets", "peft", "numpy", "scipy")
@@ -40,7 +41,7 @@ def run_experiment(experiment: Experiment, runs: Path) -> Path:
     quiet_libraries()
     rate = matmul_rate()
     with progress(stage_count(experiment)) as say:
-        compared = compare(experiment, Stages(runs / ".stages", say))
+        compared = compare(experiment, Stages(runs / ".stages", say, stage_context()))
         say("summary", "running", 0.0)
         results = Summary(experiment, compared, rate).results(environment(rate))
     write_json(folder / "results.json", results.model_dump(mode="json", by_alias=True))
@@ -51,10 +52,20 @@ def run_experiment(experiment: Experiment, runs: Path) -> Path:
     return folder
 
 
+def stage_context() -> dict[str, Any]:
+    """What changes results besides configuration and code: part of every stage's address."""
+    versions = {name: importlib.metadata.version(name) for name in PACKAGES}
+    return {**versions, "threads": torch.get_num_threads()}
+
+
 def stage_count(experiment: Experiment) -> int:
     """How many stages a run goes through, cached ones included."""
-    seeds = len(experiment.seeds)
-    ends = len(experiment.evaluation.checkpoints) + 1
+    seeds, shares = len(experiment.seeds), experiment.evaluation.checkpoints
+    direct = experiment.direct
+    steps = {
+        "ppo": max(1, experiment.ppo.episodes // experiment.ppo.rollout_size),
+        "direct": steps_of(experiment.preferences.pairs, direct.batch_size, direct.epochs),
+    }
     total = 4 + 6 * seeds
     for arm in experiment.arms.values():
         tuning = len(tuning_seeds(experiment, arm))
@@ -62,8 +73,11 @@ def stage_count(experiment: Experiment) -> int:
         if arm.kind == "best-of-n":
             total += len(arm.settings) * tuning + final
         else:
-            points = min(ends, experiment.filtering.epochs) if arm.kind == "filtered" else ends
-            total += len(arm.settings) * tuning + final * (1 + points)
+            if arm.kind == "filtered":
+                early = experiment.filtering.epochs - 1 if shares else 0
+            else:
+                early = len(checkpoint_steps(steps[arm.kind], shares))
+            total += len(arm.settings) * tuning + final * (2 + early)
     return total
 
 

@@ -103,7 +103,7 @@ class Summary:
                 "ppo_episodes": e.ppo.episodes,
                 "test_prompts": e.evaluation.prompts,
                 "samples_per_prompt": e.evaluation.samples,
-                "frontier_prompts": e.evaluation.frontier_prompts,
+                "frontier_prompts": e.evaluation.near_prompts,
                 "frontier_samples": e.evaluation.frontier_samples,
             },
             methods=methods,
@@ -127,7 +127,7 @@ class Summary:
         sft, gold = self.sft, rows.mean("gold")
         bound = kind == "best-of-n"
         kl = np.full_like(gold, best_of_n_kl(int(setting["n"]))) if bound else rows.mean("kl")
-        near = slice(0, self.experiment.evaluation.frontier_prompts)
+        near = slice(0, self.experiment.evaluation.near_prompts)
         ratios = [self._efficiency(g, k) for g, k in zip(gold[:, near], kl[:, near], strict=True)]
         final = [run for run in runs if run.setting == setting]
         return Method(
@@ -259,7 +259,7 @@ class Summary:
             if ends and min(best) > 0
             else None,
             kl_overshoot=max(overshoot) if overshoot else None,
-            gradient_spikes=sum(int((n > 5 * np.median(n)).sum()) for n in norms),
+            gradient_spikes=sum(int((n > 5 * np.median(n)).sum()) for n in norms if len(n)),
         )
 
     def _sweep(self, name: str, runs: list[Trained]) -> list[Setting]:
@@ -378,6 +378,8 @@ def training_curves(compared: Compared, points: int = 100) -> dict[str, Any]:
     curves: dict[str, Any] = {}
     for (name, seed), folder in folders.items():
         log = read_json(folder / "log.json")
+        if not log:  # it failed in its first step
+            continue
         stride = max(1, len(log) // points)
         curves.setdefault(name, {})[str(seed)] = {
             metric: [[i + 1, log[i][metric]] for i in range(0, len(log), stride)]

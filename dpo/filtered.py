@@ -15,7 +15,7 @@ from torch import Tensor
 
 from dpo.train import Dataset, DirectConfig, finish
 from shared.config import Config
-from shared.fit import prepare, steps_of
+from shared.fit import Diverged, prepare, steps_of
 from shared.generation.engine import Sampling
 from shared.generation.hf import HFEngine
 from shared.models import Scorer, load_policy, save, special_ids
@@ -55,7 +55,7 @@ def train_filtered(
     data.meter.models_held = 2
     trainee = None
     kept = list(range(len(data.pairs)))
-    log, audit, epochs, saved = [], [], [], {}
+    log, audit, epochs, saved, failure = [], [], [], {}, ""
     for epoch in range(filtering.epochs):
         draw = sampling.model_copy(update={"seed": seed * 1000 + epoch})
         with data.meter.phase("filter"):
@@ -69,13 +69,19 @@ def train_filtered(
             trainee = prepare(model, direct.optimizer, steps)
         with data.meter.phase("train"):
             for batch in data.batches(kept, direct.batch_size, 1, draw.seed):
-                log.append(data.step(trainee, batch))
+                try:
+                    log.append(data.step(trainee, batch))
+                except Diverged as error:  # a result: the last good weights are evaluated
+                    failure = str(error)
+                    break
+        if failure:
+            break
         if epoch + 1 < filtering.epochs and checkpoints:
             saved[len(log)] = (epoch + 1) / filtering.epochs
             save(model, data.tokenizer, folder / f"checkpoint-{len(log)}")
     write_jsonl(folder / "audit.jsonl", audit)
     write_json(folder / "filtering.json", epochs)
-    finish(folder, model, data, log, saved, failure="")
+    finish(folder, model, data, log, saved, failure)
 
 
 def judge(
@@ -92,7 +98,7 @@ def judge(
     data.meter.generation(engine.model, [*map(len, prompts)], [*map(len, samples)])
     chosen = scorer.score_all(prompts, [data.completions[i] for i in pairs])
     sampled = scorer.score_all(prompts, samples)
-    floor = round(filtering.floor * len(data.pairs))
+    floor = max(1, round(filtering.floor * len(data.pairs)))
     stays = keep(chosen, sampled, margin=filtering.margin, floor=floor)
     floor_bound = int(stays.sum()) > int((chosen - sampled > filtering.margin).sum())
     if filtering.random:

@@ -60,6 +60,11 @@ def check_setting(loss: str, setting: dict[str, float]) -> None:
     for name in setting:
         if name not in wanted:
             raise InputError(f"loss `{loss}` has no `{name}`{suggest(name, list(wanted))}")
+    for name, value in setting.items():
+        if name == "label_smoothing" and not 0 <= value < 0.5:
+            raise InputError(f"`label_smoothing` must lie in [0, 0.5), found {value}")
+        if name != "label_smoothing" and value <= 0:
+            raise InputError(f"`{name}` must be greater than 0, found {value}")
     for name, default in wanted.items():
         if name not in setting and default is inspect.Parameter.empty:
             raise InputError(f"loss `{loss}` needs a value for `{name}`")

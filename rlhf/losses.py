@@ -96,6 +96,7 @@ def value_loss(
 
     loss = mean 0.5 * max((V - R)^2, (clip(V, V_old - clip, V_old + clip) - R)^2)
     """
+    values, old_values, returns = (t.masked_fill(~mask, 0.0) for t in (values, old_values, returns))
     kept_near = torch.clamp(values, old_values - clip, old_values + clip)
     unclipped, clipped = (values - returns) ** 2, (kept_near - returns) ** 2
     with torch.no_grad():

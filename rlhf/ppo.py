@@ -188,24 +188,12 @@ def train_ppo(
                 failure = str(error)
                 break
         # 7. log under the field's names; adapt the penalty; stop a runaway
-        sequence_kl = masked_sum(kl, mask).mean().item()
-        log.append(
-            {
-                "episodes": update * ppo.rollout_size,
-                "objective/kl": sequence_kl,
-                "objective/k3": masked_sum(k3(rollout.logprobs, rollout.ref_logprobs), mask)
-                .mean()
-                .item(),
-                "objective/scores": scores.mean().item(),
-                "objective/rlhf_reward": masked_sum(rewards, mask).mean().item(),
-                "objective/entropy": entropy,
-                "ppo/kl_coef": controller.coef,
-                "ppo/val/explained_variance": explained_variance(rollout.values, returns, mask),
-                "ppo/completion_length": rollout.sequences.lengths.float().mean().item(),
-                "ppo/missing_eos": truncated.float().mean().item(),
-                **numbers,
-            }
-        )
+        numbers |= rollout_numbers(rollout, scores, truncated)
+        sequence_kl = numbers["objective/kl"]
+        numbers["objective/rlhf_reward"] = (penalised - controller.coef * kl.sum(1)).mean().item()
+        numbers["objective/entropy"] = entropy
+        numbers["ppo/kl_coef"] = controller.coef
+        log.append({"episodes": update * ppo.rollout_size, **numbers})
         controller.update(sequence_kl, ppo.rollout_size)
         if update in save_after:
             save(actors.policy.model, tokenizer, folder / f"checkpoint-{update}")
@@ -218,6 +206,20 @@ def train_ppo(
     write_json(folder / "log.json", log)
     write_json(folder / "stopped.json", {"failed": failure, "stopped_early": stopped})
     write_json(folder / "cost.json", {**meter.summary(), "labels_used": 0})
+
+
+def rollout_numbers(rollout: Rollout, scores: Tensor, truncated: Tensor) -> dict[str, float]:
+    """What an episode looked like before the update, under the field's names."""
+    mask = rollout.sequences.mask
+    pair = rollout.logprobs, rollout.ref_logprobs
+    return {
+        "objective/kl": masked_sum(k1(*pair), mask).mean().item(),
+        "objective/k3": masked_sum(k3(*pair), mask).mean().item(),
+        "objective/scores": scores.mean().item(),
+        "ppo/val/explained_variance": explained_variance(rollout.values, rollout.returns, mask),
+        "ppo/completion_length": mask.sum(1).float().mean().item(),
+        "ppo/missing_eos": truncated.float().mean().item(),
+    }
 
 
 def make_actors(

@@ -1,12 +1,15 @@
 """What a stage costs: seconds by phase, tokens, FLOPs, peak memory, models held at once."""
 
+import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from shared.logprobs import Sequences
 
@@ -66,10 +69,8 @@ class Meter:
 def forward_flops(model: PreTrainedModel, lengths: list[int]) -> float:
     """FLOPs of a forward pass over rows of these lengths; tied embeddings count as output head."""
     config = model.config.get_text_config()
-    matrices = sum(p.numel() for p in model.parameters() if p.ndim == 2)
-    output = model.get_output_embeddings()
-    if output is None or output.weight is not model.get_input_embeddings().weight:
-        matrices -= config.vocab_size * config.hidden_size  # a look-up multiplies nothing
+    linear = [m for m in model.modules() if isinstance(m, nn.Linear | Conv1D)]
+    matrices = sum(m.weight.numel() for m in linear)  # pyright: ignore[reportAttributeAccessIssue, reportCallIssue]
     causal = config.num_hidden_layers * config.hidden_size
     return sum(2.0 * n * matrices + 2.0 * n * n * causal for n in lengths)
 
@@ -99,5 +100,5 @@ def peak_memory_bytes() -> int:
 def _reset_peak_memory() -> None:
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
-    elif (clear := Path("/proc/self/clear_refs")).exists():
+    elif os.access(clear := Path("/proc/self/clear_refs"), os.W_OK):
         clear.write_text("5")  # Linux: start VmHWM anew

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 from transformers import (
     AutoModelForCausalLM,
@@ -29,9 +30,9 @@ from shared.logprobs import Sequences, by_length, collate
 class ModelConfig(Config):
     """A Llama from scratch (head size 32: a size that vLLM's CPU kernels know)."""
 
-    hidden_size: int = 128
-    layers: int = 4
-    intermediate_size: int = 384
+    hidden_size: int = Field(default=128, gt=0, multiple_of=32)
+    layers: int = Field(default=4, gt=0)
+    intermediate_size: int = Field(default=384, gt=0)
 
 
 def new_policy(
@@ -70,6 +71,8 @@ def frozen(model: PreTrainedModel) -> PreTrainedModel:
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     """The tokenizer of a model folder. Pad and EOS must be two tokens: a score is read at EOS."""
+    if not any((folder / f).is_file() for f in ("tokenizer.json", "tokenizer_config.json")):
+        raise InputError(f"{folder}: no tokenizer here (tokenizer.json is missing)")
     tokenizer = AutoTokenizer.from_pretrained(folder)
     if tokenizer.eos_token_id is None or tokenizer.pad_token_id in (None, tokenizer.eos_token_id):
         raise InputError(
@@ -106,12 +109,12 @@ def without_dropout(model: PreTrainedModel) -> PreTrainedModel:
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
-    for name in ("attention_dropout", "attn_pdrop", "resid_pdrop", "embd_pdrop", "hidden_dropout"):
-        if hasattr(model.config, name):
+        for name, value in list(vars(module).items()):
+            if "drop" in name and isinstance(value, float):
+                setattr(module, name, 0.0)
+    for name, value in list(vars(model.config).items()):
+        if ("drop" in name or name.endswith("_pdrop")) and isinstance(value, float):
             setattr(model.config, name, 0.0)
-    for module in model.modules():
-        if isinstance(getattr(module, "attention_dropout", None), float):
-            setattr(module, "attention_dropout", 0.0)  # noqa: B010 (a plain float of the module)
     return model
 
 
@@ -176,6 +179,7 @@ class Scorer:
     """Reward-model inference: `score` = (raw - offset) / scale, in SFT within-prompt deviations."""
 
     def __init__(self, folder: Path, device: torch.device | str = "cpu"):
+        require_reward_model(folder)
         self.model = load_scalar_model(folder).to(device).eval().requires_grad_(False)  # pyright: ignore[reportArgumentType]
         self.pad_id = special_ids(load_tokenizer(folder)).pad
         path = folder / "normalisation.json"
@@ -204,6 +208,18 @@ class Scorer:
 def save_normalisation(folder: Path, offset: float, scale: float) -> None:
     """Write what turns raw scores into `score` beside the reward model."""
     (folder / "normalisation.json").write_text(json.dumps({"offset": offset, "scale": scale}))
+
+
+def require_reward_model(folder: Path) -> None:
+    """InputError unless `folder` holds a one-label classifier: a policy would get a random head."""
+    _require_model(folder)
+    about = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    names = about.get("architectures") or []
+    if not any(name.endswith("ForSequenceClassification") for name in names):
+        raise InputError(
+            f"{folder}: not a reward model but {names}; it must be an "
+            "AutoModelForSequenceClassification with one label"
+        )
 
 
 def _require_model(folder: Path) -> None:

@@ -115,6 +115,7 @@ def clean(pairs: Sequence[Pair]) -> tuple[list[Pair], Counter[str]]:
     """
     dropped: Counter[str] = Counter()
     seen: dict[tuple[tuple[int, ...], ...], Pair] = {}
+    contested: set[tuple[tuple[int, ...], ...]] = set()
     for pair in pairs:
         sides = tuple(map(tuple, (pair.prompt_ids, pair.chosen_ids, pair.rejected_ids)))
         reverse = (sides[0], sides[2], sides[1])
@@ -122,10 +123,13 @@ def clean(pairs: Sequence[Pair]) -> tuple[list[Pair], Counter[str]]:
             dropped["empty"] += 1
         elif pair.chosen_ids == pair.rejected_ids:
             dropped["identical"] += 1
+        elif sides in contested or reverse in contested:
+            dropped["contradiction"] += 1
         elif sides in seen:
             dropped["duplicate"] += 1
         elif reverse in seen:
             dropped["contradiction"] += 2
+            contested.add(reverse)
             del seen[reverse]
         else:
             seen[sides] = pair

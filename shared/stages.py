@@ -27,10 +27,15 @@ PACKAGES = ("shared", "rlhf", "dpo", "benchmarks")
 
 @dataclass
 class Stages:
-    """The store of finished stages below `root`; `report(name, state, seconds)` hears of each."""
+    """The store of finished stages below `root`; `report(name, state, seconds)` hears of each.
+
+    `context` is hashed into every stage: what may change results besides inputs and code, such as
+    the versions of libraries and the number of threads.
+    """
 
     root: Path
     report: Callable[[str, str, float], None]
+    context: dict[str, Any] = field(default_factory=dict)
     _checked: set[Path] = field(default_factory=set)
 
     def run(self, name: str, work: Callable[..., None], *, label: str = "", **inputs: Any) -> Path:
@@ -40,7 +45,7 @@ class Stages:
         hashed is exactly what `work` gets. A damaged folder is set aside and its stage runs again.
         An error in `work` leaves no folder.
         """
-        folder = self.root / stage_key(name, work, inputs)
+        folder = self.root / stage_key(name, work, inputs, self.context)
         if folder not in self._checked:
             if not intact(folder):
                 self._fill(folder, name, work, label or name, inputs)
@@ -62,10 +67,15 @@ class Stages:
         self.report(label, "done", time.perf_counter() - start)
 
 
-def stage_key(name: str, work: Callable[..., Any], inputs: dict[str, Any]) -> str:
-    """`name-<hash>`: changes with any input and with any code that `work`'s module reaches."""
-    payload = json.dumps([name, _plain(inputs), code_hash(work.__module__)], sort_keys=True)
-    return f"{name}-{hashlib.sha256(payload.encode()).hexdigest()[:16]}"
+def stage_key(
+    name: str,
+    work: Callable[..., Any],
+    inputs: dict[str, Any],
+    context: dict[str, Any] | None = None,
+) -> str:
+    """`name-<hash>`: changes with any input, the `context`, and any code that `work` reaches."""
+    about = [name, _plain(inputs), code_hash(work.__module__), context or {}]
+    return f"{name}-{_digest(about)[:16]}"
 
 
 @cache
@@ -76,13 +86,17 @@ def code_hash(module: str) -> str:
         current = queue.pop()
         if current in found:
             continue
+        package, _, _ = current.rpartition(".")
+        parent = importlib.util.find_spec(package) if package else None
+        if parent is not None and parent.submodule_search_locations is None:
+            continue  # `current` is a name in a module, not a module
         spec = importlib.util.find_spec(current)
         if spec is None or spec.origin is None:
             continue
         tree = ast.parse(Path(spec.origin).read_text(encoding="utf-8"))
         found[current] = hashlib.sha256(ast.dump(tree).encode()).hexdigest()
         queue.extend(_project_imports(tree))
-    return hashlib.sha256(json.dumps(found, sort_keys=True).encode()).hexdigest()
+    return _digest(found)
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -104,12 +118,13 @@ def write_jsonl(path: Path, rows: list[dict[str, Any]]) -> None:
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n")[:-1]]
 
 
 def write_manifest(folder: Path, about: dict[str, Any]) -> None:
-    files = {str(p.relative_to(folder)): _sha256(p) for p in _files(folder)}
-    write_json(folder / "manifest.json", {**about, "files": files})
+    """`manifest.json`: what the stage was, the SHA-256 of its files, and a digest of all that."""
+    about = {**about, "files": {str(p.relative_to(folder)): _sha256(p) for p in _files(folder)}}
+    write_json(folder / "manifest.json", {**about, "digest": _digest(about)})
     for path in [*_files(folder), folder]:
         descriptor = os.open(path, os.O_RDONLY)
         os.fsync(descriptor)
@@ -117,14 +132,14 @@ def write_manifest(folder: Path, about: dict[str, Any]) -> None:
 
 
 def intact(folder: Path) -> bool:
-    """Whether a stage's folder is whole: its manifest is there and every file has its hash."""
-    manifest = folder / "manifest.json"
-    if not manifest.is_file():
-        return False
+    """Whether a stage's folder is whole: its manifest is sound and every file has its hash."""
     try:
-        files = read_json(manifest)["files"]
-    except (json.JSONDecodeError, KeyError, UnicodeDecodeError):
+        manifest = read_json(folder / "manifest.json")
+    except (FileNotFoundError, NotADirectoryError, ValueError):  # ValueError: not JSON, not UTF-8
         return False
+    if not isinstance(manifest, dict) or manifest.pop("digest", None) != _digest(manifest):
+        return False
+    files = manifest["files"]
     return all((folder / f).is_file() and _sha256(folder / f) == h for f, h in files.items())
 
 
@@ -132,20 +147,36 @@ def intact(folder: Path) -> bool:
 def _appears_whole(folder: Path) -> Iterator[Path]:
     """A folder to fill that becomes `folder` in one rename; another process may get there first."""
     for abandoned in folder.parent.glob(f".unfinished-{folder.name}-*"):
-        if not Path(f"/proc/{abandoned.name.rpartition('-')[2]}").exists():
+        owner = int(abandoned.name.rpartition("-")[2])
+        if owner == os.getpid() or not _alive(owner):
             shutil.rmtree(abandoned, ignore_errors=True)
     unfinished = folder.with_name(f".unfinished-{folder.name}-{os.getpid()}")
     unfinished.mkdir(parents=True)
-    yield unfinished
     try:
+        yield unfinished
         unfinished.rename(folder)
     except OSError:
         if not intact(folder):
             raise
-        shutil.rmtree(unfinished)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
     descriptor = os.open(folder.parent, os.O_RDONLY)
     os.fsync(descriptor)
     os.close(descriptor)
+
+
+def _alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 def _plain(value: Any) -> Any:
@@ -165,7 +196,7 @@ def _project_imports(tree: ast.AST) -> list[str]:
     names: list[str] = []
     for node in ast.walk(tree):
         if isinstance(node, ast.ImportFrom) and node.module:
-            names.append(node.module)
+            names += [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
         elif isinstance(node, ast.Import):
             names.extend(alias.name for alias in node.names)
     return [name for name in names if name.split(".")[0] in PACKAGES]

@@ -201,6 +201,8 @@ def test_peak_memory_sees_a_block_that_came_and_went_and_a_new_meter_forgets_it(
 
 def test_peak_memory_is_in_bytes():
     """A process with torch holds more than 100 MB and less than the machine."""
-    assert 100 * MEGABYTE < peak_memory_bytes() < os.sysconf("SC_PAGE_SIZE") * os.sysconf(
-        "SC_PHYS_PAGES"
+    assert (
+        100 * MEGABYTE
+        < peak_memory_bytes()
+        < os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     )

@@ -176,6 +176,22 @@ def test_a_wrong_setting_is_named_with_what_was_probably_meant(loss, setting, me
     assert str(error.value) == message
 
 
+@pytest.mark.parametrize(
+    ("loss", "setting"),
+    [
+        ("dpo", {"beta": 0.0}),
+        ("ipo", {"tau": -0.1}),
+        ("kto", {"beta": 0.1, "desirable_weight": 0.0}),
+        ("cdpo", {"beta": 0.1, "label_smoothing": -0.1}),
+        ("rdpo", {"beta": 0.1, "label_smoothing": 0.5}),  # would divide by zero
+    ],
+)
+def test_a_value_that_makes_no_loss_is_refused(loss: str, setting: dict[str, float]):
+    name, value = list(setting.items())[-1]
+    with pytest.raises(InputError, match=f"`{name}` must .*{value}"):
+        check_setting(loss, setting)
+
+
 def test_a_dataset_refuses_a_wrong_setting(dataset):
     with pytest.raises(InputError, match="did you mean `beta`"):
         dataset("dpo", betta=0.1)

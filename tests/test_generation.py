@@ -89,9 +89,7 @@ def test_other_seeds_draw_other_tokens(engine: HFEngine, prompts: list[list[int]
     assert all(a != b for i, a in enumerate(draws) for b in draws[:i])
 
 
-def test_equal_prompts_of_one_call_get_their_own_draws(
-    engine: HFEngine, prompts: list[list[int]]
-):
+def test_equal_prompts_of_one_call_get_their_own_draws(engine: HFEngine, prompts: list[list[int]]):
     assert len({tuple(ids) for ids in draw(engine, [prompts[0]] * 50).ids}) > 25
 
 
@@ -179,9 +177,7 @@ def test_temperature_0_takes_the_likeliest_token_at_each_step(
 ):
     """In the order of the prompts, whatever batches and left padding they went through."""
     small = HFEngine(engine.model, special_ids(tokenizer), batch_size=5)
-    expected = [
-        argmax_by_hand(folder, p, CAP, tokenizer.eos_token_id) for p in prompts[:24]
-    ]
+    expected = [argmax_by_hand(folder, p, CAP, tokenizer.eos_token_id) for p in prompts[:24]]
     assert len({tuple(ids) for ids in expected}) > 6  # or their order would not show
     for several in (engine, small):
         assert draw(several, prompts[:24], temperature=0.0).ids == expected
@@ -192,9 +188,7 @@ def test_greedy_takes_no_seed(engine: HFEngine, prompts: list[list[int]]):
     assert draw(engine, prompts, temperature=0.0, seed=2) == first
 
 
-def test_the_company_of_other_prompts_does_not_matter(
-    engine: HFEngine, prompts: list[list[int]]
-):
+def test_the_company_of_other_prompts_does_not_matter(engine: HFEngine, prompts: list[list[int]]):
     together = draw(engine, prompts, temperature=0.0).ids
     assert [draw(engine, [p], temperature=0.0).ids[0] for p in prompts[:16]] == together[:16]
     turned = draw(engine, prompts[::-1], temperature=0.0).ids
@@ -245,9 +239,7 @@ def test_the_test_of_the_softmax_sees_another_temperature(
     assert first_token_fits(engine, prompts[0], 1.0, 0) < 1e-4
 
 
-def test_left_padding_does_not_change_the_distribution(
-    engine: HFEngine, prompts: list[list[int]]
-):
+def test_left_padding_does_not_change_the_distribution(engine: HFEngine, prompts: list[list[int]]):
     """The same prompt beside a longer one: 2,000 first tokens with padding, 2,000 without."""
     short, long = min(prompts, key=len), max(prompts, key=len)
     assert len(short) < len(long)

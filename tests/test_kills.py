@@ -26,7 +26,7 @@ def test_twenty_kills_leave_nothing_corrupt_and_the_same_results(tmp_path: Path)
     finished: set[str] = set()
     for _ in range(KILLS):
         process = subprocess.Popen([*COMMAND, str(killed)], stdout=subprocess.DEVNULL)
-        _wait_for_a_stage(process, killed, count=len(finished))
+        _wait_for_a_stage(process, killed)
         time.sleep(rng.uniform(0, 6))
         process.send_signal(signal.SIGKILL)
         process.wait()
@@ -41,14 +41,12 @@ def test_twenty_kills_leave_nothing_corrupt_and_the_same_results(tmp_path: Path)
     assert _results(killed) == _results(tmp_path / "undisturbed")
 
 
-def _wait_for_a_stage(process: subprocess.Popen, runs: Path, count: int) -> None:
-    """Wait until the process is at work on a stage that no earlier one finished, or has ended."""
-    started = time.time()
-    while process.poll() is None and time.time() - started < 120:
+def _wait_for_a_stage(process: subprocess.Popen, runs: Path) -> None:
+    """Wait until the process is at work on a stage, or has ended by itself."""
+    while process.poll() is None:
         if list((runs / ".stages").glob(f".unfinished-*-{process.pid}")):
             return
         time.sleep(0.05)
-    assert count >= 0
 
 
 def _results(runs: Path) -> dict:

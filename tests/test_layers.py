@@ -144,7 +144,7 @@ def test_nothing_is_left_to_do(path: Path):
 
 
 def test_every_package_is_installed():
-    """What `pyproject.toml` lists is what there is: a package left out imports from a clone alone."""
+    """`pyproject.toml` lists what there is: a package left out imports from a clone alone."""
     listed = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
     assert set(listed) == {module_of(path) for path in SOURCES if path.name == "__init__.py"}
 

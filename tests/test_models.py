@@ -1,4 +1,4 @@
-"""Models: saved folders are plain transformers folders, and a score is the same wherever it is read."""
+"""Models: saved folders are plain transformers folders; a score is the same wherever it is read."""
 
 import copy
 import json

@@ -509,10 +509,19 @@ def test_only_a_cut_row_pays_for_its_missing_eos(
         assert difference == pytest.approx(-penalty * share, abs=1e-5)
 
 
-def test_the_penalty_enters_the_reward_with_its_coefficient(small_run):
-    _, log, _ = small_run
+@pytest.mark.parametrize("whiten_rewards", [False, True])
+def test_the_logged_reward_is_score_less_penalties_in_their_own_units(
+    tmp_path: Path,
+    policy_folder: Path,
+    reward_folder: Path,
+    task_config: TaskConfig,
+    whiten_rewards: bool,
+):
+    ppo = SMALL.model_copy(update={"whiten_rewards": whiten_rewards})
+    log, _ = run(tmp_path / "run", policy_folder, reward_folder, task_config, ppo, kl_coef=0.3)
+    assert log[-1]["objective/kl"] != 0
     for row in log:
-        penalty = 0.1 * row["objective/kl"] + SMALL.missing_eos_penalty * row["ppo/missing_eos"]
+        penalty = 0.3 * row["objective/kl"] + ppo.missing_eos_penalty * row["ppo/missing_eos"]
         assert row["objective/rlhf_reward"] == pytest.approx(
             row["objective/scores"] - penalty, abs=1e-5
         )

@@ -1,4 +1,4 @@
-"""Preference pairs: what is dropped is counted, labels are Bradley-Terry, seeds decide everything."""
+"""Preference pairs: what is dropped is counted, labels are Bradley-Terry, seeds decide all."""
 
 from collections import Counter
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""The task `reviews`: the grammar writes what it accepts, VADER is the truth, prompts never meet."""
+"""The task `reviews`: the grammar accepts what it writes, VADER is the truth, splits are apart."""
 
 import itertools
 from collections.abc import Iterator
@@ -204,8 +204,8 @@ def test_the_corpus_goes_on_as_its_prompts_do():
 def test_completions_follow_the_mood_of_their_prompts():
     """Praise and `but` lead to blame, praise and `and` to praise."""
     corpus = TASK.corpus(3000, 0)
-    gold = VADER_scores([completion for _, completion in corpus])
-    prompts = VADER_scores([prompt.rsplit(" ", 1)[0] for prompt, _ in corpus])
+    gold = vader_scores([completion for _, completion in corpus])
+    prompts = vader_scores([prompt.rsplit(" ", 1)[0] for prompt, _ in corpus])
     turns = np.array([prompt.endswith("but") for prompt, _ in corpus])
     loud = np.abs(prompts) > 0.1
     same = np.sign(gold) * np.sign(prompts)
@@ -216,7 +216,7 @@ def test_completions_follow_the_mood_of_their_prompts():
 # --- gold -------------------------------------------------------------------------------------
 
 
-def VADER_scores(sentences: list[str]) -> np.ndarray:  # noqa: N802
+def vader_scores(sentences: list[str]) -> np.ndarray:
     return np.array([VADER.polarity_scores(s)["compound"] for s in sentences])
 
 
@@ -228,16 +228,16 @@ def test_gold_is_vaders_compound_score_of_the_two_read_together():
     prompts, completions = texts("PROMPT", 300), texts("COMPLETION", 300, seed=1)
     together = [f"{p} {c}" for p, c in zip(prompts, completions, strict=True)]
     found = TASK.gold(prompts, completions)
-    np.testing.assert_array_equal(found, VADER_scores(together))
+    np.testing.assert_array_equal(found, vader_scores(together))
     assert found.shape == (300,)
     assert np.abs(found).max() <= 1
-    alone = VADER_scores(completions)
+    alone = vader_scores(completions)
     assert np.mean(found != alone) > 0.5  # the prompt counts
 
 
 def test_gold_of_an_empty_completion_is_the_prompts_own():
     prompt = "the plot was charming but"
-    assert gold(prompt, "") == VADER_scores([prompt])[0]
+    assert gold(prompt, "") == vader_scores([prompt])[0]
 
 
 def test_gold_needs_one_completion_a_prompt():
@@ -259,7 +259,8 @@ def test_boosters_strengthen_and_weaken():
     assert gold(quiet, "the cast was extremely great .") > plain
     assert gold(quiet, "the cast was barely great .") < plain
     dull = gold(quiet, "the cast was dull .")
-    assert gold(quiet, "the cast was really dull .") < dull < gold(quiet, "the cast was slightly dull .")
+    assert gold(quiet, "the cast was really dull .") < dull
+    assert gold(quiet, "the cast was slightly dull .") > dull
 
 
 def test_what_follows_but_weighs_more():

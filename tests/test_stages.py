@@ -38,7 +38,10 @@ class Size(Config):
     rows: int = 3
 
 
-def fill(folder: Path, size: Size = Size(), seed: int = 0, **others: object) -> None:
+SMALL = Size()
+
+
+def fill(folder: Path, size: Size = SMALL, seed: int = 0, **others: object) -> None:
     """A stage of three files, one of them in a folder of its own."""
     (folder / "deep").mkdir()
     rng = random.Random(seed)
@@ -264,7 +267,9 @@ def test_a_module_taken_from_its_package_counts(project: Project):
 
 def test_comments_and_layout_do_not_change_the_hash(project: Project):
     before = project.hash()
-    project.write("probe_mid", "# new\nimport shared.probe_low\n\n\ndef f():\n    return (1)  # x\n")
+    project.write(
+        "probe_mid", "# new\nimport shared.probe_low\n\n\ndef f():\n    return (1)  # x\n"
+    )
     assert project.hash() == before
 
 
@@ -345,9 +350,7 @@ Stages(Path({root!r}), lambda *a: None).run("fill", die, seed=7)
 
 
 @pytest.mark.parametrize("death", ["os._exit(3)", "os.kill(os.getpid(), signal.SIGKILL)"])
-def test_a_killed_run_leaves_nothing_half_done_and_the_next_one_completes(
-    store: Store, death: str
-):
+def test_a_killed_run_leaves_nothing_half_done_and_the_next_one_completes(store: Store, death: str):
     code = KILLED.format(tests=str(ROOT / "tests"), root=str(store.root), death=death)
     result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert result.returncode in (3, -signal.SIGKILL), result.stderr
@@ -398,9 +401,7 @@ def test_two_processes_at_one_stage_both_succeed(store: Store, tmp_path: Path):
     meeting.mkdir()
     context = multiprocessing.get_context("fork")
     queue: multiprocessing.Queue[str] = context.Queue()
-    runners = [
-        context.Process(target=race, args=(store.root, meeting, queue)) for _ in range(2)
-    ]
+    runners = [context.Process(target=race, args=(store.root, meeting, queue)) for _ in range(2)]
     for runner in runners:
         runner.start()
     for runner in runners:
@@ -520,9 +521,7 @@ def test_a_line_ends_at_a_newline_and_nowhere_else(tmp_path: Path):
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_numbers_that_are_not_json_are_refused_and_the_old_file_stays(
-    tmp_path: Path, value: float
-):
+def test_numbers_that_are_not_json_are_refused_and_the_old_file_stays(tmp_path: Path, value: float):
     path = tmp_path / "a.json"
     write_json(path, {"a": 1})
     with pytest.raises(ValueError, match="JSON"):

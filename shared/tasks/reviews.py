@@ -121,7 +121,7 @@ class Reviews:
             drawn += 1
             if split_of(prompt) == split:
                 found[prompt] = None
-            elif drawn > 1000 + 200 * count:
+            if drawn > 1000 + 200 * count:
                 raise InputError(
                     f"reviews: found {len(found)} different `{split}` prompts, {count} were asked "
                     "for; the grammar has no more, ask for fewer"
