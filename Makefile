@@ -7,7 +7,7 @@ READY := .venv/.ready
 compare: $(READY)  ## the default head-to-head; prints where the report is
 	$(BIN)/klash compare reviews
 
-quick: $(READY)  ## the same, smaller: one seed, three minutes
+quick: $(READY)  ## the same, smaller: one seed
 	$(BIN)/klash compare reviews --quick
 
 test: lint  ## lint, types and the tests
