@@ -51,7 +51,7 @@ def compare_with(overrides: list[str]) -> Callable[..., None]:
             runs: the folder of all runs and of the stages they share.
         """
         run = run_experiment(load_experiment(file, overrides, quick), runs)
-        print(f"report: {build_report(run)}")
+        print(f"report: {run / 'report' / 'index.html'}")
 
     return compare
 

@@ -15,7 +15,8 @@ import numpy as np
 from benchmarks.evaluate import evaluate, evaluate_best_of_n, score_samples
 from benchmarks.experiment import Arm, Experiment
 from dpo.filtered import train_filtered
-from dpo.reference import score_reference
+from dpo.losses import UNPAIRED
+from dpo.reference import score_mismatched, score_reference
 from dpo.train import train_direct
 from rlhf.ppo import train_ppo
 from rlhf.reward import examine_reward, train_reward
@@ -47,6 +48,7 @@ class Seed:
     reward_scores: Path  # of the reward model on held-out pairs
     limit_scores: Path  # of the reward model on the frontier's samples
     reference: Path
+    mismatched: Path | None  # where some arm is unpaired
     sft_rows: Path
 
 
@@ -72,11 +74,21 @@ class Compared:
     runs: dict[str, list[Trained]]
 
 
-def compare(experiment: Experiment, stages: Stages) -> Compared:
-    """Run whatever is not there yet. Settings are chosen on validation prompts, never on test."""
-    run = stages.run
+def compare(
+    experiment: Experiment, stages: Stages, only: tuple[int, ...] | None = None
+) -> Compared:
+    """Run whatever is not there yet, of all seeds or of `only` some.
+
+    Settings are chosen on validation prompts of the first seeds, never on test prompts.
+    """
+    run, wanted = stages.run, experiment.seeds if only is None else only
     common = prepare_common(experiment, run)
-    seeds = {seed: prepare_seed(experiment, run, common, seed) for seed in experiment.seeds}
+    needed = {*wanted, *experiment.seeds[: experiment.tuning_seeds]}
+    seeds = {
+        seed: prepare_seed(experiment, run, common, seed)
+        for seed in experiment.seeds
+        if seed in needed
+    }
     tuned, validation, runs = {}, {}, {}
     for name, arm in experiment.arms.items():
         scores = tune(experiment, run, common, seeds, name, arm)
@@ -85,7 +97,7 @@ def compare(experiment: Experiment, stages: Stages) -> Compared:
         runs[name] = [
             evaluate_arm(experiment, run, common, seeds[seed], name, arm, setting)
             for setting in arm.settings
-            for seed in experiment.seeds
+            for seed in wanted
             if setting == tuned[name] or seed in tuning_seeds(experiment, arm)
         ]
     return Compared(common, seeds, tuned, validation, runs)
@@ -94,6 +106,11 @@ def compare(experiment: Experiment, stages: Stages) -> Compared:
 def tuning_seeds(experiment: Experiment, arm: Arm) -> tuple[int, ...]:
     """Seeds on which every setting runs; none if there is nothing to choose."""
     return experiment.seeds[: experiment.tuning_seeds] if len(arm.settings) > 1 else ()
+
+
+def timed_seeds(experiment: Experiment) -> list[int]:
+    """Seeds that run with nothing beside them: all, or where seeds run side by side the first."""
+    return list(experiment.seeds if experiment.workers == 1 else experiment.seeds[:1])
 
 
 def prepare_common(experiment: Experiment, run: Run) -> Common:
@@ -143,12 +160,21 @@ def prepare_seed(experiment: Experiment, run: Run, common: Common, seed: int) ->
         ),
         reference=run(
             "reference", score_reference, label=f"reference log-probabilities, seed {seed}",
-            policy=sft, preferences=preferences, seed=seed,
+            policy=sft, preferences=preferences,
         ),
+        mismatched=run(
+            "mismatched", score_mismatched, label=f"mismatched completions, seed {seed}",
+            policy=sft, preferences=preferences, seed=seed,
+        ) if unpaired(experiment) else None,
         sft_rows=evaluate_model(
             experiment, run, common, reward, preferences, seed, sft, ".", f"sft, seed {seed}"
         ),
     )  # fmt: skip
+
+
+def unpaired(experiment: Experiment) -> bool:
+    """Whether some arm's loss reads completions on their own."""
+    return any(arm.kind == "direct" and arm.loss in UNPAIRED for arm in experiment.arms.values())
 
 
 def tune(
@@ -212,8 +238,9 @@ def train(
             filtering=filtering, sampling=experiment.sampling,
         )  # fmt: skip
         return folder, (seed.reward, seed.reference, folder)
-    folder = run("direct", train_direct, **inputs, **data, loss=arm.loss)
-    return folder, (seed.reference, folder)
+    mismatched = seed.mismatched if arm.loss in UNPAIRED else None
+    folder = run("direct", train_direct, **inputs, **data, mismatched=mismatched, loss=arm.loss)
+    return folder, (seed.reference, *([mismatched] if mismatched else []), folder)
 
 
 def evaluate_arm(

@@ -11,10 +11,11 @@ from shared.cost import Meter
 from shared.generation.engine import Completions, Sampling
 from shared.generation.hf import HFEngine
 from shared.kl import exact_kl, k1, k3, masked_sum
-from shared.logprobs import by_length, collate, completion_logits, gather_logprobs, score_logps
+from shared.logprobs import completion_logits, gather_logprobs, score_logps
 from shared.models import Scorer, load_policy, load_tokenizer, special_ids
 from shared.preferences import read_pairs
 from shared.samples import read_samples
+from shared.sequences import by_length, collate
 from shared.stages import write_json, write_jsonl
 from shared.tasks.registry import TaskConfig, make_task
 from shared.tasks.task import Split, Task
@@ -142,7 +143,7 @@ def measure_kl(
         logits, ref_logits = (completion_logits(m, batch) for m in (model, ref_model))
         logprobs, ref_logprobs = (gather_logprobs(z, batch) for z in (logits, ref_logits))
         index = torch.tensor(rows)
-        sums["kl"][index] = masked_sum(exact_kl(logits, ref_logits), batch.mask)
+        sums["kl"][index] = batch.spread(exact_kl(logits, ref_logits)).sum(1)
         sums["k1"][index] = masked_sum(k1(logprobs, ref_logprobs), batch.mask)
         sums["k3"][index] = masked_sum(k3(logprobs, ref_logprobs), batch.mask)
     return {name: values.tolist() for name, values in sums.items()}

@@ -59,7 +59,7 @@ class EvaluationConfig(Config):
     samples: int = Field(default=4, gt=0)
     checkpoint_samples: int = Field(default=2, gt=0)
     validation_prompts: int = Field(default=128, gt=1)
-    checkpoints: tuple[Annotated[float, Field(gt=0, lt=1)], ...] = (0.5,)
+    checkpoints: tuple[Annotated[float, Field(gt=0, lt=1)], ...] = (0.25, 0.5)
     kl_levels: tuple[Annotated[float, Field(gt=0)], ...] = (0.5, 1.0, 2.0, 5.0)
     reward_pairs: int = Field(default=5000, gt=1)
     scale_prompts: int = Field(default=256, gt=1)
@@ -97,7 +97,8 @@ class Experiment(Config):
     task_seed: int = Field(default=0, ge=0)
     seeds: tuple[Annotated[int, Field(ge=0)], ...] = Field(default=(0, 1, 2), min_length=1)
     tuning_seeds: int = Field(default=1, gt=0)
-    threads: int = Field(default=2, gt=0)
+    threads: int = Field(default=2, gt=0)  # of each process
+    workers: int = Field(default=1, gt=0)  # processes: the seeds after the first, side by side
     task: TaskConfig = TaskConfig()
     model: ModelConfig = ModelConfig()
     sampling: Sampling = Sampling()
@@ -115,6 +116,8 @@ class Experiment(Config):
     def names_and_seeds_fit(self) -> "Experiment":
         if len(set(self.seeds)) < len(self.seeds):
             raise ValueError(f"`seeds` holds a seed twice: {list(self.seeds)}")
+        if self.sampling.temperature == 0:
+            raise ValueError("`sampling.temperature` must be above 0: pairs and rollouts are drawn")
         if taken := {"sft", "reward"} & set(self.arms):
             raise ValueError(f"`arms`: the name {sorted(taken)[0]!r} is taken, choose another")
         return self

@@ -23,7 +23,8 @@ class Estimate(Config):
 class Cost(Config):
     """What one training run of the method took, averaged over seeds; shared stages (SFT) left out.
 
-    `wall_s` includes what the method needs and others do not (PPO: its reward model).
+    `wall_s` includes what the method needs and others do not (PPO: its reward model). Seconds,
+    memory and `mfu` are of `timed_seeds`, which ran alone.
     """
 
     wall_s: float
@@ -35,6 +36,7 @@ class Cost(Config):
     labels_used: int
     mfu: float | None = None
     phases: dict[str, float] = Field(default_factory=dict)
+    timed_seeds: list[int] = Field(default_factory=list)
 
 
 class Stability(Config):

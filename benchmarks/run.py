@@ -1,33 +1,29 @@
 """One experiment from its configuration to a run folder, with progress on the way."""
 
 import contextlib
-import importlib.metadata
 import os
-import platform
+import shutil
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
-import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from transformers.utils import logging as transformers_logging
 
-from benchmarks.compare import compare, tuning_seeds
+from benchmarks.compare import compare, tuning_seeds, unpaired
 from benchmarks.experiment import Experiment
-from benchmarks.results import Results
-from benchmarks.summary import Summary, side_by_side, training_curves
+from benchmarks.process import run_side_by_side, set_up_process, stage_context
+from benchmarks.report.build import draw_report
+from benchmarks.summary import summarise
 from shared.config import InputError
-from shared.cost import matmul_rate
 from shared.fit import checkpoint_steps, steps_of
-from shared.stages import Stages, write_json
+from shared.stages import Stages
 
-PACKAGES = ("torch", "transformers", "trl", "accelerate", "datasets", "peft", "numpy", "scipy")
+OTHERS = ("experiment.json", "samples.json", "curves.json")
 
 
 def run_experiment(experiment: Experiment, runs: Path) -> Path:
-    """Run `experiment`; returns its folder with results.json, samples.json and curves.json.
+    """Run `experiment`; returns its folder: results.json, report/, and what the report shows.
 
     Stages lie in `runs/.stages` and are shared by all runs below `runs`.
     """
@@ -36,26 +32,29 @@ def run_experiment(experiment: Experiment, runs: Path) -> Path:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"{folder}: cannot make this folder: {error.strerror}") from error
-    torch.set_num_threads(experiment.threads)
-    torch.use_deterministic_algorithms(True)
-    quiet_libraries()
-    rate = matmul_rate()
+    set_up_process(experiment.threads)
     with progress(stage_count(experiment)) as say:
-        compared = compare(experiment, Stages(runs / ".stages", say, stage_context()))
-        say("summary", "running", 0.0)
-        results = Summary(experiment, compared, rate).results(environment(rate))
-    write_json(folder / "results.json", results.model_dump(mode="json", by_alias=True))
-    write_json(folder / "results.schema.json", Results.model_json_schema())
-    write_json(folder / "experiment.json", experiment.model_dump(mode="json"))
-    write_json(folder / "samples.json", side_by_side(compared, experiment.seeds[0], 12))
-    write_json(folder / "curves.json", training_curves(compared))
+        stages = Stages(runs / ".stages", say, stage_context())
+        if experiment.workers > 1:
+            compare(experiment, stages, only=experiment.seeds[:1])
+            run_side_by_side(experiment, stages)
+        compared = compare(experiment, stages)
+        summary = stages.run("summary", summarise, experiment=experiment, compared=compared)
+        report = stages.run("report", draw_report, run=summary)
+    for file in ("results.json", "results.schema.json", *OTHERS):
+        put(summary / file, folder / file)
+    for part in ("figures", "tables"):
+        shutil.rmtree(folder / "report" / part, ignore_errors=True)
+        shutil.copytree(report / part, folder / "report" / part)
+    put(report / "index.html", folder / "report" / "index.html")
     return folder
 
 
-def stage_context() -> dict[str, Any]:
-    """What changes results besides configuration and code: part of every stage's address."""
-    versions = {name: importlib.metadata.version(name) for name in PACKAGES}
-    return {**versions, "threads": torch.get_num_threads()}
+def put(source: Path, target: Path) -> None:
+    """Copy a file in one rename: a reader sees the old one or the new one."""
+    temporary = target.with_name(f".{target.name}.{os.getpid()}")
+    shutil.copyfile(source, temporary)
+    temporary.replace(target)
 
 
 def stage_count(experiment: Experiment) -> int:
@@ -66,7 +65,7 @@ def stage_count(experiment: Experiment) -> int:
         "ppo": max(1, experiment.ppo.episodes // experiment.ppo.rollout_size),
         "direct": steps_of(experiment.preferences.pairs, direct.batch_size, direct.epochs),
     }
-    total = 4 + 6 * seeds
+    total = 6 + (6 + unpaired(experiment)) * seeds
     for arm in experiment.arms.values():
         tuning = len(tuning_seeds(experiment, arm))
         final = seeds + (len(arm.settings) - 1) * tuning
@@ -83,16 +82,16 @@ def stage_count(experiment: Experiment) -> int:
 
 @contextlib.contextmanager
 def progress(total: int) -> Iterator[Callable[[str, str, float], None]]:
-    """A bar with the time left on a terminal, a plain line a stage elsewhere."""
+    """A bar with the time left on a terminal, a plain line a stage elsewhere; each stage once."""
+    told: set[str] = set()
     if not sys.stdout.isatty():
-        done = 0
 
         def say(name: str, state: str, seconds: float) -> None:
-            nonlocal done
-            done += state in ("done", "cached")
+            if state == "running" or name in told:
+                return
+            told.add(name)
             spent = f" in {seconds:.1f} s" if state == "done" else ""
-            if state != "running":
-                print(f"[{done}/{total}] {name}: {state}{spent}", flush=True)
+            print(f"[{len(told)}/{total}] {name}: {state}{spent}", flush=True)
 
         yield say
         return
@@ -103,29 +102,8 @@ def progress(total: int) -> Iterator[Callable[[str, str, float], None]]:
         def show(name: str, state: str, seconds: float) -> None:
             if state == "running":
                 bar.update(task, description=name)
-            else:
+            elif name not in told:
+                told.add(name)
                 bar.advance(task)
 
         yield show
-
-
-def environment(rate: float) -> dict[str, Any]:
-    """Versions and machine; the one part of the results that may differ between equal runs."""
-    versions = {name: importlib.metadata.version(name) for name in PACKAGES}
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-    return {
-        "python": platform.python_version(),
-        **versions,
-        "processor": platform.machine(),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "gpu": gpu,
-        "matmul_flops_per_s": rate,
-    }
-
-
-def quiet_libraries() -> None:
-    """No progress bars or loading notes of the libraries between our own lines."""
-    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()

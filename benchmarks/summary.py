@@ -5,9 +5,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
-from benchmarks.compare import Compared, Trained
+from benchmarks.compare import Compared, Trained, timed_seeds
 from benchmarks.experiment import Experiment
 from benchmarks.frontier import (
     Frontier,
@@ -30,45 +29,37 @@ from benchmarks.metrics import (
 )
 from benchmarks.results import (
     Comparison,
-    Cost,
     CurvePoint,
     Estimate,
-    FilterEpoch,
     Method,
     Results,
     RewardModel,
     Setting,
-    Stability,
 )
+from benchmarks.rows import Array, Rows, side_by_side, training_curves
+from benchmarks.spending import cost_of, filtering_of, stability_of
 from benchmarks.statistics import (
     crossed_interval,
-    interquartile_range,
     paired_difference,
     seed_interval,
     verdict,
 )
+from shared.cost import environment, matmul_rate
 from shared.samples import read_samples
-from shared.stages import read_json, read_jsonl
+from shared.stages import read_json, write_json
 
-Array = NDArray[np.float64]
 NOTHING = Estimate(mean=None)
 
 
-class Rows:
-    """One arm's evaluation rows over seeds: `rows["gold"]` is (seeds, prompts, samples)."""
-
-    def __init__(self, folders: list[Path]):
-        self.raw = [read_jsonl(folder / "rows.jsonl") for folder in folders]
-
-    def __contains__(self, column: str) -> bool:
-        return column in self.raw[0][0]
-
-    def __getitem__(self, column: str) -> Array:
-        return np.array([[row[column] for row in rows] for rows in self.raw], dtype=np.float64)
-
-    def mean(self, column: str) -> Array:
-        """(seeds, prompts)"""
-        return self[column].mean(-1)
+def summarise(folder: Path, experiment: Experiment, compared: Compared) -> None:
+    """Stage: `results.json` with its schema, and what the report shows beside it."""
+    rate = matmul_rate()
+    results = Summary(experiment, compared, rate).results(environment(rate))
+    write_json(folder / "results.json", results.model_dump(mode="json", by_alias=True))
+    write_json(folder / "results.schema.json", Results.model_json_schema())
+    write_json(folder / "experiment.json", experiment.model_dump(mode="json"))
+    write_json(folder / "samples.json", side_by_side(compared, experiment.seeds[0], 12))
+    write_json(folder / "curves.json", training_curves(compared))
 
 
 class Summary:
@@ -124,10 +115,10 @@ class Summary:
     def _method(
         self, name: str, kind: str, setting: dict[str, float], rows: Rows, runs: list[Trained]
     ) -> Method:
-        sft, gold = self.sft, rows.mean("gold")
+        e, sft, gold = self.experiment, self.sft, rows.mean("gold")
         bound = kind == "best-of-n"
         kl = np.full_like(gold, best_of_n_kl(int(setting["n"]))) if bound else rows.mean("kl")
-        near = slice(0, self.experiment.evaluation.near_prompts)
+        near = slice(0, e.evaluation.near_prompts)
         ratios = [self._efficiency(g, k) for g, k in zip(gold[:, near], kl[:, near], strict=True)]
         final = [run for run in runs if run.setting == setting]
         return Method(
@@ -159,10 +150,10 @@ class Summary:
             well_formed=crossed_interval(rows.mean("well_formed")),
             displacement=self._displacement(final),
             gold_at_matched_kl=self._matched(name, runs),
-            cost=self._cost(kind, final),
-            stability=self._stability(runs, final),
+            cost=cost_of(final, e.preferences.pairs, self.rate, timed_seeds(e)),
+            stability=stability_of(runs, final),
             sweep=self._sweep(name, runs),
-            filtering=self._filtering(final) if kind == "filtered" else None,
+            filtering=filtering_of(final) if kind == "filtered" else None,
         )  # fmt: skip
 
     def _efficiency(self, gold: Array, kl: Array) -> tuple[float | None, bool]:
@@ -210,58 +201,6 @@ class Summary:
         values = [matched_kl(kls, column.tolist(), level) for column in columns]
         return None if values[0] is None else np.array(values, dtype=np.float64)
 
-    def _cost(self, kind: str, final: list[Trained]) -> Cost:
-        if not final:
-            return Cost(wall_s=0, train_tokens=0, generated_tokens=0, flops=0,
-                        peak_memory_bytes=0, models_held=1, labels_used=0)  # fmt: skip
-        totals: list[dict[str, Any]] = []
-        for run in final:
-            costs = {f.name.rsplit("-", 1)[0]: read_json(f / "cost.json") for f in run.stages}
-            phases: dict[str, float] = {}
-            for stage, cost in costs.items():
-                whole = {stage: cost["wall_s"]}
-                inner = {f"{stage}: {k}": v for k, v in cost["phases"].items()}
-                phases |= inner if stage in ("ppo", "filtered") else whole
-            sums = {k: sum(c[k] for c in costs.values()) for k in _SUMMED}
-            most = {
-                k: max(c[k] for c in costs.values()) for k in ("peak_memory_bytes", "models_held")
-            }
-            totals.append({**sums, **most, "phases": phases})
-        mean = {k: float(np.mean([t[k] for t in totals])) for k in (*_SUMMED, "peak_memory_bytes")}
-        names = totals[0]["phases"]
-        return Cost(
-            **mean,
-            models_held=max(t["models_held"] for t in totals),
-            labels_used=self.experiment.preferences.pairs,
-            mfu=mean["flops"] / mean["wall_s"] / self.rate,
-            phases={n: float(np.mean([t["phases"].get(n, 0.0) for t in totals])) for n in names},
-        )  # pyright: ignore[reportArgumentType]
-
-    def _stability(self, runs: list[Trained], final: list[Trained]) -> Stability:
-        def gold(folder: Path) -> float:
-            return float(Rows([folder]).mean("gold").mean())
-
-        ends = [gold(run.rows[1.0]) for run in final]
-        best = [max(gold(f) for f in run.rows.values()) for run in final]
-        trained = [run for run in runs if run.model]
-        overshoot = []
-        for run in trained:
-            kls = {share: float(Rows([f]).mean("kl").mean()) for share, f in run.rows.items()}
-            overshoot.append(max(kls.values()) / kls[1.0] if kls[1.0] > 0 else 1.0)
-        stops = [read_json(run.model / "stopped.json") for run in trained if run.model]
-        norms = [_column(run.model / "log.json", "grad_norm") for run in trained if run.model]
-        return Stability(
-            runs=len(runs),
-            failed=sum(bool(stop["failed"]) for stop in stops),
-            stopped_early=sum(bool(stop["stopped_early"]) for stop in stops),
-            gold_iqr=interquartile_range(ends),
-            final_over_best=float(np.mean(np.array(ends) / best))
-            if ends and min(best) > 0
-            else None,
-            kl_overshoot=max(overshoot) if overshoot else None,
-            gradient_spikes=sum(int((n > 5 * np.median(n)).sum()) for n in norms if len(n)),
-        )
-
     def _sweep(self, name: str, runs: list[Trained]) -> list[Setting]:
         if not runs:
             return []
@@ -291,18 +230,6 @@ class Summary:
         else:
             kl = seed_interval([best_of_n_kl(int(run.setting["n"])) for run in runs])
         return CurvePoint(fraction=share, gold=crossed_interval(rows.mean("gold")), kl=kl)
-
-    def _filtering(self, final: list[Trained]) -> list[FilterEpoch]:
-        logs = [read_json(run.model / "filtering.json") for run in final if run.model]
-        return [
-            FilterEpoch(
-                epoch=epochs[0]["epoch"],
-                kept_share=float(np.mean([e["kept_share"] for e in epochs])),
-                kept_share_per_seed=[e["kept_share"] for e in epochs],
-                floor_bound=sum(e["floor_bound"] for e in epochs),
-            )
-            for epochs in zip(*logs, strict=True)
-        ]
 
     def _reward_model(self) -> RewardModel:
         scores = [read_json(s.reward_scores / "scores.json") for s in self.compared.seeds.values()]
@@ -344,57 +271,9 @@ class Summary:
         return found
 
 
-_SUMMED = ("wall_s", "train_tokens", "generated_tokens", "flops")
-
-
-def side_by_side(compared: Compared, seed: int, count: int) -> dict[str, Any]:
-    """The first test prompts, each answered by every method (`samples.json`)."""
-    folders = {"sft": compared.seeds[seed].sft_rows}
-    for name, runs in compared.runs.items():
-        run = next(r for r in runs if r.seed == seed and r.setting == compared.tuned[name])
-        folders[name] = run.rows[1.0]
-    rows = {name: read_jsonl(folder / "rows.jsonl")[:count] for name, folder in folders.items()}
-    return {
-        "prompts": [
-            {
-                "prompt": rows["sft"][i]["prompt"],
-                "answers": {
-                    name: {"text": r[i]["completions"][0], "gold": r[i]["gold"][0]}
-                    for name, r in rows.items()
-                },
-            }
-            for i in range(len(rows["sft"]))
-        ]
-    }
-
-
-def training_curves(compared: Compared, points: int = 100) -> dict[str, Any]:
-    """Training logs at the tuned settings, by method, seed and metric (`curves.json`)."""
-    folders = {("reward", s.seed): s.reward for s in compared.seeds.values()}
-    for name, runs in compared.runs.items():
-        for run in runs:
-            if run.model is not None and run.setting == compared.tuned[name]:
-                folders[name, run.seed] = run.model
-    curves: dict[str, Any] = {}
-    for (name, seed), folder in folders.items():
-        log = read_json(folder / "log.json")
-        if not log:  # it failed in its first step
-            continue
-        stride = max(1, len(log) // points)
-        curves.setdefault(name, {})[str(seed)] = {
-            metric: [[i + 1, log[i][metric]] for i in range(0, len(log), stride)]
-            for metric in log[0]
-        }
-    return curves
-
-
 def _unbounded(curve: Frontier, kl: float) -> float | None:
     gold, is_bound = curve.at(kl)
     return None if is_bound else gold
-
-
-def _column(path: Path, name: str) -> Array:
-    return np.array([row[name] for row in read_json(path)], dtype=np.float64)
 
 
 def _correlation(scores: dict[str, Array], column: str) -> float:

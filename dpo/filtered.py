@@ -13,7 +13,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from dpo.train import Dataset, DirectConfig, finish
+from dpo.train import Dataset, DirectConfig, finish, with_setting
 from shared.config import Config
 from shared.fit import Diverged, prepare, steps_of
 from shared.generation.engine import Sampling
@@ -46,10 +46,12 @@ def train_filtered(
 ) -> None:
     """Stage: a policy trained by DPO on what the reward model keeps; `audit.jsonl` tells why.
 
-    With `filtering.random` the same number of pairs goes each epoch, drawn blindly: what filtering
-    gains beyond training on fewer pairs is the difference between the two.
+    The schedule counts on what the first filtering leaves: where a later one drops more, training
+    ends before it does. With `filtering.random` the same number of pairs goes each epoch, drawn
+    blindly: what filtering gains beyond training on fewer pairs is the difference between the two.
     """
-    data = Dataset(policy, preferences, reference, "dpo", setting, direct.micro_batch_size)
+    direct, micro_batch_size = with_setting(direct, setting), direct.micro_batch_size
+    data = Dataset(policy, preferences, reference, None, "dpo", setting, micro_batch_size)
     model, scorer = load_policy(policy), Scorer(reward_model)
     engine = HFEngine(model, special_ids(data.tokenizer))
     data.meter.models_held = 2

@@ -16,34 +16,45 @@ from shared.preferences import Pair, read_pairs
 from shared.stages import write_json
 
 
-class Reference(NamedTuple):
-    """log ref(y|x) of the N training pairs, and of 2 N mismatched rows (chosen first)."""
+class Mismatched(NamedTuple):
+    """Each of the 2 N rows (chosen first) with a completion of another prompt: KTO's baseline."""
 
-    chosen: Tensor  # (N,)
-    rejected: Tensor  # (N,)
-    mismatched: Tensor  # (2 N,) prompt of row j with the completion of row partner[j]
-    partner: Tensor  # (2 N,)
+    partner: Tensor  # (2 N,) whose completion row j is read with
+    logps: Tensor  # (2 N,) log ref of it
 
 
-def score_reference(folder: Path, policy: Path, preferences: Path, seed: int) -> None:
-    """Stage: `reference.safetensors`. Depends on weights, tokens and code; on no beta or rate."""
+def score_reference(folder: Path, policy: Path, preferences: Path) -> None:
+    """Stage: log ref(y|x) of the 2 N completions, chosen first, in `reference.safetensors`.
+
+    Depends on weights, tokens and code; on no beta, rate or seed of a training.
+    """
     meter = Meter()
-    pairs = read_pairs(preferences / "train.jsonl")
+    prompts, completions = unpaired_rows(read_pairs(preferences / "train.jsonl"))
     model, pad_id = load_policy(policy).eval(), special_ids(load_tokenizer(policy)).pad
-    prompts, completions = unpaired_rows(pairs)
-    partner = mismatch([tuple(p) for p in prompts], seed)
-    logps = score_logps(model, prompts, completions, pad_id)
-    mismatched = score_logps(model, prompts, [completions[j] for j in partner], pad_id)
-    chosen, rejected = logps.chunk(2)
-    reference = Reference(
-        chosen.contiguous(), rejected.contiguous(), mismatched, torch.tensor(partner)
-    )
-    save_file(reference._asdict(), folder / "reference.safetensors")
+    logps = score_logps(model, prompts, completions, pad_id, meter=meter)
+    save_file({"logps": logps}, folder / "reference.safetensors")
     write_json(folder / "cost.json", meter.summary())
 
 
-def read_reference(folder: Path) -> Reference:
-    return Reference(**load_file(folder / "reference.safetensors"))
+def score_mismatched(folder: Path, policy: Path, preferences: Path, seed: int) -> None:
+    """Stage: one derangement across prompts and its log ref, in `mismatched.safetensors`."""
+    meter = Meter()
+    prompts, completions = unpaired_rows(read_pairs(preferences / "train.jsonl"))
+    model, pad_id = load_policy(policy).eval(), special_ids(load_tokenizer(policy)).pad
+    partner = mismatch([tuple(p) for p in prompts], seed)
+    logps = score_logps(model, prompts, [completions[j] for j in partner], pad_id, meter=meter)
+    mismatched = Mismatched(torch.tensor(partner), logps)
+    save_file(mismatched._asdict(), folder / "mismatched.safetensors")
+    write_json(folder / "cost.json", meter.summary())
+
+
+def read_reference(folder: Path) -> Tensor:
+    """(2 N,)"""
+    return load_file(folder / "reference.safetensors")["logps"]
+
+
+def read_mismatched(folder: Path) -> Mismatched:
+    return Mismatched(**load_file(folder / "mismatched.safetensors"))
 
 
 def unpaired_rows(pairs: list[Pair]) -> tuple[list[list[int]], list[list[int]]]:

@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from dpo.losses import LOSSES, UNPAIRED, LogRatios
-from dpo.reference import Reference, read_reference, unpaired_rows
+from dpo.reference import read_mismatched, read_reference, unpaired_rows
 from shared.config import Config, InputError, suggest
 from shared.cost import Meter
 from shared.fit import (
@@ -24,19 +24,26 @@ from shared.fit import (
     step,
     steps_of,
 )
-from shared.logprobs import Sequences, by_length, collate, sequence_logps
+from shared.logprobs import sequence_logps
 from shared.models import load_policy, load_tokenizer, save, special_ids
 from shared.preferences import Pair, read_pairs
+from shared.sequences import Sequences, by_length, collate
 from shared.stages import write_json
 
 
 class DirectConfig(Config):
-    """What all direct methods share, so that they differ in the loss alone."""
+    """What all direct methods share, so that they differ in the loss alone.
+
+    A setting may hold its own `learning_rate` beside its loss's hyperparameters.
+    """
 
     optimizer: OptimizerConfig = OptimizerConfig(learning_rate=5e-4)
-    epochs: int = Field(default=1, gt=0)
-    batch_size: int = Field(default=32, gt=0)  # pairs; 2 completions each
+    epochs: int = Field(default=2, gt=0)
+    batch_size: int = Field(default=64, gt=0)  # pairs; 2 completions each
     micro_batch_size: int = Field(default=32, gt=0)
+
+
+LEARNING_RATE = "learning_rate"
 
 
 class Micro(NamedTuple):
@@ -49,7 +56,7 @@ class Micro(NamedTuple):
 
 
 def check_setting(loss: str, setting: dict[str, float]) -> None:
-    """InputError unless `setting` holds just the loss's hyperparameters."""
+    """InputError unless `setting` holds the loss's hyperparameters, and maybe a learning rate."""
     if loss not in LOSSES:
         raise InputError(f"unknown loss `{loss}`{suggest(loss, list(LOSSES))}")
     wanted = {
@@ -58,8 +65,10 @@ def check_setting(loss: str, setting: dict[str, float]) -> None:
         if parameter.kind is parameter.KEYWORD_ONLY
     }
     for name in setting:
-        if name not in wanted:
-            raise InputError(f"loss `{loss}` has no `{name}`{suggest(name, list(wanted))}")
+        if name not in wanted and name != LEARNING_RATE:
+            raise InputError(
+                f"loss `{loss}` has no `{name}`{suggest(name, [*wanted, LEARNING_RATE])}"
+            )
     for name, value in setting.items():
         if name == "label_smoothing" and not 0 <= value < 0.5:
             raise InputError(f"`label_smoothing` must lie in [0, 0.5), found {value}")
@@ -70,19 +79,31 @@ def check_setting(loss: str, setting: dict[str, float]) -> None:
             raise InputError(f"loss `{loss}` needs a value for `{name}`")
 
 
+def with_setting(direct: DirectConfig, setting: dict[str, float]) -> DirectConfig:
+    """`direct` at the learning rate of `setting`, if it holds one."""
+    rate = setting.get(LEARNING_RATE, direct.optimizer.learning_rate)
+    optimizer = direct.optimizer.model_copy(update={LEARNING_RATE: rate})
+    return direct.model_copy(update={"optimizer": optimizer})
+
+
 def train_direct(
     folder: Path,
     policy: Path,
     preferences: Path,
     reference: Path,
+    mismatched: Path | None,
     loss: str,
     setting: dict[str, float],
     direct: DirectConfig,
     checkpoints: Sequence[float],
     seed: int,
 ) -> None:
-    """Stage: the policy after DPO, IPO or KTO, in `final` and in `checkpoint-<step>` on the way."""
-    data = Dataset(policy, preferences, reference, loss, setting, direct.micro_batch_size)
+    """Stage: the policy after DPO, IPO or KTO, in `final` and in `checkpoint-<step>` on the way.
+
+    Unpaired losses need `mismatched`, the stage that `score_mismatched` fills.
+    """
+    direct, micro_batch_size = with_setting(direct, setting), direct.micro_batch_size
+    data = Dataset(policy, preferences, reference, mismatched, loss, setting, micro_batch_size)
     steps = steps_of(len(data.pairs), direct.batch_size, direct.epochs)
     model = load_policy(policy)
     trainee = prepare(model, direct.optimizer, steps)
@@ -108,6 +129,7 @@ class Dataset:
         policy: Path,
         preferences: Path,
         reference: Path,
+        mismatched: Path | None,
         loss: str,
         setting: dict[str, float],
         micro_batch_size: int,
@@ -116,10 +138,14 @@ class Dataset:
         self.tokenizer = load_tokenizer(policy)
         self.pad_id = special_ids(self.tokenizer).pad
         self.pairs: list[Pair] = read_pairs(preferences / "train.jsonl")
-        self.reference: Reference = read_reference(reference)
         self.prompts, self.completions = unpaired_rows(self.pairs)
-        self.ref_logps = torch.cat([self.reference.chosen, self.reference.rejected])
-        self.loss, self.setting, self.unpaired = LOSSES[loss], setting, loss in UNPAIRED
+        self.ref_logps = read_reference(reference)
+        self.loss, self.unpaired = LOSSES[loss], loss in UNPAIRED
+        self.setting = {k: v for k, v in setting.items() if k != LEARNING_RATE}
+        if self.unpaired:
+            if mismatched is None:
+                raise ValueError(f"loss `{loss}` needs mismatched completions")
+            self.mismatched = read_mismatched(mismatched)
         self.micro_batch_size = micro_batch_size
         self.meter = Meter()
 
@@ -175,7 +201,7 @@ class Dataset:
     @torch.no_grad()
     def mismatched_ratios(self, model: PreTrainedModel, rows: list[int]) -> Tensor:
         """Log-ratios of the step's prompts with other prompts' completions, (len(rows),)."""
-        partner = self.reference.partner[torch.tensor(rows)].tolist()
+        partner = self.mismatched.partner[torch.tensor(rows)].tolist()
         ratios = torch.zeros(len(rows))
         for group in by_length([len(self.completions[j]) for j in partner], 256):
             batch = collate(
@@ -184,7 +210,7 @@ class Dataset:
                 self.pad_id,
             ).to(model.device)
             self.meter.forward(model, batch)
-            ref = self.reference.mismatched[torch.tensor([rows[i] for i in group])]
+            ref = self.mismatched.logps[torch.tensor([rows[i] for i in group])]
             ratios[torch.tensor(group)] = sequence_logps(model, batch).cpu() - ref
         return ratios
 

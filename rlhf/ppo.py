@@ -9,46 +9,22 @@ make the sampled distribution differ from the one that is scored.
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from pydantic import Field
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from rlhf.losses import explained_variance, gae, policy_loss, shaped_rewards, value_loss, whiten
+from rlhf.losses import gae, policy_loss, shaped_rewards, value_loss, whiten
+from rlhf.rollout import Actors, Rollout, make_actors, rollout_numbers, score_rollout
 from shared.config import Config
 from shared.cost import Meter
-from shared.fit import (
-    Diverged,
-    OptimizerConfig,
-    Trainee,
-    batches,
-    checkpoint_steps,
-    prepare,
-    step,
-)
+from shared.fit import Diverged, OptimizerConfig, batches, checkpoint_steps, step
 from shared.generation.engine import Sampling
-from shared.generation.hf import HFEngine
-from shared.kl import k1, k3, masked_sum
-from shared.logprobs import (
-    Sequences,
-    by_length,
-    collate,
-    completion_logits,
-    gather_logprobs,
-    token_logprobs,
-)
-from shared.models import (
-    Scorer,
-    frozen,
-    load_policy,
-    load_scalar_model,
-    load_tokenizer,
-    save,
-    special_ids,
-    state_values,
-)
+from shared.kl import k1
+from shared.logprobs import token_logprobs
+from shared.models import load_tokenizer, save, state_values
+from shared.sequences import by_length
 from shared.stages import write_json
 from shared.tasks.registry import TaskConfig, make_task
 
@@ -80,6 +56,11 @@ class PPOConfig(Config):
     max_approx_kl: float = Field(default=0.1, gt=0)
     max_kl: float = Field(default=60.0, gt=0)
 
+    @property
+    def value_optimizer(self) -> OptimizerConfig:
+        """The value model's: the policy's at another rate."""
+        return self.optimizer.model_copy(update={"learning_rate": self.value_learning_rate})
+
 
 @dataclass
 class KLController:
@@ -99,45 +80,6 @@ class KLController:
             self.coef *= 1 + error * episodes / self.horizon
 
 
-class Rollout(NamedTuple):
-    """One batch of episodes; (B, T) over completion tokens, 0 outside the mask."""
-
-    sequences: Sequences
-    logprobs: Tensor  # (B, T) of the policy that sampled
-    ref_logprobs: Tensor  # (B, T)
-    values: Tensor  # (B, T)
-    advantages: Tensor  # (B, T)
-    returns: Tensor  # (B, T)
-
-    def rows(self, index: Tensor) -> "Rollout":
-        """Some episodes, cut to their longest prompt and completion."""
-        sequences = Sequences(*(t[index] for t in self.sequences))
-        columns = int(sequences.lengths.max())
-        width = self.sequences.mask.shape[1]
-        left = int(sequences.attention[:, :-width].argmax(1).min())
-        right = sequences.ids.shape[1] - (width - columns)
-        trimmed = Sequences(
-            sequences.ids[:, left:right],
-            sequences.attention[:, left:right],
-            sequences.mask[:, :columns],
-        )
-        return Rollout(trimmed, *(t[index, :columns] for t in self[1:]))
-
-
-@dataclass
-class Actors:
-    """The four models of PPO: two that train, two that do not."""
-
-    policy: Trainee
-    value: Trainee
-    ref: PreTrainedModel
-    scorer: Scorer
-    engine: HFEngine
-    pad_id: int
-    temperature: float
-    meter: Meter
-
-
 def train_ppo(
     folder: Path,
     policy: Path,
@@ -152,7 +94,9 @@ def train_ppo(
     """Stage: the policy after PPO in `final`, on the way in `checkpoint-<update>`, and its log."""
     tokenizer, meter = load_tokenizer(policy), Meter()
     updates = max(1, ppo.episodes // ppo.rollout_size)
-    actors = make_actors(policy, reward_model, ppo, sampling, updates, meter)
+    steps = updates * ppo.epochs * -(-ppo.rollout_size // ppo.minibatch_size)
+    optimizers = ppo.optimizer, ppo.value_optimizer
+    actors = make_actors(policy, reward_model, *optimizers, steps, sampling.temperature, meter)
     controller = KLController(kl_coef, ppo.kl_target, ppo.kl_horizon)
     prompts = prompt_stream(tokenizer, task, ppo, seed)
     save_after = checkpoint_steps(updates, checkpoints)
@@ -169,7 +113,7 @@ def train_ppo(
         with meter.phase("score"):
             rollout, scores, entropy = score_rollout(actors, batch, completions.ids)
         # 3. a completion without EOS pays for it
-        truncated = torch.tensor(completions.truncated)
+        truncated = torch.tensor(completions.truncated, device=scores.device)
         penalised = scores - ppo.missing_eos_penalty * truncated
         # 4. reward = score at the last token - kl_coef * KL at each token
         mask = rollout.sequences.mask
@@ -208,47 +152,6 @@ def train_ppo(
     write_json(folder / "cost.json", {**meter.summary(), "labels_used": 0})
 
 
-def rollout_numbers(rollout: Rollout, scores: Tensor, truncated: Tensor) -> dict[str, float]:
-    """What an episode looked like before the update, under the field's names."""
-    mask = rollout.sequences.mask
-    pair = rollout.logprobs, rollout.ref_logprobs
-    return {
-        "objective/kl": masked_sum(k1(*pair), mask).mean().item(),
-        "objective/k3": masked_sum(k3(*pair), mask).mean().item(),
-        "objective/scores": scores.mean().item(),
-        "ppo/val/explained_variance": explained_variance(rollout.values, rollout.returns, mask),
-        "ppo/completion_length": mask.sum(1).float().mean().item(),
-        "ppo/missing_eos": truncated.float().mean().item(),
-    }
-
-
-def make_actors(
-    policy: Path, reward_model: Path, ppo: PPOConfig, sampling: Sampling, updates: int, meter: Meter
-) -> Actors:
-    """Policy and reference from the SFT model, value model and scorer from the reward model."""
-    ids = special_ids(load_tokenizer(policy))
-    steps = updates * ppo.epochs * -(-ppo.rollout_size // ppo.minibatch_size)
-    start = load_policy(policy)
-    value_optimizer = ppo.optimizer.model_copy(update={"learning_rate": ppo.value_learning_rate})
-    scorer = Scorer(reward_model)
-    value = load_scalar_model(reward_model)
-    with torch.no_grad():  # the value model starts as the reward model in its normalised units
-        value.score.weight /= scorer.scale  # pyright: ignore
-    meter.models_held = 4
-    trainee = prepare(start, ppo.optimizer, steps)
-    engine = HFEngine(trainee.model, ids)
-    return Actors(
-        policy=trainee,
-        value=prepare(value, value_optimizer, steps),
-        ref=frozen(start),
-        scorer=scorer,
-        engine=engine,
-        pad_id=ids.pad,
-        temperature=sampling.temperature,
-        meter=meter,
-    )
-
-
 def prompt_stream(
     tokenizer, task: TaskConfig, ppo: PPOConfig, seed: int
 ) -> Iterator[list[list[int]]]:
@@ -259,38 +162,6 @@ def prompt_stream(
     for rows in batches(len(ids), ppo.rollout_size, passes, seed):
         if len(rows) == ppo.rollout_size:
             yield [ids[i] for i in rows]
-
-
-@torch.no_grad()
-def score_rollout(
-    actors: Actors, prompts: list[list[int]], completions: list[list[int]]
-) -> tuple[Rollout, Tensor, float]:
-    """(rollout without advantages, scores (B,), entropy in nats a token), of fresh samples."""
-    whole = collate(prompts, completions, actors.pad_id)
-    blank = torch.zeros(whole.mask.shape)
-    rollout = Rollout(whole, *(blank.clone() for _ in range(5)))
-    scores, entropy = torch.zeros(len(prompts)), 0.0
-    for group in by_length([len(c) for c in completions], 256):
-        index = torch.tensor(group)
-        batch = rollout.rows(index).sequences
-        columns = batch.mask.shape[1]
-        logits = completion_logits(actors.policy.model, batch, actors.temperature)
-        rollout.logprobs[index, :columns] = gather_logprobs(logits, batch)
-        entropy += masked_sum(token_entropy(logits), batch.mask).sum().item()
-        ref_logprobs = token_logprobs(actors.ref, batch, actors.temperature)
-        rollout.ref_logprobs[index, :columns] = ref_logprobs
-        values = state_values(actors.value.model, batch)
-        rollout.values[index, :columns] = values.masked_fill(~batch.mask, 0.0)
-        scores[index] = actors.scorer.score(batch)
-        for model in (actors.policy.model, actors.ref, actors.value.model, actors.scorer.model):
-            actors.meter.forward(model, batch)
-    return rollout, scores, entropy / int(whole.mask.sum())
-
-
-def token_entropy(logits: Tensor) -> Tensor:
-    """Entropy of each next-token distribution, in nats: (..., V) -> (...)."""
-    logprobs = logits.log_softmax(-1)
-    return -(logprobs.exp() * logprobs).sum(-1)
 
 
 def update_models(actors: Actors, rollout: Rollout, ppo: PPOConfig, seed: int) -> dict[str, float]:

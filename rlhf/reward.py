@@ -10,8 +10,7 @@ from transformers import PreTrainedModel
 from rlhf.losses import bradley_terry_loss
 from shared.config import Config
 from shared.cost import Meter
-from shared.fit import OptimizerConfig, batches, prepare, step, steps_of
-from shared.logprobs import Sequences, by_length, collate
+from shared.fit import Diverged, OptimizerConfig, batches, prepare, step, steps_of
 from shared.models import (
     Scorer,
     load_tokenizer,
@@ -23,6 +22,7 @@ from shared.models import (
 )
 from shared.preferences import Pair, read_pairs
 from shared.samples import read_samples
+from shared.sequences import Sequences, by_length, collate
 from shared.stages import write_json
 from shared.tasks.registry import TaskConfig, make_task
 
@@ -63,7 +63,11 @@ def train_reward(
     with meter.phase("train"):
         for rows in batches(len(pairs), reward.batch_size, reward.epochs, seed):
             micro_batches = pair_batches([pairs[i] for i in rows], pad_id, reward.micro_batch_size)
-            log.append(step(trainee, micro_batches, loss))
+            try:
+                log.append(step(trainee, micro_batches, loss))
+            except Diverged as error:  # nothing that scores can go on without it
+                fix = "lower `reward.optimizer.learning_rate`"
+                raise Diverged(f"reward model, step {len(log) + 1}: {error}; {fix}") from error
     save(trainee.accelerator.unwrap_model(trainee.model), tokenizer, folder)
     with meter.phase("normalise"):
         normalise(folder, references)

@@ -1,17 +1,23 @@
 """What a stage costs: seconds by phase, tokens, FLOPs, peak memory, models held at once."""
 
+import importlib.metadata
 import os
+import platform
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from shared.logprobs import Sequences
+from shared.packing import pack, packs
+from shared.sequences import Sequences
+
+PACKAGES = ("torch", "transformers", "trl", "accelerate", "datasets", "peft", "numpy", "scipy")
 
 
 class Meter:
@@ -40,9 +46,13 @@ class Meter:
             self.phases[name] = self.phases.get(name, 0.0) + time.perf_counter() - start
 
     def forward(self, model: PreTrainedModel, batch: Sequences, backward: bool = False) -> None:
-        """Counts a pass over `batch`; with `backward` also its gradient and the trained tokens."""
+        """Counts a pass over `batch`; with `backward` also its gradient and the trained tokens.
+
+        A prompt that a packed pass computes once for several rows is counted once.
+        """
         lengths = batch.attention.sum(1).tolist()
-        self.flops += forward_flops(model, lengths) * (3 if backward else 1)
+        tokens = pack(batch).ids.shape[1] if packs(model) else None
+        self.flops += forward_flops(model, lengths, tokens) * (3 if backward else 1)
         if backward:
             self.train_tokens += sum(lengths)
 
@@ -66,13 +76,17 @@ class Meter:
         }
 
 
-def forward_flops(model: PreTrainedModel, lengths: list[int]) -> float:
-    """FLOPs of a forward pass over rows of these lengths; tied embeddings count as output head."""
+def forward_flops(model: PreTrainedModel, lengths: list[int], tokens: int | None = None) -> float:
+    """FLOPs of a forward pass over rows of these lengths; tied embeddings count as output head.
+
+    `tokens`: how many go through the matrices, if rows share some.
+    """
     config = model.config.get_text_config()
     linear = [m for m in model.modules() if isinstance(m, nn.Linear | Conv1D)]
     matrices = sum(m.weight.numel() for m in linear)  # pyright: ignore[reportAttributeAccessIssue, reportCallIssue]
     causal = config.num_hidden_layers * config.hidden_size
-    return sum(2.0 * n * matrices + 2.0 * n * n * causal for n in lengths)
+    through = sum(lengths) if tokens is None else tokens
+    return 2.0 * through * matrices + sum(2.0 * n * n * causal for n in lengths)
 
 
 def matmul_rate(seconds: float = 0.5) -> float:
@@ -84,6 +98,25 @@ def matmul_rate(seconds: float = 0.5) -> float:
         torch.mm(a, a)
         count += 1
     return 2 * 1024**3 * count / spent
+
+
+def versions() -> dict[str, str]:
+    """Of the libraries that results depend on."""
+    return {name: importlib.metadata.version(name) for name in PACKAGES}
+
+
+def environment(rate: float) -> dict[str, Any]:
+    """Versions and machine; the one part of the results that may differ between equal runs."""
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    return {
+        "python": platform.python_version(),
+        **versions(),
+        "processor": platform.machine(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "gpu": gpu,
+        "matmul_flops_per_s": rate,
+    }
 
 
 def peak_memory_bytes() -> int:

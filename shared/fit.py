@@ -108,5 +108,8 @@ def steps_of(count: int, batch_size: int, epochs: int) -> int:
 
 
 def checkpoint_steps(steps: int, shares: Sequence[float]) -> dict[int, float]:
-    """After which step (counted from 1) to evaluate: {step: share of the training done}."""
+    """After which step (counted from 1) to evaluate: {step: share of the training done}.
+
+    Shares that fall on one step are one checkpoint, named by the last of them.
+    """
     return {max(1, round(share * steps)): share for share in shares}

@@ -24,7 +24,8 @@ from transformers import (
 )
 
 from shared.config import Config, InputError
-from shared.logprobs import Sequences, by_length, collate
+from shared.packing import let_pack, pack, packed_inputs, packs
+from shared.sequences import Sequences, by_length, collate
 
 
 class ModelConfig(Config):
@@ -60,7 +61,8 @@ def new_policy(
 def load_policy(folder: Path) -> PreTrainedModel:
     """A causal language model from a transformers folder, float32, dropout off."""
     _require_model(folder)
-    return without_dropout(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32))
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    return let_pack(without_dropout(model))
 
 
 def frozen(model: PreTrainedModel) -> PreTrainedModel:
@@ -139,7 +141,7 @@ def load_scalar_model(folder: Path) -> PreTrainedModel:
     model = AutoModelForSequenceClassification.from_pretrained(
         folder, num_labels=1, dtype=torch.float32
     )
-    return without_dropout(model)
+    return let_pack(without_dropout(model))
 
 
 def scalar_head(model: PreTrainedModel) -> nn.Linear:
@@ -151,8 +153,12 @@ def scalar_head(model: PreTrainedModel) -> nn.Linear:
 
 
 def token_scalars(model: PreTrainedModel, batch: Sequences) -> Tensor:
-    """The head's output at every position, (B, P + T)."""
-    trunk = getattr(model, model.base_model_prefix)
+    """The head's output at every position, (B, P + T); anything where there is padding."""
+    batch, trunk = batch.to(model.device), getattr(model, model.base_model_prefix)
+    if packs(model):
+        packed = pack(batch)
+        hidden = trunk(**packed_inputs(packed)).last_hidden_state
+        return scalar_head(model)(hidden).flatten().float()[packed.place]
     hidden = trunk(
         input_ids=batch.ids,
         attention_mask=batch.attention,

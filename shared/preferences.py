@@ -20,9 +20,13 @@ from shared.tasks.task import Split
 
 
 class PreferenceConfig(Config):
-    """`labels`: drawn from the gold scores, or "shuffled": tossed by a coin (control)."""
+    """`labels`: drawn from the gold scores, or "shuffled": tossed by a coin (control).
+
+    `per_prompt` pairs are drawn for each prompt, of two samples each.
+    """
 
     pairs: int = Field(default=6000, gt=0)
+    per_prompt: int = Field(default=1, gt=0)
     held_out_pairs: int = Field(default=256, gt=0)
     labels: Literal["bradley-terry", "shuffled"] = "bradley-terry"
 
@@ -47,11 +51,15 @@ def make_preferences(
     sampling: Sampling,
     seed: int,
 ) -> None:
-    """Stage: `train.jsonl` and `held_out.jsonl`, two samples of `policy` a prompt, labelled."""
+    """Stage: `train.jsonl` and `held_out.jsonl`, samples of `policy` in labelled pairs.
+
+    No prompt of the held-out pairs is among the training pairs'.
+    """
     count = data.pairs + data.held_out_pairs
     rng = np.random.default_rng([seed, 2])
-    spare = count + max(64, count // 20)  # some samples come out identical
-    drawn = sample_pairs(task, policy, "preference", spare, sampling, seed)
+    spare = count + max(64, count // 20, 2 * data.per_prompt)  # some samples are identical
+    prompts = -(-spare // data.per_prompt)
+    drawn = sample_pairs(task, policy, "preference", prompts, sampling, seed, data.per_prompt)
     p_first_wins = make_task(task).preference(
         np.array([p.chosen_gold for p in drawn]), np.array([p.rejected_gold for p in drawn])
     )
@@ -60,14 +68,21 @@ def make_preferences(
     first_wins = rng.random(len(drawn)) < p_first_wins
     labelled = [p if won else swapped(p) for p, won in zip(drawn, first_wins, strict=True)]
     pairs, dropped = clean(labelled)
-    if len(pairs) < count:
+    train = pairs[: data.pairs]
+    seen = {p.prompt for p in train}
+    held_out = [p for p in pairs[data.pairs :] if p.prompt not in seen][: data.held_out_pairs]
+    if len(held_out) < data.held_out_pairs:
         raise InputError(
-            f"preferences: only {len(pairs)} of {count} pairs are usable (dropped: "
-            f"{dict(dropped)}); the policy repeats itself, ask for fewer pairs"
+            f"preferences: only {len(train) + len(held_out)} of {count} pairs are usable (dropped: "
+            f"{dict(dropped)}); the policy repeats itself: ask for fewer pairs, or sample at a "
+            f"higher temperature than {sampling.temperature:g}"
         )
-    write_jsonl(folder / "train.jsonl", [p._asdict() for p in pairs[: data.pairs]])
-    write_jsonl(folder / "held_out.jsonl", [p._asdict() for p in pairs[data.pairs : count]])
-    write_json(folder / "cleaning.json", {"kept": count, "dropped": dict(dropped)})
+    write_jsonl(folder / "train.jsonl", [p._asdict() for p in train])
+    write_jsonl(folder / "held_out.jsonl", [p._asdict() for p in held_out])
+    write_json(
+        folder / "cleaning.json",
+        {"drawn": len(drawn), "dropped": dict(dropped), "usable": len(pairs), "kept": count},
+    )
 
 
 def make_reward_test(
@@ -79,21 +94,28 @@ def make_reward_test(
 
 
 def sample_pairs(
-    task: TaskConfig, policy: Path, split: Split, count: int, sampling: Sampling, seed: int
+    task: TaskConfig,
+    policy: Path,
+    split: Split,
+    prompts: int,
+    sampling: Sampling,
+    seed: int,
+    per_prompt: int = 1,
 ) -> list[Pair]:
-    """Two samples for each of `count` prompts with their gold scores, in the order drawn."""
-    rows = draw_samples(task, policy, split, count, 2, sampling, seed, seed)
+    """`per_prompt` pairs of samples for each prompt with their gold scores, in the order drawn."""
+    rows = draw_samples(task, policy, split, prompts, 2 * per_prompt, sampling, seed, seed)
     return [
         Pair(
-            id=f"{split}-{seed}-{number}",
+            id=f"{split}-{seed}-{number * per_prompt + first // 2}",
             prompt=row.prompt,
             prompt_ids=row.prompt_ids,
-            chosen_ids=row.completions[0],
-            rejected_ids=row.completions[1],
-            chosen_gold=row.gold[0],
-            rejected_gold=row.gold[1],
+            chosen_ids=row.completions[first],
+            rejected_ids=row.completions[first + 1],
+            chosen_gold=row.gold[first],
+            rejected_gold=row.gold[first + 1],
         )
         for number, row in enumerate(rows)
+        for first in range(0, 2 * per_prompt, 2)
     ]
 
 

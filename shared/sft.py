@@ -56,6 +56,7 @@ def train_sft(
                 report_to="none",
                 disable_tqdm=True,
                 logging_steps=50,
+                train_sampling_strategy="group_by_length",  # a third less time: less padding
                 seed=seed,
                 data_seed=seed,
             ),

@@ -14,8 +14,8 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field, is_dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -25,17 +25,23 @@ from pydantic import BaseModel
 PACKAGES = ("shared", "rlhf", "dpo", "benchmarks")
 
 
+class Missing(Exception):
+    """A stage that is not there yet."""
+
+
 @dataclass
 class Stages:
     """The store of finished stages below `root`; `report(name, state, seconds)` hears of each.
 
     `context` is hashed into every stage: what may change results besides inputs and code, such as
-    the versions of libraries and the number of threads.
+    the versions of libraries and the number of threads. Without `fill`, Missing is raised where a
+    stage would have to be run.
     """
 
     root: Path
     report: Callable[[str, str, float], None]
     context: dict[str, Any] = field(default_factory=dict)
+    fill: bool = True
     _checked: set[Path] = field(default_factory=set)
 
     def run(self, name: str, work: Callable[..., None], *, label: str = "", **inputs: Any) -> Path:
@@ -48,6 +54,8 @@ class Stages:
         folder = self.root / stage_key(name, work, inputs, self.context)
         if folder not in self._checked:
             if not intact(folder):
+                if not self.fill:
+                    raise Missing(label or name)
                 self._fill(folder, name, work, label or name, inputs)
             else:
                 self.report(label or name, "cached", 0.0)
@@ -57,7 +65,7 @@ class Stages:
     def _fill(
         self, folder: Path, name: str, work: Callable[..., None], label: str, inputs: dict[str, Any]
     ) -> None:
-        if folder.exists():
+        with suppress(FileNotFoundError):  # not there, or another process was first
             folder.rename(self.root / f".damaged-{folder.name}-{time.time_ns()}")
         self.report(label, "running", 0.0)
         start = time.perf_counter()
@@ -80,7 +88,10 @@ def stage_key(
 
 @cache
 def code_hash(module: str) -> str:
-    """Hash of the syntax (not the comments) of `module` and of all project modules it imports."""
+    """Hash of the syntax (not the comments) of `module` and of all project modules it imports.
+
+    Templates and style sheets beside a module belong to it.
+    """
     found, queue = {}, [module]
     while queue:
         current = queue.pop()
@@ -95,6 +106,9 @@ def code_hash(module: str) -> str:
             continue
         tree = ast.parse(Path(spec.origin).read_text(encoding="utf-8"))
         found[current] = hashlib.sha256(ast.dump(tree).encode()).hexdigest()
+        for beside in Path(spec.origin).parent.iterdir():
+            if beside.suffix in (".html", ".css"):
+                found[str(beside.name)] = _sha256(beside)
         queue.extend(_project_imports(tree))
     return _digest(found)
 
@@ -185,6 +199,8 @@ def _plain(value: Any) -> Any:
         return value.model_dump(mode="json")
     if isinstance(value, Path):
         return value.name
+    if is_dataclass(value):
+        return _plain(vars(value))
     if isinstance(value, dict):
         return {str(k): _plain(v) for k, v in value.items()}
     if isinstance(value, list | tuple):

@@ -10,8 +10,8 @@ import pytest
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from benchmarks.run import quiet_libraries
-from dpo.reference import score_reference
+from benchmarks.process import quiet_libraries
+from dpo.reference import score_mismatched, score_reference
 from shared.generation.engine import Sampling
 from shared.models import (
     ModelConfig,
@@ -88,7 +88,8 @@ def preferences_folder(
 def reference_folder(
     tmp_path_factory: pytest.TempPathFactory, policy_folder: Path, preferences_folder: Path
 ) -> Path:
-    """Reference log-probabilities of those pairs. Do not write here."""
+    """Reference log-probabilities of those pairs and their mismatches. Do not write here."""
     folder = tmp_path_factory.mktemp("reference")
-    score_reference(folder, policy_folder, preferences_folder, seed=0)
+    score_reference(folder, policy_folder, preferences_folder)
+    score_mismatched(folder, policy_folder, preferences_folder, seed=0)
     return folder

@@ -17,8 +17,8 @@ from transformers import (
 )
 
 from shared.cost import Meter, forward_flops, matmul_rate, peak_memory_bytes
-from shared.logprobs import Sequences, collate
 from shared.models import load_policy, load_scalar_model
+from shared.sequences import Sequences, collate
 
 MEGABYTE = 1024 * 1024
 

@@ -8,19 +8,21 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate import Accelerator
+from checks import close, weights
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from dpo.losses import LOSSES, UNPAIRED
-from dpo.reference import mismatch, read_reference, unpaired_rows
+from dpo.reference import mismatch, read_mismatched, read_reference, unpaired_rows
 from dpo.train import Dataset, DirectConfig, check_setting, train_direct
 from shared.config import InputError
 from shared.fit import OptimizerConfig, Trainee
-from shared.logprobs import collate, sequence_logps
+from shared.logprobs import sequence_logps
 from shared.models import frozen, load_policy
 from shared.preferences import read_pairs
+from shared.sequences import collate
 
 PAD = 0
 N = 22  # pairs in `preferences_folder`
@@ -33,14 +35,6 @@ SETTINGS = {
     "kto": {"beta": 0.1},
 }
 STEADY = OptimizerConfig(learning_rate=1e-3, schedule="constant", warmup_share=0.0)
-
-
-def close(actual: Tensor, expected: Tensor, tolerance: float = 1e-5) -> None:
-    torch.testing.assert_close(actual.detach(), expected.detach(), atol=tolerance, rtol=0)
-
-
-def weights(model: torch.nn.Module) -> Tensor:
-    return torch.cat([p.detach().flatten() for p in model.parameters()])
 
 
 def moved(policy_folder: Path) -> PreTrainedModel:
@@ -64,7 +58,7 @@ def descent(model: PreTrainedModel) -> Trainee:
 def dataset(policy_folder: Path, preferences_folder: Path, reference_folder: Path):
     def make(loss: str, micro_batch_size: int = 32, **setting: float) -> Dataset:
         setting = setting or SETTINGS[loss]
-        folders = policy_folder, preferences_folder, reference_folder
+        folders = policy_folder, preferences_folder, reference_folder, reference_folder
         return Dataset(*folders, loss, setting, micro_batch_size)
 
     return make
@@ -117,7 +111,7 @@ def test_one_prompt_with_more_than_half_of_the_rows_is_refused():
 def test_the_cached_reference_equals_one_computed_row_by_row(
     policy_folder: Path, preferences_folder: Path, reference_folder: Path
 ):
-    cached = read_reference(reference_folder)
+    cached, mismatched = read_reference(reference_folder), read_mismatched(reference_folder)
     model, pairs = load_policy(policy_folder), read_pairs(preferences_folder / "train.jsonl")
     prompts, completions = unpaired_rows(pairs)
     assert len(pairs) == N
@@ -128,11 +122,11 @@ def test_the_cached_reference_equals_one_computed_row_by_row(
                 sequence_logps(model, collate([p], [c], PAD))
                 for p, c in zip(prompts, of, strict=True)
             ]
-            for of in (completions, [completions[j] for j in cached.partner])
+            for of in (completions, [completions[j] for j in mismatched.partner])
         ]
-    close(torch.cat([cached.chosen, cached.rejected]), torch.cat(alone[0]), 2e-5)
-    close(cached.mismatched, torch.cat(alone[1]), 2e-5)
-    assert all(prompts[i] != prompts[j] for i, j in enumerate(cached.partner))
+    close(cached, torch.cat(alone[0]), 2e-5)
+    close(mismatched.logps, torch.cat(alone[1]), 2e-5)
+    assert all(prompts[i] != prompts[j] for i, j in enumerate(mismatched.partner))
 
 
 def test_the_frozen_copy_neither_trains_nor_follows_the_policy(policy_folder: Path):
@@ -301,7 +295,7 @@ def test_a_step_equals_the_loss_written_out(
     s = SETTINGS[loss]
     if loss == "kto":
         prompts, completions = unpaired_rows(pairs)
-        partner = data.reference.partner.tolist()
+        partner = data.mismatched.partner.tolist()
         baseline = [ratio(prompts[i], completions[partner[i]]) for i in rows]
         z = max(0.0, sum(baseline) / len(baseline))
         losses = [1 / (1 + math.exp(-s["beta"] * (z - r))) for r in chosen]
@@ -357,7 +351,7 @@ def test_ktos_baseline_is_that_of_the_whole_step_and_is_logged(dataset, policy_f
     """Mismatched log-ratios of 0 to 4.3 by row: a baseline that differs between micro-batches."""
     data = dataset("kto", 1)
     known = torch.arange(2 * N) / 10
-    data.reference = data.reference._replace(mismatched=data.reference.mismatched - known)
+    data.mismatched = data.mismatched._replace(logps=data.mismatched.logps - known)
     rows = [1, 3, N + 5, N + 8, 20]
     close(data.mismatched_ratios(load_policy(policy_folder), rows), known[rows])
     log = data.step(descent(load_policy(policy_folder)), rows)
@@ -378,7 +372,7 @@ def run(
     options = {"epochs": 4, "batch_size": 8, "optimizer": STEADY, **changes}
     seed, checkpoints = options.pop("seed", 0), options.pop("checkpoints", ())
     direct = DirectConfig(**options)
-    inputs = policy, preferences, reference
+    inputs = policy, preferences, reference, reference
     train_direct(folder, *inputs, loss, SETTINGS[loss], direct, checkpoints, seed)
     return tuple(json.loads((folder / f"{name}.json").read_text()) for name in ("log", "stopped"))
 
@@ -389,7 +383,8 @@ def margins(model_folder: Path, preferences: Path, reference: Path) -> Tensor:
     model, ref = load_policy(model_folder), read_reference(reference)
     prompts, completions = unpaired_rows(read_pairs(preferences / "train.jsonl"))
     chosen, rejected = sequence_logps(model, collate(prompts, completions, PAD)).chunk(2)
-    return (chosen - ref.chosen) - (rejected - ref.rejected)
+    ref_chosen, ref_rejected = ref.chunk(2)
+    return (chosen - ref_chosen) - (rejected - ref_rejected)
 
 
 @pytest.mark.parametrize("loss", LOSSES)
@@ -450,3 +445,23 @@ def test_a_run_that_diverges_keeps_its_last_finite_weights_and_says_so(
     final = load_policy(tmp_path / "run" / "final")
     assert torch.isfinite(weights(final)).all()
     assert json.loads((tmp_path / "run" / "checkpoints.json").read_text()) == {"final": 1.0}
+
+
+def test_a_setting_may_hold_its_own_learning_rate(
+    tmp_path: Path, policy_folder: Path, preferences_folder: Path, reference_folder: Path
+):
+    """The same weights as with that rate for all, and other ones than without it."""
+    found = []
+    for number, (setting, rate) in enumerate(
+        [({"beta": 0.1, "learning_rate": 3e-3}, 1e-2), ({"beta": 0.1}, 3e-3), ({"beta": 0.1}, 1e-2)]
+    ):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        direct = DirectConfig(
+            optimizer=STEADY.model_copy(update={"learning_rate": rate}), epochs=1, batch_size=8
+        )
+        inputs = policy_folder, preferences_folder, reference_folder, None, "dpo"
+        train_direct(folder, *inputs, setting, direct, (), 0)
+        found.append(weights(load_policy(folder / "final")))
+    assert torch.equal(found[0], found[1])
+    assert not torch.equal(found[0], found[2])

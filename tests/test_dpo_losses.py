@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from checks import close
 from datasets import Dataset
 from hypothesis import given
 from hypothesis import strategies as st
@@ -28,9 +29,10 @@ from dpo.losses import (
     kto_loss,
     rdpo_loss,
 )
-from shared.logprobs import collate, sequence_logps
+from shared.logprobs import sequence_logps
 from shared.models import load_policy
 from shared.preferences import Pair, read_pairs
+from shared.sequences import collate
 
 SETTINGS = {
     "dpo": {"beta": 0.3},
@@ -80,12 +82,6 @@ def optimum(loss: Callable[[Tensor], Tensor], size: int) -> Tensor:
 
     optimizer.step(closure)
     return x.detach()
-
-
-def close(actual, expected, tolerance: float = 1e-9) -> None:
-    actual = torch.as_tensor(actual, dtype=torch.float64).detach()
-    expected = torch.as_tensor(expected, dtype=torch.float64).detach()
-    torch.testing.assert_close(actual, expected, atol=tolerance, rtol=0)
 
 
 # Closed forms

@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
+from checks import weights
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
@@ -21,7 +22,7 @@ from shared.preferences import Pair, read_pairs
 
 SAMPLING = Sampling(max_new_tokens=10)
 STEADY = OptimizerConfig(learning_rate=1e-3, schedule="constant", warmup_share=0.0)
-DIRECT = DirectConfig(optimizer=STEADY, batch_size=4, micro_batch_size=3)
+DIRECT = DirectConfig(optimizer=STEADY, epochs=1, batch_size=4, micro_batch_size=3)
 scores = st.lists(
     st.tuples(st.integers(-4, 4), st.integers(-4, 4)), min_size=1, max_size=20
 )  # few values: many ties
@@ -30,10 +31,6 @@ scores = st.lists(
 def columns(rows: list[tuple[int, int]]) -> tuple[Tensor, Tensor]:
     chosen, sampled = torch.tensor(rows, dtype=torch.float32).T
     return chosen, sampled
-
-
-def weights(model: torch.nn.Module) -> Tensor:
-    return torch.cat([p.detach().flatten() for p in model.parameters()])
 
 
 # The rule
@@ -259,7 +256,7 @@ def test_with_nothing_to_drop_filtered_dpo_is_dpo(
 ):
     everything = start(epochs=1, margin=-1e9)
     folders = policy_folder, preferences_folder, reference_folder
-    train_direct(tmp_path, *folders, "dpo", {"beta": 0.1}, DIRECT, (), 0)
+    train_direct(tmp_path, *folders, None, "dpo", {"beta": 0.1}, DIRECT, (), 0)
     assert json.loads((tmp_path / "log.json").read_text()) == everything.log
     final, other = (load_policy(f / "final") for f in (tmp_path, everything.folder))
     assert torch.equal(weights(final), weights(other))

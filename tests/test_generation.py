@@ -17,8 +17,9 @@ from transformers import (
 from shared.generation.engine import Completions, Sampling
 from shared.generation.hf import HFEngine
 from shared.kl import masked_sum
-from shared.logprobs import collate, completion_logits, score_logps
+from shared.logprobs import completion_logits, gather_logprobs, score_logps
 from shared.models import load_policy, save, special_ids
+from shared.sequences import collate
 from shared.tasks.registry import TaskConfig, make_task
 
 CAP = 12
@@ -279,10 +280,10 @@ def test_long_completions_are_no_more_surprising_than_the_model_expects(
     ids, truncated = draw(engine, many, seed=9)
     assert 0.2 < sum(truncated) / len(truncated) < 0.8
     batch = collate(many, ids, engine.pad_id)
-    logprobs = completion_logits(engine.model, batch).double().log_softmax(-1)
-    taken = logprobs.gather(-1, batch.completion_ids.unsqueeze(-1)).squeeze(-1)
-    entropy = -(logprobs.exp() * logprobs).sum(-1)
-    excess = -taken - entropy
+    logits = completion_logits(engine.model, batch).double()
+    logprobs = logits.log_softmax(-1)
+    entropy = batch.spread(-(logprobs.exp() * logprobs).sum(-1))
+    excess = -gather_logprobs(logits, batch) - entropy
     for late in (slice(0, 3), slice(3, 8), slice(8, CAP)):
         sums = masked_sum(excess[:, late], batch.mask[:, late])[batch.mask[:, late].any(1)]
         assert len(sums) > 300

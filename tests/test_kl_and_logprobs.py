@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from checks import close
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
@@ -13,9 +14,6 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Pr
 
 from shared.kl import exact_kl, k1, k2, k3, masked_mean, masked_sum
 from shared.logprobs import (
-    Sequences,
-    by_length,
-    collate,
     completion_logits,
     gather_logprobs,
     score_logps,
@@ -23,6 +21,7 @@ from shared.logprobs import (
     token_logprobs,
 )
 from shared.models import load_policy
+from shared.sequences import Sequences, by_length, collate
 
 PAD, EOS = 0, 1
 PROMPTS = [[5, 6, 7, 8], [9], [10, 11], [12, 13, 14, 15, 16, 17]]
@@ -51,11 +50,6 @@ def slow_logprobs(
             logits = model(input_ids=ids).logits[0, -1]
             found.append((logits / temperature).softmax(-1)[token].log())
     return torch.stack(found)
-
-
-def close(actual: Tensor, expected: Tensor, tolerance: float = 1e-5) -> None:
-    actual, expected = actual.detach().double(), expected.detach().double()
-    torch.testing.assert_close(actual, expected, atol=tolerance, rtol=0)
 
 
 # KL
@@ -147,7 +141,8 @@ def test_summed_exact_kl_is_the_kl_of_the_process_stopped_at_the_cap(temperature
     close(probability.sum(), torch.tensor(1.0))  # EOS counts, and cut rows are rows
     truth = process.enumerated_kl(temperature)
     assert truth > 0.05
-    estimates = exact_kl(logits, ref_logits), k1(logprobs, ref_logprobs), k3(logprobs, ref_logprobs)
+    exact = batch.spread(exact_kl(logits, ref_logits))
+    estimates = exact, k1(logprobs, ref_logprobs), k3(logprobs, ref_logprobs)
     for terms in estimates:  # with all completions at hand, each is exact
         close((probability * masked_sum(terms, batch.mask)).sum(), truth)
 

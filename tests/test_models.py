@@ -25,7 +25,7 @@ from transformers import (
 )
 
 from shared.config import InputError
-from shared.logprobs import collate, completion_logits, sequence_logps
+from shared.logprobs import completion_logits, sequence_logps
 from shared.models import (
     ModelConfig,
     Scorer,
@@ -41,6 +41,7 @@ from shared.models import (
     special_ids,
     state_values,
 )
+from shared.sequences import collate
 from shared.tasks.registry import TaskConfig, make_task
 
 Rows = tuple[list[list[int]], list[list[int]]]
@@ -77,9 +78,10 @@ def test_plain_transformers_loads_a_saved_policy_and_gives_the_same_logits(
     plain = AutoModelForCausalLM.from_pretrained(policy_folder, dtype=torch.float32).eval()
     batch = collate(*rows, special_ids(tokenizer).pad)
     logits = completion_logits(load_policy(policy_folder).eval(), batch)
-    for i, (prompt, completion) in enumerate(zip(*rows, strict=True)):
+    ours = logits.split(batch.lengths.tolist())
+    for found, prompt, completion in zip(ours, *rows, strict=True):
         alone = plain(torch.tensor([prompt + completion])).logits[0, len(prompt) - 1 : -1]
-        torch.testing.assert_close(logits[i, : len(completion)], alone, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(found, alone, atol=1e-5, rtol=1e-5)
 
 
 @torch.no_grad()

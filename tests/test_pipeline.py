@@ -116,7 +116,11 @@ def some_arms(*names: str) -> list[str]:
     tables = []
     for name in names:
         arm = whole[name]
-        setting = ", ".join(f"{key} = {value}" for key, value in arm.settings[0].items())
+        setting = ", ".join(
+            f"{key} = {value}"
+            for key, value in arm.settings[0].items()
+            if key != "learning_rate"  # that of `direct` holds
+        )
         tables.append(
             f'{name} = {{ kind = "{arm.kind}", loss = "{arm.loss}", settings = [{{ {setting} }}] }}'
         )
@@ -448,6 +452,24 @@ def test_other_seeds_differ_and_share_what_does_not_depend_on_them(first: Run, t
         assert len(here) == 1
         assert here[0] not in there
     assert second.results["methods"]["ppo"]["gold"]["low"] is None  # one seed, no interval
+
+
+def test_seeds_side_by_side_come_to_the_same_results(first: Run, tmp_path: Path):
+    """Seed 0 alone, the others in two processes: the same to the bit, and no seconds of theirs."""
+    changes = ["--name", "side", "--seeds", "[0, 1, 3]", *some_arms("dpo")]
+    alone = run(tiny(tmp_path, *changes), first.folder.parent)
+    side = run(tiny(tmp_path, *changes, "--workers", "2"), tmp_path / "runs")
+    assert set(side.states) == {"done"}
+    assert [line[0] for line in side.lines] == [str(i + 1) for i in range(len(side.lines))]
+    assert len(side.lines) == stage_count(side.experiment)
+    found, expected = (without_times(r.results) for r in (side, alone))
+    for method in (*found["methods"].values(), *expected["methods"].values()):
+        del method["cost"]["timed_seeds"]
+    assert found == expected
+    assert side.results["methods"]["dpo"]["cost"]["timed_seeds"] == [0]
+    assert alone.results["methods"]["dpo"]["cost"]["timed_seeds"] == [0, 1, 3]
+    again = run(side.experiment, tmp_path / "runs")
+    assert set(again.states) == {"cached"}
 
 
 @pytest.mark.parametrize("arm", ["ppo", "dpo", "kto", "fdpo"])

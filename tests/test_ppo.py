@@ -2,10 +2,12 @@
 
 import hashlib
 import json
+import math
 from pathlib import Path
 
 import pytest
 import torch
+from checks import close, weights
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -16,22 +18,19 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from rlhf.ppo import (
+from rlhf.ppo import KLController, PPOConfig, prompt_stream, train_ppo, update_models
+from rlhf.rollout import (
     Actors,
-    KLController,
-    PPOConfig,
     Rollout,
     make_actors,
-    prompt_stream,
     score_rollout,
     token_entropy,
-    train_ppo,
-    update_models,
+    value_model,
 )
 from shared.cost import Meter
 from shared.fit import OptimizerConfig
 from shared.generation.engine import Completions, Sampling
-from shared.logprobs import Sequences, collate, sequence_logps, token_logprobs
+from shared.logprobs import sequence_logps, token_logprobs
 from shared.models import (
     load_policy,
     load_scalar_model,
@@ -42,6 +41,7 @@ from shared.models import (
     state_values,
     token_scalars,
 )
+from shared.sequences import Sequences, collate
 from shared.tasks.registry import TaskConfig, make_task
 
 PAD, EOS = 0, 1
@@ -60,22 +60,23 @@ SMALL = PPOConfig(
 )
 
 
-def close(actual: Tensor, expected: Tensor, tolerance: float = 1e-5) -> None:
-    torch.testing.assert_close(actual.detach(), expected.detach(), atol=tolerance, rtol=0)
-
-
 def digest(folder: Path) -> dict[str, str]:
     files = (p for p in folder.rglob("*") if p.is_file())
     return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in files}
 
 
-def weights(model: torch.nn.Module) -> Tensor:
-    return torch.cat([p.detach().flatten() for p in model.parameters()])
+def four_models(
+    policy: Path, reward_model: Path, ppo: PPOConfig, sampling: Sampling, updates: int
+) -> Actors:
+    """As `train_ppo` makes them."""
+    steps = updates * ppo.epochs * math.ceil(ppo.rollout_size / ppo.minibatch_size)
+    optimizers = ppo.optimizer, ppo.value_optimizer
+    return make_actors(policy, reward_model, *optimizers, steps, sampling.temperature, Meter())
 
 
 @pytest.fixture
 def actors(policy_folder: Path, reward_folder: Path) -> Actors:
-    return make_actors(policy_folder, reward_folder, SMALL, SAMPLING, 3, Meter())
+    return four_models(policy_folder, reward_folder, SMALL, SAMPLING, 3)
 
 
 @pytest.fixture(scope="module")
@@ -88,7 +89,7 @@ def prompts(task_config: TaskConfig, tokenizer: PreTrainedTokenizerBase) -> list
 @pytest.fixture(scope="module")
 def completions(policy_folder: Path, reward_folder: Path, prompts: list[list[int]]) -> Completions:
     """What the policy answers: some end by themselves, some are cut."""
-    engine = make_actors(policy_folder, reward_folder, SMALL, SAMPLING, 3, Meter()).engine
+    engine = four_models(policy_folder, reward_folder, SMALL, SAMPLING, 3).engine
     drawn = engine.generate(prompts, SAMPLING)
     assert 0.2 < sum(drawn.truncated) / len(drawn.truncated) < 0.8
     return drawn
@@ -152,7 +153,7 @@ def test_rollout_and_update_are_read_at_the_sampling_temperature(
     policy_folder: Path, reward_folder: Path, prompts, completions
 ):
     warm = SAMPLING.model_copy(update={"temperature": 0.7})
-    actors = make_actors(policy_folder, reward_folder, SMALL, warm, 3, Meter())
+    actors = four_models(policy_folder, reward_folder, SMALL, warm, 3)
     found, _, _ = score_rollout(actors, prompts, completions.ids)
     batch = collate(prompts, completions.ids, PAD)
     expected = token_logprobs(load_policy(policy_folder), batch, temperature=0.7)
@@ -191,14 +192,16 @@ def test_scores_of_sampled_ids_equal_plain_transformers(
     close(rollout[1], (raw - stored["offset"]) / stored["scale"])
 
 
-def test_the_value_model_starts_as_the_reward_model_in_units_of_its_scale(
+def test_the_value_model_starts_as_the_normalised_score(
     actors: Actors, reward_folder: Path, rollout
 ):
-    scale = json.loads((reward_folder / "normalisation.json").read_text())["scale"]
-    assert scale != 1
+    stored = json.loads((reward_folder / "normalisation.json").read_text())
+    assert stored["scale"] != 1
+    assert stored["offset"] != 0
     batch = rollout[0].sequences
     reward = load_scalar_model(reward_folder)
-    close(token_scalars(actors.value.model, batch) * scale, token_scalars(reward, batch))
+    raw = token_scalars(actors.value.model, batch) * stored["scale"] + stored["offset"]
+    close(raw, token_scalars(reward, batch))
 
 
 def test_a_value_looks_at_the_tokens_before_its_own(actors: Actors, rollout):
@@ -249,7 +252,7 @@ def updated(
     policy_folder: Path, reward_folder: Path, prompts, completions, **changes
 ) -> tuple[Actors, dict[str, float]]:
     ppo = SMALL.model_copy(update={"optimizer": STEADY, **changes})
-    actors = make_actors(policy_folder, reward_folder, ppo, SAMPLING, 3, Meter())
+    actors = four_models(policy_folder, reward_folder, ppo, SAMPLING, 3)
     found, _, _ = score_rollout(actors, prompts, completions.ids)
     generator = torch.Generator().manual_seed(0)
     noise = torch.randn(2, *found.values.shape, generator=generator) * found.sequences.mask
@@ -281,7 +284,8 @@ def test_an_update_trains_policy_and_value_model_and_neither_of_the_others(
     assert torch.equal(weights(actors.ref), weights(sft))
     assert torch.equal(weights(actors.scorer.model), weights(reward))
     assert (weights(actors.policy.model) - weights(sft)).abs().max() > 1e-3
-    assert (weights(actors.value.model) - weights(reward)).abs().max() > 1e-3
+    value = value_model(reward_folder, actors.scorer)
+    assert (weights(actors.value.model) - weights(value)).abs().max() > 1e-3
 
 
 def test_an_update_ends_early_once_the_policy_has_moved_too_far(
@@ -300,7 +304,7 @@ def test_an_update_makes_good_tokens_likelier(
     """Advantage +1 on rows that end by themselves, -1 on rows that were cut."""
     gentle = STEADY.model_copy(update={"learning_rate": 1e-3})
     ppo = SMALL.model_copy(update={"optimizer": gentle})
-    actors = make_actors(policy_folder, reward_folder, ppo, SAMPLING, 3, Meter())
+    actors = four_models(policy_folder, reward_folder, ppo, SAMPLING, 3)
     found, _, _ = score_rollout(actors, prompts, completions.ids)
     ends = ~torch.tensor(completions.truncated)
     sign = torch.where(ends, 1.0, -1.0).unsqueeze(1) * found.sequences.mask
@@ -445,7 +449,7 @@ def test_a_first_update_by_its_definitions(
     )
     log, _ = run(tmp_path / "run", policy_folder, reward_folder, task_config, ppo)
     batch = next(prompt_stream(tokenizer, task_config, ppo, 0))
-    actors = make_actors(policy_folder, reward_folder, ppo, SAMPLING, 1, Meter())
+    actors = four_models(policy_folder, reward_folder, ppo, SAMPLING, 1)
     drawn = actors.engine.generate(batch, SAMPLING.model_copy(update={"seed": 1}))
     found, scores, _ = score_rollout(actors, batch, drawn.ids)
     advantages, returns = [], []

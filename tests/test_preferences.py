@@ -266,6 +266,8 @@ def test_what_was_dropped_is_written_and_adds_up(
     make_preferences(tmp_path, task_config, policy_folder, data, short, 0)
     found = read_json(tmp_path / "cleaning.json")
     assert found["kept"] == 110
+    assert found["drawn"] == found["usable"] + sum(found["dropped"].values())
+    assert found["usable"] >= found["kept"]
     assert set(found["dropped"]) == {"identical"}
     assert 0 < found["dropped"]["identical"] <= 64
 

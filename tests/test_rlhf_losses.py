@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
+from checks import close
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -39,12 +40,6 @@ def spoil(values: Tensor, garbage: float, columns: int = 2) -> Tensor:
 
 def widened(columns: int = 2) -> Tensor:
     return torch.cat([MASK, torch.zeros(len(MASK), columns, dtype=torch.bool)], 1)
-
-
-def close(actual, expected, tolerance: float = 1e-9) -> None:
-    actual = torch.as_tensor(actual, dtype=torch.float64).detach()
-    expected = torch.as_tensor(expected, dtype=torch.float64).detach()
-    torch.testing.assert_close(actual, expected, atol=tolerance, rtol=0)
 
 
 # Bradley-Terry

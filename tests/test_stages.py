@@ -22,6 +22,7 @@ import pytest
 import shared
 from shared.config import Config
 from shared.stages import (
+    Missing,
     Stages,
     code_hash,
     read_json,
@@ -93,6 +94,15 @@ def test_the_second_run_does_no_work_and_says_so(store: Store):
     assert store.run(seed=1) == first
     assert {p: p.stat().st_mtime_ns for p in first.rglob("*")} == before
     assert store.said == [("fill", "running"), ("fill", "done"), ("fill", "cached")]
+
+
+def test_a_store_that_may_not_fill_says_what_is_missing(store: Store):
+    closed = Stages(store.root, store._hear, fill=False)
+    with pytest.raises(Missing, match="the second"):
+        closed.run("fill", fill, label="the second", seed=2)
+    assert not store.root.exists()
+    folder = store.run(seed=2)
+    assert closed.run("fill", fill, seed=2) == folder
 
 
 def test_one_run_tells_of_a_stage_once(tmp_path: Path):

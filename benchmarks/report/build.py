@@ -58,6 +58,12 @@ class ShownAnswer:
 
 def build_report(run: Path) -> Path:
     """Write `run/report/` from the run's JSON files; returns the page's path."""
+    draw_report(run / "report", run)
+    return run / "report" / "index.html"
+
+
+def draw_report(folder: Path, run: Path) -> None:
+    """Stage: `index.html`, `figures/` and `tables/`, from the JSON files in `run`."""
     results = validate(Results, _read(run / "results.json"), str(run / "results.json"))
     samples = validate(
         Samples, _read(run / "samples.json", optional=True), str(run / "samples.json")
@@ -71,12 +77,9 @@ def build_report(run: Path) -> Path:
     )
     pictures = draw_all(results, curves)
     tables = rows.all_tables(results)
-    report = run / "report"
-    _write_files(report, pictures, tables)
-    page = report / "index.html"
+    _write_files(folder, pictures, tables)
     text = _page(results, samples, curves, pictures, tables)
-    page.write_bytes(text.encode("utf-8", errors="replace"))
-    return page
+    (folder / "index.html").write_bytes(text.encode("utf-8", errors="replace"))
 
 
 def _read(path: Path, optional: bool = False) -> dict[str, Any]:

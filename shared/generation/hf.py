@@ -12,8 +12,8 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 from shared.generation.engine import Completions, Sampling
-from shared.logprobs import by_length
 from shared.models import SpecialIds
+from shared.sequences import by_length
 
 LEAVE_BELOW = 0.8  # share of rows still going under which the ended ones leave the cache
 

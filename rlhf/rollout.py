@@ -1,0 +1,155 @@
+"""One batch of PPO's experience: the four models, and what they say of fresh samples."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from rlhf.losses import explained_variance
+from shared.cost import Meter
+from shared.fit import OptimizerConfig, Trainee, prepare
+from shared.generation.hf import HFEngine
+from shared.kl import k1, k3, masked_sum
+from shared.logprobs import completion_logits, gather_logprobs, token_logprobs
+from shared.models import (
+    Scorer,
+    frozen,
+    load_policy,
+    load_scalar_model,
+    load_tokenizer,
+    scalar_head,
+    special_ids,
+    state_values,
+)
+from shared.sequences import Sequences, by_length, collate
+
+
+class Rollout(NamedTuple):
+    """One batch of episodes; (B, T) over completion tokens, 0 outside the mask."""
+
+    sequences: Sequences
+    logprobs: Tensor  # (B, T) of the policy that sampled
+    ref_logprobs: Tensor  # (B, T)
+    values: Tensor  # (B, T)
+    advantages: Tensor  # (B, T)
+    returns: Tensor  # (B, T)
+
+    def rows(self, index: Tensor) -> "Rollout":
+        """Some episodes, cut to their longest prompt and completion."""
+        sequences = Sequences(*(t[index] for t in self.sequences))
+        columns = int(sequences.lengths.max())
+        width = self.sequences.mask.shape[1]
+        left = int(sequences.attention[:, :-width].argmax(1).min())
+        right = sequences.ids.shape[1] - (width - columns)
+        trimmed = Sequences(
+            sequences.ids[:, left:right],
+            sequences.attention[:, left:right],
+            sequences.mask[:, :columns],
+        )
+        return Rollout(trimmed, *(t[index, :columns] for t in self[1:]))
+
+
+@dataclass
+class Actors:
+    """The four models of PPO: two that train, two that do not."""
+
+    policy: Trainee
+    value: Trainee
+    ref: PreTrainedModel
+    scorer: Scorer
+    engine: HFEngine
+    pad_id: int
+    temperature: float
+    meter: Meter
+
+
+def make_actors(
+    policy: Path,
+    reward_model: Path,
+    optimizer: OptimizerConfig,
+    value_optimizer: OptimizerConfig,
+    steps: int,
+    temperature: float,
+    meter: Meter,
+) -> Actors:
+    """Policy and reference from the SFT model, value model and scorer from the reward model."""
+    ids, start = special_ids(load_tokenizer(policy)), load_policy(policy)
+    ref = frozen(start)
+    trainee = prepare(start, optimizer, steps)
+    device = trainee.model.device
+    scorer = Scorer(reward_model, device)
+    value = value_model(reward_model, scorer)
+    meter.models_held = 4
+    engine = HFEngine(trainee.model, ids)
+    return Actors(
+        policy=trainee,
+        value=prepare(value, value_optimizer, steps),
+        ref=ref.to(device),  # pyright: ignore[reportArgumentType]
+        scorer=scorer,
+        engine=engine,
+        pad_id=ids.pad,
+        temperature=temperature,
+        meter=meter,
+    )
+
+
+def value_model(reward_model: Path, scorer: Scorer) -> PreTrainedModel:
+    """The reward model with a head in normalised units: V = (raw - offset) / scale at the start."""
+    value = load_scalar_model(reward_model)
+    raw, head = scalar_head(value), torch.nn.Linear(scalar_head(value).in_features, 1)
+    with torch.no_grad():
+        head.weight.copy_(raw.weight / scorer.scale)
+        offset = scorer.offset if raw.bias is None else scorer.offset - raw.bias
+        head.bias.fill_(-offset / scorer.scale)
+    value.score = head
+    return value
+
+
+@torch.no_grad()
+def score_rollout(
+    actors: Actors, prompts: list[list[int]], completions: list[list[int]]
+) -> tuple[Rollout, Tensor, float]:
+    """(rollout without advantages, scores (B,), entropy in nats a token), of fresh samples."""
+    device = actors.policy.model.device
+    whole = collate(prompts, completions, actors.pad_id).to(device)
+    blank = torch.zeros(whole.mask.shape, device=device)
+    rollout = Rollout(whole, *(blank.clone() for _ in range(5)))
+    scores, entropy = torch.zeros(len(prompts), device=device), 0.0
+    for group in by_length([len(c) for c in completions], 256):
+        index = torch.tensor(group)
+        batch = rollout.rows(index).sequences
+        columns = batch.mask.shape[1]
+        logits = completion_logits(actors.policy.model, batch, actors.temperature)
+        rollout.logprobs[index, :columns] = gather_logprobs(logits, batch)
+        entropy += token_entropy(logits).sum().item()
+        ref_logprobs = token_logprobs(actors.ref, batch, actors.temperature)
+        rollout.ref_logprobs[index, :columns] = ref_logprobs
+        values = state_values(actors.value.model, batch)
+        rollout.values[index, :columns] = values.masked_fill(~batch.mask, 0.0)
+        scores[index] = actors.scorer.score(batch)
+        for model in (actors.policy.model, actors.ref, actors.value.model, actors.scorer.model):
+            actors.meter.forward(model, batch)
+    return rollout, scores, entropy / int(whole.mask.sum())
+
+
+def token_entropy(logits: Tensor) -> Tensor:
+    """Entropy of each next-token distribution, in nats: (..., V) -> (...)."""
+    logprobs = logits.log_softmax(-1)
+    return -(logprobs.exp() * logprobs).sum(-1)
+
+
+def rollout_numbers(rollout: Rollout, scores: Tensor, truncated: Tensor) -> dict[str, float]:
+    """What an episode looked like before the update, under the field's names."""
+    mask = rollout.sequences.mask
+    pair = rollout.logprobs, rollout.ref_logprobs
+    return {
+        "objective/kl": masked_sum(k1(*pair), mask).mean().item(),
+        "objective/k3": masked_sum(k3(*pair), mask).mean().item(),
+        "objective/scores": scores.mean().item(),
+        "ppo/val/explained_variance": explained_variance(rollout.values, rollout.returns, mask),
+        "ppo/completion_length": mask.sum(1).float().mean().item(),
+        "ppo/missing_eos": truncated.float().mean().item(),
+    }

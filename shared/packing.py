@@ -1,0 +1,110 @@
+"""Forward passes over real tokens only: no padding, and a prompt once for all of its completions.
+
+Everything in a decoder but attention works token by token, so those parts see one flat row of the
+batch's distinct tokens. Attention alone needs rows: it gathers them from the flat row (a shared
+prompt's keys and values into each row that holds it), runs causally on rows aligned to the left,
+where padding comes last and is never looked at, and puts the outputs back.
+
+It plugs into transformers as an attention implementation, so the models stay the library's own.
+Families other than FAMILIES, and models that attend through a sliding window, run on padded rows.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+from shared.sequences import Sequences
+
+PACKED = "klash_packed"
+FAMILIES = ("llama", "gpt_neox", "gpt2", "qwen2", "qwen3")
+
+
+class Packed(NamedTuple):
+    """N distinct tokens of a batch of B rows, the longest with L real tokens."""
+
+    ids: Tensor  # (1, N)
+    positions: Tensor  # (1, N), of each token in its own row
+    place: Tensor  # (B, P + T) number of the token there; 0 where there is padding
+    rows: Tensor  # (B, L) the same with rows aligned to the left
+    back: Tensor  # (N,) where in the flattened `rows` each token's attention is read
+
+
+def pack(batch: Sequences) -> Packed:
+    """The distinct tokens of `batch`: all completions, and each distinct prompt once."""
+    real, width = batch.attention.bool(), batch.prompt_width
+    prompts = batch.ids[:, :width].masked_fill(~real[:, :width], -1)
+    distinct, prompt_of = prompts.unique(dim=0, return_inverse=True)
+    row = torch.arange(len(real), device=real.device)
+    first = row.new_full((len(distinct),), len(real)).scatter_reduce(0, prompt_of, row, "amin")
+    owner = first[prompt_of]  # the row that holds this row's prompt
+
+    kept = real.clone()
+    kept[:, :width] &= (owner == row).unsqueeze(1)
+    number = kept.flatten().cumsum(0).view(real.shape) - 1
+    number[:, :width] = number[owner, :width]
+    place = number.masked_fill(~real, 0)
+
+    start, length = real.int().argmax(1), real.sum(1)
+    column = torch.arange(int(length.max()), device=real.device)
+    source = (start.unsqueeze(1) + column).clamp(max=real.shape[1] - 1)
+    rows = place.gather(1, source).masked_fill(column >= length.unsqueeze(1), 0)
+    in_row, in_column = kept.nonzero(as_tuple=True)
+    back = in_row * len(column) + in_column - start[in_row]
+    return Packed(batch.ids[kept][None], batch.positions[kept][None], place, rows, back)
+
+
+def packs(model: PreTrainedModel) -> bool:
+    """Whether `model` runs on packed tokens."""
+    return model.config._attn_implementation == PACKED
+
+
+def let_pack(model: PreTrainedModel) -> PreTrainedModel:
+    """Switch `model` to packed passes if its family is known; generation works as before."""
+    windows = "sliding_attention" in (getattr(model.config, "layer_types", None) or ())
+    if model.config.model_type in FAMILIES and not windows:
+        model.set_attn_implementation(PACKED)
+    return model
+
+
+def packed_inputs(packed: Packed) -> dict[str, Any]:
+    """Arguments of a forward pass. The mask is not read: of four axes, it is taken as it is."""
+    return {
+        "input_ids": packed.ids,
+        "position_ids": packed.positions,
+        "attention_mask": packed.ids.new_ones(1, 1, 1, 1, dtype=torch.bool),
+        "use_cache": False,
+        "packed_rows": packed.rows,
+        "packed_back": packed.back,
+    }
+
+
+def packed_attention(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    packed_rows: Tensor | None = None,
+    packed_back: Tensor | None = None,
+    **options: Any,
+) -> tuple[Tensor, None]:
+    """transformers' SDPA, on rows gathered from (1, heads, N, size) where tokens are packed."""
+    if packed_rows is None or packed_back is None:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
+    rows = (_gather(t, packed_rows) for t in (query, key, value))
+    output, _ = sdpa_attention_forward(module, *rows, attention_mask=None, **options)
+    return output.flatten(0, 1).index_select(0, packed_back).unsqueeze(0), None
+
+
+def _gather(tensor: Tensor, rows: Tensor) -> Tensor:
+    """(1, heads, N, size) -> (B, heads, L, size)"""
+    flat = tensor[0].transpose(0, 1).index_select(0, rows.flatten())
+    return flat.view(*rows.shape, *flat.shape[1:]).transpose(1, 2)
+
+
+AttentionInterface.register(PACKED, packed_attention)
+AttentionMaskInterface.register(PACKED, sdpa_mask)

@@ -1,0 +1,69 @@
+"""Prompts and completions as one batch of token ids.
+
+Rows are laid out [left-padded prompt | right-padded completion], the layout generation ends in, so
+that sampling, PPO, the direct methods and evaluation read the same positions.
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Sequences(NamedTuple):
+    """B prompts with their completions; P and T are the longest prompt and completion."""
+
+    ids: Tensor  # (B, P + T)
+    attention: Tensor  # (B, P + T), 1 = a real token
+    mask: Tensor  # (B, T), True = completion token, EOS included
+
+    @property
+    def prompt_width(self) -> int:
+        """P"""
+        return self.ids.shape[1] - self.mask.shape[1]
+
+    @property
+    def completion_ids(self) -> Tensor:
+        """(B, T)"""
+        return self.ids[:, -self.mask.shape[1] :]
+
+    @property
+    def lengths(self) -> Tensor:
+        """Completion tokens of each row, (B,)."""
+        return self.mask.sum(1)
+
+    @property
+    def positions(self) -> Tensor:
+        """Position of each token in its own row, (B, P + T), whatever the padding before it."""
+        return (self.attention.cumsum(1) - 1).clamp(min=0)
+
+    def to(self, device: torch.device) -> "Sequences":
+        return Sequences(*(t.to(device) for t in self))
+
+    def spread(self, values: Tensor) -> Tensor:
+        """Numbers of the M completion tokens, (M,) in the order of `mask`: (B, T), 0 elsewhere."""
+        return values.new_zeros(self.mask.shape).masked_scatter(self.mask, values)
+
+
+def collate(
+    prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]], pad_id: int
+) -> Sequences:
+    """Token ids of prompts and completions as one batch. An empty completion is a ValueError."""
+    if any(len(c) == 0 for c in completions):
+        raise ValueError("a completion has no tokens: a completion holds at least its EOS")
+    left, right = max(map(len, prompts)), max(map(len, completions))
+    ids = torch.full((len(prompts), left + right), pad_id)
+    attention = torch.zeros_like(ids)
+    for row, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
+        start, end = left - len(prompt), left + len(completion)
+        ids[row, start:end] = torch.tensor([*prompt, *completion])
+        attention[row, start:end] = 1
+    return Sequences(ids, attention, attention[:, left:].bool())
+
+
+def by_length(lengths: Sequence[int], batch_size: int) -> Iterator[list[int]]:
+    """Row numbers in batches of similar length: little padding where order does not matter."""
+    order = sorted(range(len(lengths)), key=lengths.__getitem__)
+    for start in range(0, len(order), batch_size):
+        yield order[start : start + batch_size]

@@ -1,0 +1,166 @@
+"""Packed passes: the same numbers as one row at a time, from fewer tokens."""
+
+import copy
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    BloomConfig,
+    GPT2Config,
+    GPTNeoXConfig,
+    LlamaConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    Qwen2Config,
+    Qwen3Config,
+)
+
+from shared.generation.engine import Sampling
+from shared.generation.hf import HFEngine
+from shared.logprobs import token_logprobs
+from shared.models import SpecialIds, sequence_scores, state_values, without_dropout
+from shared.packing import let_pack, pack, packs
+from shared.sequences import Sequences, collate
+
+PAD, EOS = 0, 1
+SIZE = {"vocab_size": 50, "pad_token_id": PAD, "bos_token_id": None, "eos_token_id": EOS}
+WIDE = {**SIZE, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+GROUPED = {**WIDE, "intermediate_size": 48, "num_key_value_heads": 2}
+CONFIGS: dict[str, PreTrainedConfig] = {
+    "llama": LlamaConfig(**GROUPED),
+    "gpt_neox": GPTNeoXConfig(**WIDE, intermediate_size=48),
+    "gpt2": GPT2Config(**SIZE, n_embd=32, n_layer=2, n_head=4),
+    "qwen2": Qwen2Config(**GROUPED),
+    "qwen3": Qwen3Config(**GROUPED, head_dim=8),
+}
+PROMPTS = [[7, 8, 9], [7, 8, 9, 10, 11], [9], [7, 8, 9], [9], [PAD, 8, 9], [8, 9]]
+COMPLETIONS = [[5, 6, 7, EOS], [EOS], [5] * 8, [6, EOS], [12, 13, EOS], [5, 6], [PAD, 5, EOS]]
+
+
+def policy(config: PreTrainedConfig) -> PreTrainedModel:
+    torch.manual_seed(0)
+    model = without_dropout(AutoModelForCausalLM.from_config(config))
+    with torch.no_grad():  # random but not small, so that attention matters
+        for weights in model.parameters():
+            if weights.ndim == 2:
+                weights *= 5
+    return model
+
+
+def classifier(config: PreTrainedConfig) -> PreTrainedModel:
+    torch.manual_seed(0)
+    config = copy.deepcopy(config)
+    config.num_labels = 1
+    model = AutoModelForSequenceClassification.from_config(config)
+    return without_dropout(model)
+
+
+@pytest.fixture(params=CONFIGS.values(), ids=CONFIGS)
+def config(request: pytest.FixtureRequest) -> PreTrainedConfig:
+    return request.param
+
+
+def batch_of() -> Sequences:
+    return collate(PROMPTS, COMPLETIONS, PAD)
+
+
+def test_log_probabilities_are_those_of_each_row_alone(config: PreTrainedConfig):
+    model = policy(config)
+    with torch.no_grad():
+        alone = [
+            model(torch.tensor([p + c])).logits[0, len(p) - 1 : -1].log_softmax(-1)
+            for p, c in zip(PROMPTS, COMPLETIONS, strict=True)
+        ]
+        found = token_logprobs(let_pack(model), batch_of())
+    assert packs(model)
+    for row, (truth, completion) in enumerate(zip(alone, COMPLETIONS, strict=True)):
+        expected = truth[range(len(completion)), completion]
+        torch.testing.assert_close(found[row, : len(completion)], expected, atol=2e-5, rtol=1e-5)
+        assert (found[row, len(completion) :] == 0).all()
+
+
+def test_gradients_are_those_of_padded_rows(config: PreTrainedConfig):
+    model = policy(config)
+    weights = torch.rand(batch_of().mask.shape, generator=torch.Generator().manual_seed(0))
+    gradients = []
+    for _ in range(2):
+        (token_logprobs(model, batch_of()) * weights).sum().backward()
+        gradients.append([p.grad.clone() for p in model.parameters() if p.grad is not None])
+        model.zero_grad()
+        let_pack(model)
+    for padded, packed in zip(*gradients, strict=True):
+        torch.testing.assert_close(packed, padded, atol=2e-4, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_values_and_scores_are_those_of_padded_rows(config: PreTrainedConfig):
+    model, batch = classifier(config), batch_of()
+    values, scores = state_values(model, batch), sequence_scores(model, batch)
+    let_pack(model)
+    torch.testing.assert_close(sequence_scores(model, batch), scores, atol=1e-5, rtol=1e-5)
+    found = state_values(model, batch)
+    torch.testing.assert_close(found[batch.mask], values[batch.mask], atol=1e-5, rtol=1e-5)
+
+
+def test_a_prompt_is_computed_once_and_padding_never():
+    packed = pack(batch_of())
+    distinct = {tuple(prompt) for prompt in PROMPTS}
+    tokens = sum(map(len, distinct)) + sum(map(len, COMPLETIONS))
+    assert packed.ids.shape == packed.positions.shape == (1, tokens)
+    assert packed.back.shape == (tokens,)
+    assert packed.rows.shape == (7, 9)  # the longest row: a prompt of 1 with a completion of 8
+
+
+def test_each_row_reads_its_own_tokens_in_their_order():
+    batch = batch_of()
+    packed = pack(batch)
+    for row, (prompt, completion) in enumerate(zip(PROMPTS, COMPLETIONS, strict=True)):
+        whole = prompt + completion
+        number = packed.rows[row, : len(whole)]
+        assert packed.ids[0, number].tolist() == whole
+        assert packed.positions[0, number].tolist() == list(range(len(whole)))
+        assert packed.place[row][batch.attention[row].bool()].tolist() == number.tolist()
+    every = packed.rows.flatten()[packed.back]
+    assert every.tolist() == list(range(len(every)))  # each token's attention comes back to it
+
+
+def test_what_lies_under_the_padding_changes_nothing():
+    model, batch = let_pack(policy(CONFIGS["llama"])), batch_of()
+    other = batch.ids.where(batch.attention.bool(), torch.tensor(30))
+    with torch.no_grad():
+        found, again = (token_logprobs(model, batch._replace(ids=i)) for i in (batch.ids, other))
+    assert torch.equal(found, again)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_sampling_is_the_same_with_packing_on(name: str):
+    draws = []
+    for switch in (lambda model: model, let_pack):
+        engine = HFEngine(switch(policy(CONFIGS[name])), SpecialIds(PAD, EOS))
+        draws.append(engine.generate(PROMPTS, Sampling(max_new_tokens=6, seed=3)))
+    assert draws[0] == draws[1]
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        BloomConfig(**SIZE, hidden_size=32, n_layer=2, n_head=4),
+        Qwen2Config(**GROUPED, use_sliding_window=True, sliding_window=4, max_window_layers=1),
+    ],
+    ids=["unknown family", "sliding window"],
+)
+def test_models_that_need_more_than_causal_rows_stay_as_they_are(config: PreTrainedConfig):
+    model = AutoModelForCausalLM.from_config(config)
+    before = model.config._attn_implementation
+    assert not packs(let_pack(model))
+    assert model.config._attn_implementation == before
+
+
+def test_a_saved_model_knows_nothing_of_it(tmp_path: Path):
+    let_pack(policy(CONFIGS["llama"])).save_pretrained(tmp_path)
+    assert "klash" not in json.dumps(json.loads((tmp_path / "config.json").read_text()))
+    assert not packs(AutoModelForCausalLM.from_pretrained(tmp_path))
