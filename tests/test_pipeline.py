@@ -116,11 +116,7 @@ def some_arms(*names: str) -> list[str]:
     tables = []
     for name in names:
         arm = whole[name]
-        setting = ", ".join(
-            f"{key} = {value}"
-            for key, value in arm.settings[0].items()
-            if key != "learning_rate"  # that of `direct` holds
-        )
+        setting = ", ".join(f"{key} = {value}" for key, value in arm.settings[0].items())
         tables.append(
             f'{name} = {{ kind = "{arm.kind}", loss = "{arm.loss}", settings = [{{ {setting} }}] }}'
         )
@@ -475,7 +471,9 @@ def test_seeds_side_by_side_come_to_the_same_results(first: Run, tmp_path: Path)
 @pytest.mark.parametrize("arm", ["ppo", "dpo", "kto", "fdpo"])
 def test_an_arm_that_diverges_is_a_result_and_not_the_end(first: Run, tmp_path: Path, arm: str):
     """A learning rate that leaves the finite numbers: counted, reported, and the rest goes on."""
-    changes = ["--name", f"wild-{arm}", "--seeds", "[0]", *some_arms(arm)]
+    key, table = some_arms(arm)
+    table = table.replace("learning_rate = 0.0003", "learning_rate = 1e30")
+    changes = ["--name", f"wild-{arm}", "--seeds", "[0]", key, table]
     wild = [f"--{part}.optimizer.learning_rate=1e30" for part in ("ppo", "direct")]
     second = run(tiny(tmp_path, *changes, *wild), first.folder.parent)
     assert second.results["methods"][arm]["stability"]["failed"] == 1
