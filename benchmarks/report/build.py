@@ -154,6 +154,7 @@ def _page(
         samples=list(_answers(results, samples)),
         palette=PALETTE,
         beyond=beyond(results),
+        timed=rows.timed_alone(results),
         kl_cap=f"{KL_CAP:g}",
         environment=list(_flat(results.environment)),
     )

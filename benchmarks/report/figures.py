@@ -22,7 +22,7 @@ from benchmarks.report.style import (
     plain,
 )
 from benchmarks.report.training_plot import Curves, Series, known, training_picture
-from benchmarks.results import CurvePoint, Estimate, Method, Results
+from benchmarks.results import Cost, CurvePoint, Estimate, Method, Results
 
 
 def draw_all(results: Results, curves: Curves) -> dict[str, Picture]:
@@ -135,6 +135,20 @@ def _method_legend(figure: Figure, methods: Sequence[str]) -> None:
 # --- costs, reward model, filtering ----------------------------------------------------------
 
 
+_WORK = {
+    "reward": "reward model",
+    "reference": "reference scored",
+    "mismatched": "reference scored",
+    "direct": "training",
+    "filtered: train": "training",
+    "ppo: update": "training",
+    "ppo: generate": "sampling",
+    "best-of-n": "sampling",
+    "ppo: score": "scoring",
+    "filtered: filter": "filtering",
+}
+
+
 def _cost_picture(results: Results) -> Picture:
     methods = [n for n, m in by_gold(results) if m.cost.wall_s > 0 or m.cost.flops > 0]
     height = 0.27 * max(1, len(methods))
@@ -150,10 +164,11 @@ def _cost_picture(results: Results) -> Picture:
 def _cost(results: Results, methods: Sequence[str], figure: Figure, narrow: bool) -> None:
     panels = figure.subplots(*((2, 1) if narrow else (1, 2)), sharey=not narrow)
     costs = [results.methods[name].cost for name in methods]
-    phases = list(dict.fromkeys(p for c in costs for p in (c.phases or {"all": 0.0})))
+    seconds = [_by_work(c) for c in costs]
+    phases = list(dict.fromkeys(phase for each in seconds for phase in each))
     left = [0.0] * len(methods)
     for i, phase in enumerate(phases):
-        width = [(c.phases or {"all": c.wall_s}).get(phase, 0.0) for c in costs]
+        width = [each.get(phase, 0.0) for each in seconds]
         colour = PALETTE[f"phase-{min(i, 5)}"][0]
         panels[0].barh(range(len(methods)), width, 0.62, left, color=colour, label=plain(phase, 40))
         left = [a + b for a, b in zip(left, width, strict=True)]
@@ -172,6 +187,15 @@ def _cost(results: Results, methods: Sequence[str], figure: Figure, narrow: bool
         panels[1].invert_yaxis()
     columns = columns_for(figure, [plain(phase, 40) for phase in phases])
     figure.legend(loc="outside upper left", ncols=columns, handlelength=1.0)
+
+
+def _by_work(cost: Cost) -> dict[str, float]:
+    """Seconds by kind of work, whichever stage did it."""
+    found: dict[str, float] = {}
+    for phase, seconds in (cost.phases or {"all": cost.wall_s}).items():
+        work = _WORK.get(phase, phase)
+        found[work] = found.get(work, 0.0) + seconds
+    return found
 
 
 def _reward_picture(results: Results) -> Picture:

@@ -51,7 +51,10 @@ def place(axes: Axes, labels: Sequence[Label], lines: Sequence[Line]) -> None:
     boxes = [_places(a, s, unit) for a, s in zip(anchors, sizes, strict=True)]
     inside = np.array(axes.get_window_extent().extents)
     markers = np.array(anchors)
-    alone = [_cost(box, ink, markers, inside, unit) for box in boxes]
+    alone = [
+        _cost(box, ink, markers, inside, unit) + 150.0 * _nearer(box, markers, i, unit)
+        for i, box in enumerate(boxes)
+    ]
     chosen = _settle(boxes, alone, unit)
     for text, anchor, box in zip(texts, anchors, chosen, strict=True):
         centre = (box[:2] + box[2:]) / 2
@@ -110,6 +113,16 @@ def _cost(boxes: Array, ink: Array, markers: Array, inside: Array, unit: float) 
     out |= (boxes[:, 2:] > inside[2:] + 4 * unit).any(axis=1)
     cost = 1.5 * distance + 3.5 * under(ink, 1.5) + 400.0 * under(markers, 6.0)
     return cost + 5000.0 * out
+
+
+def _nearer(boxes: Array, markers: Array, own: int, unit: float) -> Array:
+    """Whether a box lies about as near to another's marker as to its own."""
+    nearest = np.clip(markers, boxes[:, None, :2], boxes[:, None, 2:])
+    away = np.hypot(*np.moveaxis(nearest - markers, -1, 0))
+    others = np.delete(away, own, axis=1)
+    if not others.shape[1]:
+        return np.zeros(len(boxes), dtype=bool)
+    return others.min(axis=1) < away[:, own] + 3 * unit
 
 
 def _settle(boxes: Sequence[Array], alone: Sequence[Array], unit: float) -> list[Array]:

@@ -202,7 +202,6 @@ def headline_table(results: Results, headline: Sequence[Comparison], most: int =
 def cost_table(results: Results) -> Table:
     """What one training run took."""
     rows = []
-    timed = next((m.cost.timed_seeds for m in results.methods.values() if m.cost.timed_seeds), [])
     for name, m in by_gold(results):
         c = m.cost
         rows.append(
@@ -229,11 +228,16 @@ def cost_table(results: Results) -> Table:
         "Labels used": "labels_used",
     }
     columns = [NAME, *(Column(label, (key,)) for label, key in labels.items())]
-    title = "One training run of each method; shared stages left out"
-    if timed and timed != results.seeds:
-        alone = f"seed {timed[0]}" if len(timed) == 1 else f"seeds {', '.join(map(str, timed))}"
-        title += f". Time, memory and share of peak are of {alone}, which ran alone"
-    return Table("cost", title, columns, rows)
+    return Table("cost", "One training run of each method; shared stages left out", columns, rows)
+
+
+def timed_alone(results: Results) -> str:
+    """Which seeds' seconds are shown, where not all seeds had the machine to themselves."""
+    timed = next((m.cost.timed_seeds for m in results.methods.values() if m.cost.timed_seeds), [])
+    if not timed or timed == results.seeds:
+        return ""
+    which = f"seed {timed[0]}" if len(timed) == 1 else f"seeds {', '.join(map(str, timed))}"
+    return f"Time, memory and share of peak are of {which}, run alone; others ran side by side."
 
 
 def reward_table(results: Results) -> Table:
