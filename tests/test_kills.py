@@ -20,7 +20,7 @@ MEASURED = {"wall_s", "phases", "peak_memory_bytes", "mfu"}  # differ between eq
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
 def test_twenty_kills_leave_nothing_corrupt_and_the_same_results(tmp_path: Path):
-    """Each run is killed at a random moment of the stage after its next one or two."""
+    """Each run is killed at a random moment of its next stage or the one after."""
     rng = random.Random(0)
     undisturbed, killed = tmp_path / "undisturbed", tmp_path / "killed"
     subprocess.run([*COMMAND, str(undisturbed)], check=True)
@@ -28,7 +28,7 @@ def test_twenty_kills_leave_nothing_corrupt_and_the_same_results(tmp_path: Path)
     finished: set[str] = set()
     for _ in range(KILLS):
         process = subprocess.Popen([*COMMAND, str(killed)], stdout=subprocess.DEVNULL)
-        _wait_for(process, killed, len(finished) + rng.choice([0, 1, 1, 2]))
+        _wait_for(process, killed, len(finished) + rng.choice([0, 0, 1, 1]))
         time.sleep(rng.uniform(0, seconds / len(_finished(undisturbed))))
         assert process.poll() is None, "it ended before all kills were made"
         process.send_signal(signal.SIGKILL)
