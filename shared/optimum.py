@@ -7,7 +7,7 @@ P prompts with N completions each; `ref_logps` (P, N) are log ref(y|x), each row
 import math
 
 import torch
-from scipy.optimize import brentq
+from scipy.optimize import root_scalar
 from torch import Tensor
 
 
@@ -58,7 +58,7 @@ def frontier_reward(ref_logps: Tensor, rewards: Tensor, level: float) -> float:
         return float(rewards.max(1).values.mean())
     if excess(high) >= 0:  # a level so small that no beta in reach goes below it
         return float(expected(ref_logps, rewards).mean())
-    beta = math.exp(brentq(excess, low, high, xtol=1e-13))
+    beta = math.exp(root_scalar(excess, bracket=(low, high), xtol=1e-13).root)
     return float(expected(optimal_logps(ref_logps, rewards, beta), rewards).mean())
 
 
