@@ -71,8 +71,8 @@ def run_side_by_side(experiment: Experiment, stages: Stages) -> None:
     context = multiprocessing.get_context("spawn")
     with (
         sleeping_threads(),
-        ProcessPoolExecutor(experiment.workers, context, start_worker, (os.getpid(),)) as pool,
         context.Manager() as manager,
+        ProcessPoolExecutor(experiment.workers, context, start_worker, (os.getpid(),)) as pool,
     ):
         messages = manager.Queue()
         work = experiment.model_dump_json(), stages.root, messages

@@ -1,5 +1,6 @@
 """What several test files read numbers and weights with."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -21,3 +22,26 @@ def close(actual: Any, expected: Any, tolerance: float | None = None) -> None:
 def weights(model: torch.nn.Module) -> Tensor:
     """All of them in one row."""
     return torch.cat([p.detach().flatten() for p in model.parameters()])
+
+
+def minimiser(loss: Callable[[Tensor], Tensor], *shape: int) -> Tensor:
+    """The float64 tensor at which a smooth `loss` is least, from 0."""
+    x = torch.zeros(shape, dtype=torch.float64, requires_grad=True)
+    optimizer = torch.optim.LBFGS(
+        [x],
+        max_iter=3000,
+        max_eval=6000,
+        tolerance_grad=1e-13,
+        tolerance_change=1e-18,
+        history_size=50,
+        line_search_fn="strong_wolfe",
+    )
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        value = loss(x)
+        value.backward()
+        return value
+
+    optimizer.step(closure)
+    return x.detach()

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from checks import close
+from checks import close, minimiser
 from datasets import Dataset
 from hypothesis import given
 from hypothesis import strategies as st
@@ -61,27 +61,6 @@ def slope(loss: Callable[[Tensor], Tensor], *at: float) -> Tensor:
     """d loss / d h at each point."""
     h = double(*at)
     return torch.autograd.grad(loss(h).sum(), h)[0]
-
-
-def optimum(loss: Callable[[Tensor], Tensor], size: int) -> Tensor:
-    """The minimiser of a smooth function of `size` numbers, from 0."""
-    x = torch.zeros(size, dtype=torch.float64, requires_grad=True)
-    optimizer = torch.optim.LBFGS(
-        [x],
-        max_iter=300,
-        tolerance_grad=1e-12,
-        tolerance_change=1e-16,
-        line_search_fn="strong_wolfe",
-    )
-
-    def closure() -> Tensor:
-        optimizer.zero_grad()
-        value = loss(x)
-        value.backward()
-        return value
-
-    optimizer.step(closure)
-    return x.detach()
 
 
 # Closed forms
@@ -180,14 +159,14 @@ def test_dpo_has_the_same_optimum_as_kl_regularised_rlhf():
         r = torch.log_softmax(logits, -1) - ref
         return (preference * dpo_loss(ratios(r[y_w], r[y_l]), beta=beta)).mean()
 
-    found = torch.log_softmax(optimum(loss, 4), -1)
+    found = torch.log_softmax(minimiser(loss, 4), -1)
     close(found, torch.log_softmax(ref + reward / beta, -1), 1e-5)
 
     def rlhf(logits: Tensor) -> Tensor:
         policy = torch.log_softmax(logits, -1)
         return -(policy.exp() * (reward - beta * (policy - ref))).sum()
 
-    close(found, torch.log_softmax(optimum(rlhf, 4), -1), 1e-5)
+    close(found, torch.log_softmax(minimiser(rlhf, 4), -1), 1e-5)
 
 
 @pytest.mark.parametrize(("beta", "p"), [(0.1, 0.7), (0.5, 0.6), (2.0, 0.9)])
@@ -196,12 +175,12 @@ def test_dpo_is_least_at_the_log_odds_over_beta(beta: float, p: float):
         wins, losses = dpo_loss(ratios(h), beta=beta), dpo_loss(ratios(-h), beta=beta)
         return (p * wins + (1 - p) * losses).sum()
 
-    close(optimum(loss, 1), [special.logit(p) / beta], 1e-4)
+    close(minimiser(loss, 1), [special.logit(p) / beta], 1e-4)
 
 
 @pytest.mark.parametrize(("beta", "e"), [(0.1, 0.1), (0.5, 0.3), (2.0, 0.01)])
 def test_cdpo_is_least_at_the_log_odds_of_its_smoothing(beta: float, e: float):
-    found = optimum(lambda h: cdpo_loss(ratios(h), beta=beta, label_smoothing=e).sum(), 1)
+    found = minimiser(lambda h: cdpo_loss(ratios(h), beta=beta, label_smoothing=e).sum(), 1)
     close(found, [special.logit(1 - e) / beta], 1e-4)
 
 
@@ -216,7 +195,7 @@ def test_rdpo_recovers_the_clean_preference_and_dpo_the_flipped_one():
     flipped = p * (1 - e) + (1 - p) * e
 
     def of(loss: Callable[[Tensor], Tensor]) -> Tensor:
-        return optimum(lambda h: (flipped * loss(h) + (1 - flipped) * loss(-h)).sum(), 1)
+        return minimiser(lambda h: (flipped * loss(h) + (1 - flipped) * loss(-h)).sum(), 1)
 
     robust = of(lambda h: rdpo_loss(ratios(h), beta=beta, label_smoothing=e))
     close(robust, [special.logit(p) / beta], 1e-4)
@@ -245,7 +224,7 @@ def test_ipo_with_two_arms_is_least_at_2p_minus_1_over_2_tau(p: float):
             + (1 - p) * ipo_loss(ratios(r[1:], r[:1]), tau=tau)
         ).sum()
 
-    found = torch.log_softmax(optimum(loss, 2), -1) - ref
+    found = torch.log_softmax(minimiser(loss, 2), -1) - ref
     close(found[0] - found[1], (2 * p - 1) / (2 * tau), 1e-5)
 
 
@@ -262,7 +241,7 @@ def bandit(
         r = torch.log_softmax(logits, -1) - ref
         return loss(ratios(r[y_w], r[y_l])).mean()
 
-    return torch.log_softmax(optimum(mean, 3), -1) - ref
+    return torch.log_softmax(minimiser(mean, 3), -1) - ref
 
 
 @pytest.mark.parametrize("ref", [[1 / 3, 1 / 3, 1 / 3], [0.2, 0.5, 0.3]])
@@ -305,7 +284,7 @@ def test_ipo_token_slopes_are_divided_by_their_own_lengths():
 
 
 def test_ipo_token_with_equal_lengths_is_least_at_n_over_2_tau():
-    found = optimum(lambda h: ipo_token_loss(ratios(h, tokens=7), tau=0.4).sum(), 1)
+    found = minimiser(lambda h: ipo_token_loss(ratios(h, tokens=7), tau=0.4).sum(), 1)
     close(found, [7 / (2 * 0.4)], 1e-5)
 
 

@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from checks import close
+from checks import close, minimiser
 from torch import Tensor
 
 from dpo.losses import LogRatios, cdpo_loss, dpo_loss, ipo_loss
@@ -36,24 +36,6 @@ PREFERENCE = bradley_terry(REWARDS)
 WEIGHT = REF.exp().unsqueeze(2) * REF.exp().unsqueeze(1) * PREFERENCE  # of (chosen, rejected)
 
 
-def minimised(loss: Callable[[Tensor], Tensor]) -> Tensor:
-    """The table of numbers at which `loss` is least."""
-    table = torch.zeros_like(REF, requires_grad=True)
-    optimizer = torch.optim.LBFGS(
-        [table], max_iter=3000, max_eval=6000, tolerance_grad=1e-14, tolerance_change=1e-18,
-        history_size=50, line_search_fn="strong_wolfe",
-    )  # fmt: skip
-
-    def closure() -> Tensor:
-        optimizer.zero_grad()
-        value = loss(table)
-        value.backward()
-        return value
-
-    optimizer.step(closure)
-    return table.detach()
-
-
 def tabular(loss: Callable[..., Tensor], **setting: float) -> Tensor:
     """Log-probabilities of the tabular softmax policy after a direct loss over all pairs."""
     tokens = torch.ones_like(REF)
@@ -63,7 +45,7 @@ def tabular(loss: Callable[..., Tensor], **setting: float) -> Tensor:
         pairs = LogRatios(ratio.unsqueeze(2), ratio.unsqueeze(1), tokens, tokens)
         return (WEIGHT * loss(pairs, **setting)).sum()
 
-    return minimised(value).log_softmax(1)
+    return minimiser(value, *REF.shape).log_softmax(1)
 
 
 def test_the_world_is_a_distribution_with_room_to_gain():
@@ -97,7 +79,7 @@ def test_cdpo_ends_where_smoothed_labels_lead(noise: float):
         return -(both * smoothed * p.log()).sum()
 
     beta = 0.5
-    truth = (REF + minimised(cross_entropy) / beta).log_softmax(1)
+    truth = (REF + minimiser(cross_entropy, *REF.shape) / beta).log_softmax(1)
     found = tabular(cdpo_loss, beta=beta, label_smoothing=noise)
     assert kl(found, truth).max() <= 1e-5
     assert kl(found, REF).mean() < kl(optimal_logps(REF, REWARDS, beta), REF).mean()
@@ -107,6 +89,6 @@ def test_the_reward_model_recovers_the_reward_up_to_a_constant_a_prompt():
     def loss(scores: Tensor) -> Tensor:
         return (WEIGHT * bradley_terry_loss(scores.unsqueeze(2), scores.unsqueeze(1))).sum()
 
-    scores = minimised(loss)
+    scores = minimiser(loss, *REF.shape)
     error = (scores - REWARDS) - (scores - REWARDS).mean(1, keepdim=True)
     assert error.abs().max() <= 1e-2

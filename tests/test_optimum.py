@@ -1,10 +1,11 @@
 """Closed forms of the exact optimum, against direct maximisation, and the listing they stand on."""
 
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
-from checks import close
+from checks import close, minimiser
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -31,22 +32,9 @@ def world(seed: int = 0, prompts: int = 3, completions: int = 7) -> tuple[Tensor
     return draw[0].log_softmax(1), draw[1]
 
 
-def maximised(value, shape: torch.Size) -> Tensor:
+def maximised(value: Callable[[Tensor], Tensor], shape: torch.Size) -> Tensor:
     """Log-probabilities of the tabular policy at which `value(logps)` is largest."""
-    logits = torch.zeros(shape, dtype=torch.float64, requires_grad=True)
-    optimizer = torch.optim.LBFGS(
-        [logits], max_iter=2000, tolerance_grad=1e-13, tolerance_change=1e-16,
-        line_search_fn="strong_wolfe",
-    )  # fmt: skip
-
-    def closure() -> Tensor:
-        optimizer.zero_grad()
-        loss = -value(logits.log_softmax(1))
-        loss.backward()
-        return loss
-
-    optimizer.step(closure)
-    return logits.detach().log_softmax(1)
+    return minimiser(lambda logits: -value(logits.log_softmax(1)), *shape).log_softmax(1)
 
 
 @pytest.mark.parametrize("beta", [0.05, 0.2, 1.0])
