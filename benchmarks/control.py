@@ -2,16 +2,19 @@
 
     python -m benchmarks.control benchmarks/experiments/control.toml --out reports
 
-runs the experiment twice, with true and with shuffled labels, and writes control.json and
-control.md. Exit code 1 if the control fails.
+runs the experiment twice, with true and with shuffled labels, and writes NAME.json and NAME.md,
+NAME the experiment's. Exit code 1 if the control fails.
 """
 
+import shlex
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
 import tyro
 
+from benchmarks.cli import split_overrides
 from benchmarks.experiment import Experiment, load_experiment
 from benchmarks.results import Estimate, Results
 from benchmarks.run import run_experiment
@@ -19,47 +22,63 @@ from benchmarks.statistics import seed_interval
 from shared.config import InputError
 from shared.stages import read_json, write_json
 
-
-def control(
-    file: Annotated[str, tyro.conf.Positional] = "control",
-    /,
-    runs: Path = Path("runs"),
-    out: Path = Path("reports"),
-) -> bool:
-    """Run both and compare; True if the control holds for every trained method.
-
-    Args:
-        file: an experiment's TOML file, or the name of one that comes with Klash.
-        runs: the folder of all runs.
-        out: where control.json and control.md go.
-    """
-    gains = {labels: _gains(_labelled(file, labels), runs) for labels in LABELS}
-    methods = {}
-    for name, true in gains["bradley-terry"].items():
-        shuffled = gains["shuffled"][name]
-        difference = seed_interval([t - s for t, s in zip(true, shuffled, strict=True)])
-        methods[name] = {
-            "gain_true": seed_interval(true).model_dump(),
-            "gain_shuffled": seed_interval(shuffled).model_dump(),
-            "difference": difference.model_dump(),
-            "holds": _contains_zero(seed_interval(shuffled)) and not _contains_zero(difference),
-        }
-    write_json(out / "control.json", {"experiment": file, "methods": methods})
-    (out / "control.md").write_text(_markdown(file, methods), encoding="utf-8")
-    print((out / "control.md").read_text(encoding="utf-8"))
-    return all(method["holds"] for method in methods.values())
-
-
 LABELS = ("bradley-terry", "shuffled")
+Gains = dict[str, list[float]]  # of a method, one a seed
 
 
-def _labelled(file: str, labels: str) -> Experiment:
-    overrides = [f"--preferences.labels={labels}"]
+def control_with(overrides: list[str]) -> Callable[..., bool]:
+    """The control with the experiment's keys that were changed on the command line."""
+
+    def control(
+        file: Annotated[str, tyro.conf.Positional] = "control",
+        /,
+        runs: Path = Path("runs"),
+        out: Path = Path("reports"),
+    ) -> bool:
+        """Run both and compare; True if the control holds for every trained method.
+
+        Any key of the experiment can be changed: --seeds "[5, 6]" --name control-fresh.
+
+        Args:
+            file: an experiment's TOML file, or the name of one that comes with Klash.
+            runs: the folder of all runs.
+            out: where the two files go.
+        """
+        name = load_experiment(file, overrides, quick=False).name
+        gains = {labels: _gains(_labelled(file, overrides, labels), runs) for labels in LABELS}
+        methods = compare_gains(gains["bradley-terry"], gains["shuffled"])
+        command = shlex.join(["python", "-m", "benchmarks.control", file, *overrides])
+        write_json(out / f"{name}.json", {"command": command, "methods": methods})
+        text = _markdown(command, methods)
+        (out / f"{name}.md").write_text(text, encoding="utf-8")
+        print(text)
+        return all(method["holds"] for method in methods.values())
+
+    return control
+
+
+def compare_gains(true: Gains, shuffled: Gains) -> dict[str, dict[str, Any]]:
+    """A method holds if 0 lies in its shuffled gain's interval and not in the difference's."""
+    methods = {}
+    for name in true:
+        difference = seed_interval([t - s for t, s in zip(true[name], shuffled[name], strict=True)])
+        methods[name] = {
+            "gain_true": seed_interval(true[name]).model_dump(),
+            "gain_shuffled": seed_interval(shuffled[name]).model_dump(),
+            "difference": difference.model_dump(),
+            "holds": _contains_zero(seed_interval(shuffled[name]))
+            and not _contains_zero(difference),
+        }
+    return methods
+
+
+def _labelled(file: str, overrides: list[str], labels: str) -> Experiment:
+    overrides = [*overrides, f"--preferences.labels={labels}"]
     experiment = load_experiment(file, overrides, quick=False)
     return experiment.model_copy(update={"name": f"{experiment.name}-{labels}"})
 
 
-def _gains(experiment: Experiment, runs: Path) -> dict[str, list[float]]:
+def _gains(experiment: Experiment, runs: Path) -> Gains:
     """Each trained method's gain in gold over SFT, one number a seed."""
     results = Results.model_validate(read_json(run_experiment(experiment, runs) / "results.json"))
     return {
@@ -75,13 +94,13 @@ def _contains_zero(estimate: Estimate) -> bool:
     return estimate.low <= 0 <= estimate.high
 
 
-def _markdown(file: str, methods: dict[str, dict[str, Any]]) -> str:
+def _markdown(command: str, methods: dict[str, dict[str, Any]]) -> str:
     lines = [
         "# Control: shuffled labels",
         "",
-        f"`python -m benchmarks.control {file}`: gain in gold over SFT, mean and 95 %",
-        "interval over seeds. It holds where the gain with shuffled labels includes 0 and the",
-        "difference does not.",
+        f"`{command}`:",
+        "gain in gold over SFT, mean and 95 % interval over seeds. It holds where the gain with",
+        "shuffled labels includes 0 and the difference does not.",
         "",
         "| method | true labels | shuffled labels | true - shuffled | holds |",
         "|---|---|---|---|---|",
@@ -98,8 +117,9 @@ def _text(e: dict[str, Any]) -> str:
 
 def main() -> None:
     """Exit codes as `klash`'s."""
+    words, overrides = split_overrides(sys.argv[1:])
     try:
-        held = tyro.cli(control, prog="python -m benchmarks.control")
+        held = tyro.cli(control_with(overrides), args=words, prog="python -m benchmarks.control")
     except InputError as error:
         print(f"control: {error}", file=sys.stderr)
         sys.exit(2)

@@ -1,0 +1,37 @@
+"""The shuffled-label control's verdict."""
+
+from scipy import stats
+
+from benchmarks.control import compare_gains
+
+NEAR_ZERO = [-0.02, 0.03, 0.01, -0.01, 0.02]
+ABOVE = [0.41, 0.39, 0.45, 0.40, 0.38]
+
+
+def verdict(true: list[float], shuffled: list[float]) -> bool:
+    return compare_gains({"dpo": true}, {"dpo": shuffled})["dpo"]["holds"]
+
+
+def test_it_holds_if_only_true_labels_gain():
+    assert verdict(ABOVE, NEAR_ZERO)
+
+
+def test_it_fails_if_shuffled_labels_gain_too():
+    assert not verdict(ABOVE, [x / 2 for x in ABOVE])
+
+
+def test_it_fails_if_true_labels_gain_nothing():
+    assert not verdict(NEAR_ZERO, NEAR_ZERO[::-1])
+
+
+def test_it_fails_if_shuffled_labels_lose():
+    assert not verdict(ABOVE, [-x for x in ABOVE])
+
+
+def test_the_difference_is_paired_by_seed():
+    noise = [0.3, -0.4, 0.2, -0.1, 0.1]
+    true = [a + n for a, n in zip(ABOVE, noise, strict=True)]
+    found = compare_gains({"dpo": true}, {"dpo": noise})["dpo"]["difference"]
+    low, high = stats.ttest_1samp(ABOVE, 0).confidence_interval(0.95)
+    assert abs(found["low"] - low) < 1e-9
+    assert abs(found["high"] - high) < 1e-9
