@@ -21,7 +21,7 @@ from dpo.train import train_direct
 from rlhf.ppo import train_ppo
 from rlhf.reward import examine_reward, train_reward
 from shared.preferences import make_preferences, make_reward_test
-from shared.samples import sample_reference
+from shared.samples import list_reference, sample_reference
 from shared.sft import train_sft
 from shared.stages import Stages, read_json, read_jsonl
 
@@ -34,7 +34,7 @@ class Common:
 
     sft: Path
     scale_samples: Path  # on which reward models are centred and scaled
-    frontier_samples: Path
+    frontier_samples: Path  # of a finite task: all completions
     reward_test: Path
 
 
@@ -126,6 +126,8 @@ def prepare_common(experiment: Experiment, run: Run) -> Common:
             split="validation", prompts=e.scale_prompts, per_prompt=e.scale_samples,
         ),
         frontier_samples=run(
+            "listing", list_reference, label="all completions", **of_sft
+        ) if task.finite else run(
             "reference-samples", sample_reference, label="samples for frontier", **of_sft,
             split="test", prompts=e.near_prompts, per_prompt=e.frontier_samples,
         ),
@@ -156,7 +158,7 @@ def prepare_seed(experiment: Experiment, run: Run, common: Common, seed: int) ->
         limit_scores=run(
             "limit-scores", score_samples, label=f"reward model's limit, seed {seed}",
             reward_model=reward, samples=common.frontier_samples,
-            per_prompt=experiment.evaluation.limit_samples,
+            per_prompt=None if task.finite else experiment.evaluation.limit_samples,
         ),
         reference=run(
             "reference", score_reference, label=f"reference log-probabilities, seed {seed}",
@@ -221,10 +223,11 @@ def train(
     }
     if arm.kind == "ppo":
         folder = run(
-            "ppo", train_ppo, **inputs, reward_model=seed.reward, task=experiment.task,
-            ppo=experiment.ppo, kl_coef=setting["kl_coef"], sampling=experiment.sampling,
+            "ppo", train_ppo, **inputs, reward_model=None if arm.gold else seed.reward,
+            task=experiment.task, ppo=experiment.ppo, kl_coef=setting["kl_coef"],
+            sampling=experiment.sampling,
         )  # fmt: skip
-        return folder, (seed.reward, folder)
+        return folder, ((folder,) if arm.gold else (seed.reward, folder))
     data = {
         "preferences": seed.preferences,
         "reference": seed.reference,
@@ -289,6 +292,7 @@ def evaluate_model(
         prompts=e.prompts if split == "test" else e.validation_prompts,
         samples=e.samples if whole else e.checkpoint_samples,
         sampling=experiment.sampling, prompt_seed=experiment.task_seed, seed=seed,
+        listed=_listed(experiment, common, split),
     )  # fmt: skip
 
 
@@ -309,7 +313,12 @@ def evaluate_n(
         split=split, prompts=e.prompts if split == "test" else e.validation_prompts,
         samples=e.samples if split == "test" else e.checkpoint_samples,
         sampling=experiment.sampling, prompt_seed=experiment.task_seed, seed=seed.seed,
+        listed=_listed(experiment, common, split),
     )  # fmt: skip
+
+
+def _listed(experiment: Experiment, common: Common, split: str) -> Path | None:
+    return common.frontier_samples if experiment.task.finite and split == "test" else None
 
 
 def _text(setting: dict[str, float]) -> str:

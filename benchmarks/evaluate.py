@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from benchmarks.exact import World
 from rlhf.best_of_n import best_of_n
 from shared.cost import Meter
 from shared.generation.engine import Completions, Sampling
@@ -13,6 +14,7 @@ from shared.generation.hf import HFEngine
 from shared.kl import exact_kl, k1, k3, masked_sum
 from shared.logprobs import completion_logits, gather_logprobs, score_logps
 from shared.models import Scorer, load_policy, load_tokenizer, special_ids
+from shared.optimum import best_of_n_logps
 from shared.preferences import read_pairs
 from shared.samples import read_samples
 from shared.sequences import by_length, collate
@@ -35,10 +37,12 @@ def evaluate(
     sampling: Sampling,
     prompt_seed: int,
     seed: int,
+    listed: Path | None,
 ) -> None:
     """Stage: `rows.jsonl`, and `displacement.json` where there are held-out `preferences`.
 
-    Completions are sampled at temperature 1; a greedy one lies beside them.
+    Completions are sampled at temperature 1; a greedy one lies beside them. Where all completions
+    are `listed`, each row holds the expectations over them too, as `exact`.
     """
     tokenizer, source = load_tokenizer(ref), make_task(task)
     model, ref_model = load_policy(policy / checkpoint).eval(), load_policy(ref).eval()
@@ -56,6 +60,11 @@ def evaluate(
     greedy_gold = source.gold(texts, greedy_texts).tolist()
     for row, text, gold in zip(rows, greedy_texts, greedy_gold, strict=True):
         row.update(greedy=text, greedy_gold=gold)
+    if listed is not None:
+        world = World(listed)
+        logps = world.logps(policy / checkpoint, sampling)
+        scores = world.scores(reward_model) if reward_model else None
+        add_exact(rows, world.expectations(logps, scores, special_ids(tokenizer).eos))
     write_jsonl(folder / "rows.jsonl", rows)
     if preferences is not None:
         displacement = _displacement(model, ref_model, preferences, special_ids(tokenizer).pad)
@@ -74,8 +83,10 @@ def evaluate_best_of_n(
     sampling: Sampling,
     prompt_seed: int,
     seed: int,
+    listed: Path | None,
 ) -> None:
-    """Stage: `rows.jsonl` of the reward model's favourites among `n` reference samples. No KL.
+    """Stage: `rows.jsonl` of the reward model's favourites among `n` reference samples. No KL,
+    unless all completions are `listed`: then it is exact, ties included.
 
     Its cost is that of answering the test prompts: this arm pays when it is used."""
     tokenizer, source, meter = load_tokenizer(ref), make_task(task), Meter()
@@ -89,12 +100,28 @@ def evaluate_best_of_n(
         favourites = best_of_n(engine, scorer, many, n, draw, meter)
     write_json(folder / "cost.json", meter.summary())
     columns = measure(source, tokenizer, reward_model, texts, ids, favourites, samples)
-    write_jsonl(folder / "rows.jsonl", _rows(texts, columns, samples))
+    rows = _rows(texts, columns, samples)
+    if listed is not None:
+        world = World(listed)
+        scores = world.scores(reward_model)
+        logps = best_of_n_logps(world.log_ref, scores, n)
+        add_exact(rows, world.expectations(logps, scores, special_ids(tokenizer).eos))
+    write_jsonl(folder / "rows.jsonl", rows)
 
 
-def score_samples(folder: Path, reward_model: Path, samples: Path, per_prompt: int) -> None:
-    """Stage: `scores.json`, the reward model's scores of reference samples, (P, per_prompt)."""
+def add_exact(rows: list[dict[str, Any]], exact: list[dict[str, float]]) -> None:
+    """Put a finite task's expectations beside each prompt's samples, as `exact`."""
+    for row, expectations in zip(rows, exact, strict=True):
+        row["exact"] = expectations
+
+
+def score_samples(folder: Path, reward_model: Path, samples: Path, per_prompt: int | None) -> None:
+    """Stage: `scores.json`, the reward model's scores of reference samples, (P, per_prompt).
+
+    None: of all that there are.
+    """
     rows, scorer = read_samples(samples), Scorer(reward_model)
+    per_prompt = per_prompt or len(rows[0].completions)
     prompts = [row.prompt_ids for row in rows for _ in range(per_prompt)]
     scores = scorer.score_all(prompts, [c for row in rows for c in row.completions[:per_prompt]])
     write_json(folder / "scores.json", scores.view(len(rows), per_prompt).tolist())

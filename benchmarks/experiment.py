@@ -31,11 +31,14 @@ class Arm(Config):
     loss: str = "dpo"
     settings: tuple[dict[str, float], ...] = Field(min_length=1)
     random: bool = False  # of a `filtered` arm: drop as many pairs, blindly
+    gold: bool = False  # of a `ppo` arm: the task's true score is the reward
 
     @model_validator(mode="after")
     def settings_fit(self) -> "Arm":
         if any(self.settings.count(setting) > 1 for setting in self.settings):
             raise ValueError("a setting stands twice")
+        if self.gold and self.kind != "ppo":
+            raise ValueError("`gold` is for arms of kind `ppo`")
         wanted = {"best-of-n": {"n"}, "ppo": {"kl_coef"}}.get(self.kind)
         for setting in self.settings:
             if wanted is not None and set(setting) != wanted:
@@ -118,9 +121,23 @@ class Experiment(Config):
             raise ValueError(f"`seeds` holds a seed twice: {list(self.seeds)}")
         if self.sampling.temperature == 0:
             raise ValueError("`sampling.temperature` must be above 0: pairs and rollouts are drawn")
+        if self.task.finite:
+            self.listing_fits()
+        elif self.preferences.listed:
+            raise ValueError(
+                f"`preferences.listed`: the completions of {self.task.name} are endless"
+            )
         if taken := {"sft", "reward"} & set(self.arms):
             raise ValueError(f"`arms`: the name {sorted(taken)[0]!r} is taken, choose another")
         return self
+
+    def listing_fits(self) -> None:
+        """A finite task is evaluated whole: all prompts, to the cap that was listed."""
+        prompts, cap = self.task.exact.prompts, self.task.exact.cap
+        if self.evaluation.prompts != prompts:
+            raise ValueError(f"`evaluation.prompts` must be {prompts}: all of task.exact.prompts")
+        if self.sampling.max_new_tokens != cap:
+            raise ValueError(f"`sampling.max_new_tokens` must be {cap}: task.exact.cap")
 
 
 def load_experiment(file: str, overrides: list[str], quick: bool) -> Experiment:

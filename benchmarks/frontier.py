@@ -33,9 +33,9 @@ class TiltTable(NamedTuple):
     bounded: bool  # outcome is the objective, so that log_z bounds it past the samples' reach
 
 
-def default_temperatures() -> Array:
-    """(80,) from 20 to 0.02, each 9 % below the one before: dense enough to interpolate between."""
-    return np.geomspace(20.0, 0.02, 80)
+def default_temperatures(count: int = 80) -> Array:
+    """(count,) from 20 to 0.02; 80 are 9 % apart, dense enough to interpolate between."""
+    return np.geomspace(20.0, 0.02, count)
 
 
 def tilt_table(
@@ -216,6 +216,18 @@ def margin_interval(
     drawn = [margins(rng.integers(prompts, size=prompts)).mean() for _ in range(draws)]
     variance = float(per_seed.var(ddof=1) / seeds + np.var(drawn, ddof=1))
     return t_estimate(mean, variance, per_seed.tolist())
+
+
+def averaged(table: TiltTable) -> TiltTable:
+    """The table of a finite task as one column: its prompts are all there are, none is drawn."""
+    return table._replace(
+        kl=table.kl.mean(axis=1, keepdims=True),
+        gold=table.gold.mean(axis=1, keepdims=True),
+        log_z=table.log_z.mean(axis=1, keepdims=True),
+        ess=np.median(table.ess, axis=1, keepdims=True),
+        ref_gold=table.ref_gold.mean(keepdims=True),
+        ref_ess=np.median(table.ref_ess, keepdims=True),
+    )
 
 
 def _take_prompts(table: TiltTable, index: NDArray[np.intp]) -> TiltTable:

@@ -97,6 +97,7 @@ class Method(Config):
     frontier_efficiency: Estimate
     efficiency_is_lower_bound: bool = False
     frontier_margin: Estimate
+    regret: Estimate  # J(pi*) - J(pi), J = gold - beta KL; null where that is not defined
     rm_limit: Estimate
     length: Estimate
     truncated: Estimate

@@ -19,14 +19,28 @@ class Rows:
         self.raw = [read_jsonl(folder / "rows.jsonl") for folder in folders]
 
     def __contains__(self, column: str) -> bool:
-        return column in self.raw[0][0]
+        row = self.raw[0][0]
+        return column in row or column in row.get("exact", {})
 
     def __getitem__(self, column: str) -> Array:
         return np.array([[row[column] for row in rows] for rows in self.raw], dtype=np.float64)
 
+    @property
+    def exact(self) -> bool:
+        """Whether the rows hold expectations over all completions of a finite task."""
+        return "exact" in self
+
     def mean(self, column: str) -> Array:
-        """(seeds, prompts)"""
-        return self[column].mean(-1)
+        """(seeds, prompts); of a finite task (seeds, 1), the mean over its prompts.
+
+        They are all there are, so that no interval asks about others.
+        """
+        if not self.exact:
+            return self[column].mean(-1)
+        if column not in self.raw[0][0]["exact"]:
+            return self[column].mean(-1).mean(-1, keepdims=True)
+        values = [[row["exact"][column] for row in rows] for rows in self.raw]
+        return np.array(values, dtype=np.float64).mean(-1, keepdims=True)
 
 
 def side_by_side(compared: Compared, seed: int, count: int) -> dict[str, Any]:

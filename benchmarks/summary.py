@@ -7,10 +7,12 @@ from typing import Any
 import numpy as np
 
 from benchmarks.compare import Compared, Trained, timed_seeds
+from benchmarks.exact import regret
 from benchmarks.experiment import Experiment
 from benchmarks.frontier import (
     Frontier,
     TiltTable,
+    averaged,
     default_temperatures,
     efficiency,
     frontier,
@@ -45,7 +47,7 @@ from benchmarks.statistics import (
     verdict,
 )
 from shared.cost import environment, matmul_rate
-from shared.samples import read_samples
+from shared.samples import read_log_ref, read_samples
 from shared.stages import read_json, write_json
 
 NOTHING = Estimate(mean=None)
@@ -68,9 +70,14 @@ class Summary:
     def __init__(self, experiment: Experiment, compared: Compared, matmul_rate: float):
         self.experiment, self.compared, self.rate = experiment, compared, matmul_rate
         self.sft = Rows([s.sft_rows for s in compared.seeds.values()])
-        gold = np.array([s.gold for s in read_samples(compared.common.frontier_samples)])
-        self.table = tilt_table(gold, default_temperatures())
-        self.frontier = frontier(self.table)
+        samples = compared.common.frontier_samples
+        gold = np.array([s.gold for s in read_samples(samples)])
+        self.completions, finite = gold.shape[1], experiment.task.finite
+        self.log_ref = np.array(read_log_ref(samples)) if finite else None
+        # How far the frontier reaches: samples until too few count, a listing to its end.
+        self.min_ess, self.max_gold = (0.0, float("inf")) if finite else (100.0, 1.0)
+        self.table = self._tilt(gold)
+        self.frontier = self._curve(self.table)
         self.limits = [self._limit_table(s.limit_scores, gold) for s in compared.seeds.values()]
         self.curves: dict[str, Array | None] = {}
 
@@ -95,12 +102,12 @@ class Summary:
                 "test_prompts": e.evaluation.prompts,
                 "samples_per_prompt": e.evaluation.samples,
                 "frontier_prompts": e.evaluation.near_prompts,
-                "frontier_samples": e.evaluation.frontier_samples,
+                "frontier_samples": self.completions,
             },
             methods=methods,
             reward_model=self._reward_model(),
             frontier=self.frontier.points(max(1.1 * top, 1.0), 60),
-            rm_frontier=frontier(self.limits[0]).points(max(1.1 * top, 1.0), 60),
+            rm_frontier=self._curve(self.limits[0]).points(max(1.1 * top, 1.0), 60),
             comparisons=self._comparisons(list(self.compared.runs)),
         )
 
@@ -110,13 +117,22 @@ class Summary:
 
     def _limit_table(self, scores: Path, gold: Array) -> TiltTable:
         tilt = np.array(read_json(scores / "scores.json"))
-        return tilt_table(tilt, default_temperatures(), gold[:, : tilt.shape[1]])
+        return self._tilt(tilt, gold[:, : tilt.shape[1]])
+
+    def _tilt(self, objective: Array, outcome: Array | None = None) -> TiltTable:
+        if self.log_ref is None:
+            return tilt_table(objective, default_temperatures(), outcome)
+        temperatures = default_temperatures(800)
+        return averaged(tilt_table(objective, temperatures, outcome, log_ref=self.log_ref))
+
+    def _curve(self, table: TiltTable) -> Frontier:
+        return frontier(table, min_ess=self.min_ess, max_gold=self.max_gold)
 
     def _method(
         self, name: str, kind: str, setting: dict[str, float], rows: Rows, runs: list[Trained]
     ) -> Method:
         e, sft, gold = self.experiment, self.sft, rows.mean("gold")
-        bound = kind == "best-of-n"
+        chosen, bound = kind == "best-of-n", "kl" not in rows
         kl = np.full_like(gold, best_of_n_kl(int(setting["n"]))) if bound else rows.mean("kl")
         near = slice(0, e.evaluation.near_prompts)
         ratios = [self._efficiency(g, k) for g, k in zip(gold[:, near], kl[:, near], strict=True)]
@@ -125,7 +141,7 @@ class Summary:
             kind=kind,
             setting=setting,
             gold=crossed_interval(gold),
-            greedy_gold=NOTHING if bound else crossed_interval(rows["greedy_gold"]),
+            greedy_gold=NOTHING if chosen else crossed_interval(rows["greedy_gold"]),
             gain=paired_difference(gold, sft.mean("gold")),
             proxy=paired_difference(rows.mean("score"), sft.mean("score")),
             hacking_gap=crossed_interval(
@@ -133,15 +149,21 @@ class Summary:
             ),
             kl=crossed_interval(kl),
             kl_is_bound=bound,
-            k1=NOTHING if bound else crossed_interval(rows.mean("k1")),
-            k3=NOTHING if bound else crossed_interval(rows.mean("k3")),
-            win_rate=crossed_interval(win_rate(rows["gold"], sft["gold"])),
+            k1=NOTHING if chosen else crossed_interval(rows.mean("k1")),
+            k3=NOTHING if chosen else crossed_interval(rows.mean("k3")),
+            win_rate=crossed_interval(
+                rows.mean("win_rate") if rows.exact else win_rate(rows["gold"], sft["gold"])
+            ),
             frontier_efficiency=seed_interval([value for value, _ in ratios]),
             efficiency_is_lower_bound=any(is_bound for _, is_bound in ratios),
-            frontier_margin=margin_interval(gold[:, near], kl[:, near], self.table, limits="t"),
+            frontier_margin=margin_interval(
+                gold[:, near], kl[:, near], self.table,
+                min_ess=self.min_ess, max_gold=self.max_gold, limits="t",
+            ),
+            regret=self._regret(setting, gold, kl),
             rm_limit=seed_interval(
                 [
-                    _unbounded(frontier(t), float(k.mean()))
+                    _unbounded(self._curve(t), float(k.mean()))
                     for t, k in zip(self.limits, kl, strict=True)
                 ]
             ),
@@ -160,6 +182,15 @@ class Summary:
         start = float(self.table.ref_gold.mean())
         return efficiency(float(gold.mean()), float(kl.mean()), start, self.frontier)
 
+    def _regret(self, setting: dict[str, float], gold: Array, kl: Array) -> Estimate:
+        """Of a finite task's policy to the optimum of gold - beta KL, beta the setting's own."""
+        beta = setting.get("beta", setting.get("kl_coef"))
+        if self.log_ref is None or beta is None:
+            return NOTHING
+        listed = self.compared.common.frontier_samples
+        columns = zip(gold[:, 0].tolist(), kl[:, 0].tolist(), strict=True)
+        return seed_interval([regret(listed, beta, g, k) for g, k in columns])
+
     def _displacement(self, final: list[Trained]) -> Estimate:
         files = [run.rows[1.0] / "displacement.json" for run in final if run.model]
         return seed_interval([read_json(f)["chosen"] for f in files]) if files else NOTHING
@@ -168,11 +199,11 @@ class Summary:
         """One seed's curve: SFT at KL 0, then every evaluated checkpoint and setting."""
         index = list(self.compared.seeds).index(seed)
         kls, golds = [0.0], [self.sft.mean("gold")[index]]
-        bound = self.experiment.arms[name].kind == "best-of-n"
         for run in (run for run in runs if run.seed == seed):
             for folder in run.rows.values():
                 rows = Rows([folder])
-                kl = best_of_n_kl(int(run.setting["n"])) if bound else rows.mean("kl").mean()
+                known = "kl" in rows
+                kl = rows.mean("kl").mean() if known else best_of_n_kl(int(run.setting["n"]))
                 kls.append(max(float(kl), 0.0))
                 golds.append(rows.mean("gold")[0])
         return kls, golds

@@ -103,6 +103,22 @@ def kto_loss(
     return torch.cat([desirable, undesirable])
 
 
+def expected_loss(loss: Callable[..., Tensor], r: LogRatios, p: Tensor, **setting: float) -> Tensor:
+    """`loss` averaged over the label: the chosen side wins with probability p, (B,).
+
+        p L(chosen, rejected) + (1 - p) L(rejected, chosen)
+
+    What infinitely many labels of each pair would teach. Losses of pairs give (B,), those of single
+    completions (2 B,), chosen ones first.
+    """
+    as_drawn = loss(r, **setting)
+    swapped = LogRatios(r.rejected, r.chosen, r.rejected_tokens, r.chosen_tokens, r.mismatched)
+    other = loss(swapped, **setting)
+    if len(other) == 2 * len(p):
+        p, other = torch.cat([p, p]), other.roll(len(p))
+    return p * as_drawn + (1 - p) * other
+
+
 LOSSES: dict[str, Callable[..., Tensor]] = {
     "dpo": dpo_loss,
     "cdpo": cdpo_loss,

@@ -10,7 +10,7 @@ from pydantic import Field
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from dpo.losses import LOSSES, UNPAIRED, LogRatios
+from dpo.losses import LOSSES, UNPAIRED, LogRatios, expected_loss
 from dpo.reference import read_mismatched, read_reference, unpaired_rows
 from shared.config import Config, InputError, suggest
 from shared.cost import Meter
@@ -52,6 +52,7 @@ class Micro(NamedTuple):
     sequences: Sequences
     ref_logps: Tensor  # (B,)
     chosen: int
+    p: Tensor | None  # (chosen,) the labels, where they are not all 1
     mismatched: Tensor | None  # of the whole optimiser step
 
 
@@ -140,6 +141,8 @@ class Dataset:
         self.pairs: list[Pair] = read_pairs(preferences / "train.jsonl")
         self.prompts, self.completions = unpaired_rows(self.pairs)
         self.ref_logps = read_reference(reference)
+        self.p = torch.tensor([pair.p for pair in self.pairs])
+        self.labelled = bool((self.p == 1).all())
         self.loss, self.unpaired = LOSSES[loss], loss in UNPAIRED
         self.setting = {k: v for k, v in setting.items() if k != LEARNING_RATE}
         if self.unpaired:
@@ -155,10 +158,11 @@ class Dataset:
         """Rows of each optimiser step: row i is pair i's chosen side, row N + i its rejected side.
 
         Pair losses get both sides of `batch_size` pairs; KTO gets 2 x `batch_size` completions
-        shuffled on their own, so that both see as many tokens a step.
+        shuffled on their own, so that both see as many tokens a step. Pairs with a probability for
+        a label stay together in any case.
         """
         count = len(self.pairs)
-        if self.unpaired:
+        if self.unpaired and self.labelled:
             rows = [*pairs, *(count + i for i in pairs)]
             for chosen in batches(len(rows), 2 * batch_size, epochs, seed):
                 yield [rows[i] for i in chosen]
@@ -179,7 +183,7 @@ class Dataset:
     def groups(self, rows: list[int]) -> Iterator[list[int]]:
         """`rows` in micro-batches of similar length, chosen sides first; pairs stay together."""
         count = len(self.pairs)
-        if self.unpaired:
+        if self.unpaired and self.labelled:
             sizes = [len(self.completions[row]) for row in rows]
             for group in by_length(sizes, 2 * self.micro_batch_size):
                 yield sorted(rows[i] for i in group)
@@ -196,7 +200,8 @@ class Dataset:
             [self.completions[i] for i in rows],
             self.pad_id,
         )
-        return Micro(sequences, self.ref_logps[torch.tensor(rows)], chosen, mismatched)
+        p = None if self.labelled else self.p[torch.tensor(rows[:chosen])]
+        return Micro(sequences, self.ref_logps[torch.tensor(rows)], chosen, p, mismatched)
 
     @torch.no_grad()
     def mismatched_ratios(self, model: PreTrainedModel, rows: list[int]) -> Tensor:
@@ -221,7 +226,11 @@ class Dataset:
         ratios = logps - micro.ref_logps.to(logps.device)
         lengths, n = batch.lengths, micro.chosen
         r = LogRatios(ratios[:n], ratios[n:], lengths[:n], lengths[n:], micro.mismatched)
-        return self.loss(r, **self.setting).mean(), self._metrics(r, logps.detach())
+        if micro.p is None:
+            losses = self.loss(r, **self.setting)
+        else:
+            losses = expected_loss(self.loss, r, micro.p.to(logps.device), **self.setting)
+        return losses.mean(), self._metrics(r, logps.detach())
 
     def _metrics(self, r: LogRatios, logps: Tensor) -> dict[str, float]:
         """TRL's names; rewards are beta (or tau) times the summed log-ratio."""

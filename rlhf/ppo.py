@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from rlhf.losses import gae, policy_loss, shaped_rewards, value_loss, whiten
-from rlhf.rollout import Actors, Rollout, make_actors, rollout_numbers, score_rollout
+from rlhf.rollout import Actors, GoldScorer, Rollout, make_actors, rollout_numbers, score_rollout
 from shared.config import Config
 from shared.cost import Meter
 from shared.fit import Diverged, OptimizerConfig, batches, checkpoint_steps, step
@@ -83,7 +83,7 @@ class KLController:
 def train_ppo(
     folder: Path,
     policy: Path,
-    reward_model: Path,
+    reward_model: Path | None,
     task: TaskConfig,
     ppo: PPOConfig,
     kl_coef: float,
@@ -91,12 +91,16 @@ def train_ppo(
     checkpoints: Sequence[float],
     seed: int,
 ) -> None:
-    """Stage: the policy after PPO in `final`, on the way in `checkpoint-<update>`, and its log."""
+    """Stage: the policy after PPO in `final`, on the way in `checkpoint-<update>`, and its log.
+
+    Without a `reward_model` the reward is the task's gold.
+    """
     tokenizer, meter = load_tokenizer(policy), Meter()
     updates = max(1, ppo.episodes // ppo.rollout_size)
     steps = updates * ppo.epochs * -(-ppo.rollout_size // ppo.minibatch_size)
     optimizers = ppo.optimizer, ppo.value_optimizer
-    actors = make_actors(policy, reward_model, *optimizers, steps, sampling.temperature, meter)
+    judge = reward_model or GoldScorer(make_task(task), tokenizer)
+    actors = make_actors(policy, judge, *optimizers, steps, sampling.temperature, meter)
     controller = KLController(kl_coef, ppo.kl_target, ppo.kl_horizon)
     prompts = prompt_stream(tokenizer, task, ppo, seed)
     save_after = checkpoint_steps(updates, checkpoints)

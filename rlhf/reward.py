@@ -1,8 +1,10 @@
 """The reward model: trained on labels, normalised on SFT samples, examined on held-out pairs."""
 
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
+import torch
 from pydantic import Field
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -28,13 +30,17 @@ from shared.tasks.registry import TaskConfig, make_task
 
 
 class RewardConfig(Config):
-    """Bradley-Terry training from the SFT policy's trunk. `center` > 0 keeps scores near 0."""
+    """Bradley-Terry training from the SFT policy's trunk. `center` > 0 keeps scores near 0.
+
+    `normalise`: scores in SFT within-prompt deviations; else in log-odds, as they were learnt.
+    """
 
     optimizer: OptimizerConfig = OptimizerConfig(learning_rate=5e-4)
     epochs: int = Field(default=3, gt=0)
     batch_size: int = Field(default=32, gt=0)
     micro_batch_size: int = Field(default=32, gt=0)
     center: float = Field(default=0.0, ge=0)
+    normalise: bool = True
 
 
 def train_reward(
@@ -52,11 +58,14 @@ def train_reward(
     trainee = prepare(model, reward.optimizer, steps)
     pad_id = special_ids(tokenizer).pad
 
-    def loss(model: PreTrainedModel, batch: Sequences) -> tuple[Tensor, dict[str, float]]:
-        meter.forward(model, batch, backward=True)
-        chosen, rejected = sequence_scores(model, batch).chunk(2)
+    def loss(model: PreTrainedModel, part: Part) -> tuple[Tensor, dict[str, float]]:
+        meter.forward(model, part.sequences, backward=True)
+        chosen, rejected = sequence_scores(model, part.sequences).chunk(2)
         accuracy = (chosen > rejected).float().mean().item()
-        losses = bradley_terry_loss(chosen, rejected, center=reward.center)
+        p, center = part.p.to(chosen.device), reward.center
+        losses = p * bradley_terry_loss(chosen, rejected, center=center)
+        if (p < 1).any():  # labels with their probability
+            losses = losses + (1 - p) * bradley_terry_loss(rejected, chosen, center=center)
         return losses.mean(), {"accuracy": accuracy, "margin": (chosen - rejected).mean().item()}
 
     log = []
@@ -70,19 +79,28 @@ def train_reward(
                 raise Diverged(f"reward model, step {len(log) + 1}: {error}; {fix}") from error
     save(trainee.accelerator.unwrap_model(trainee.model), tokenizer, folder)
     with meter.phase("normalise"):
-        normalise(folder, references)
+        normalise(folder, references, scaled=reward.normalise)
     write_json(folder / "log.json", log)
     write_json(folder / "cost.json", {**meter.summary(), "labels_used": len(pairs)})
 
 
-def pair_batches(
-    pairs: list[Pair], pad_id: int, micro_batch_size: int
-) -> list[tuple[Sequences, float]]:
+class Part(NamedTuple):
+    """A micro-batch of B pairs."""
+
+    sequences: Sequences  # (2 B) rows: the chosen completions, then the rejected ones
+    p: Tensor  # (B,) the labels: P(the chosen one wins)
+
+
+def pair_batches(pairs: list[Pair], pad_id: int, micro_batch_size: int) -> list[tuple[Part, float]]:
     """Micro-batches of pairs of similar length, chosen rows first and then the rejected ones."""
     groups = by_length(
         [max(len(p.chosen_ids), len(p.rejected_ids)) for p in pairs], micro_batch_size
     )
-    return [(collate_pairs([pairs[i] for i in rows], pad_id), float(len(rows))) for rows in groups]
+    return [(part_of([pairs[i] for i in rows], pad_id), float(len(rows))) for rows in groups]
+
+
+def part_of(pairs: list[Pair], pad_id: int) -> Part:
+    return Part(collate_pairs(pairs, pad_id), torch.tensor([p.p for p in pairs]))
 
 
 def collate_pairs(pairs: list[Pair], pad_id: int) -> Sequences:
@@ -92,14 +110,16 @@ def collate_pairs(pairs: list[Pair], pad_id: int) -> Sequences:
     return collate(prompts * 2, completions, pad_id)
 
 
-def normalise(folder: Path, references: Path) -> None:
-    """Measure `offset` (mean raw score) and `scale` (within-prompt deviation) on SFT samples."""
+def normalise(folder: Path, references: Path, *, scaled: bool = True) -> None:
+    """Measure `offset` (mean raw score) and `scale` (within-prompt deviation) on SFT samples.
+
+    Not `scaled`: the scale is 1."""
     samples, scorer = read_samples(references), Scorer(folder)
     count = len(samples[0].completions)
     prompts = [row.prompt_ids for row in samples for _ in range(count)]
     raw = scorer.score_all(prompts, [c for row in samples for c in row.completions])
     raw = raw.view(len(samples), count)
-    scale = raw.var(1, unbiased=True).mean().sqrt().item()
+    scale = raw.var(1, unbiased=True).mean().sqrt().item() if scaled else 1.0
     save_normalisation(folder, raw.mean().item(), scale)
 
 

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rlhf.losses import explained_variance
 from shared.cost import Meter
@@ -25,6 +25,7 @@ from shared.models import (
     state_values,
 )
 from shared.sequences import Sequences, by_length, collate
+from shared.tasks.task import Task
 
 
 class Rollout(NamedTuple):
@@ -52,14 +53,31 @@ class Rollout(NamedTuple):
         return Rollout(trimmed, *(t[index, :columns] for t in self[1:]))
 
 
+class GoldScorer:
+    """The task's true score in the reward model's place: PPO without a reward model's errors."""
+
+    model = None
+
+    def __init__(self, task: Task, tokenizer: PreTrainedTokenizerBase):
+        self.task, self.tokenizer = task, tokenizer
+
+    def score_all(self, prompts: list[list[int]], completions: list[list[int]]) -> Tensor:
+        """Gold of token ids, in the task's units, (N,)."""
+        texts = (
+            self.tokenizer.batch_decode(ids, skip_special_tokens=True)
+            for ids in (prompts, completions)
+        )
+        return torch.as_tensor(self.task.gold(*texts), dtype=torch.float32)
+
+
 @dataclass
 class Actors:
-    """The four models of PPO: two that train, two that do not."""
+    """The models of PPO: two that train, the reference, and what scores."""
 
     policy: Trainee
     value: Trainee
     ref: PreTrainedModel
-    scorer: Scorer
+    scorer: Scorer | GoldScorer
     engine: HFEngine
     pad_id: int
     temperature: float
@@ -68,21 +86,27 @@ class Actors:
 
 def make_actors(
     policy: Path,
-    reward_model: Path,
+    reward_model: Path | GoldScorer,
     optimizer: OptimizerConfig,
     value_optimizer: OptimizerConfig,
     steps: int,
     temperature: float,
     meter: Meter,
 ) -> Actors:
-    """Policy and reference from the SFT model, value model and scorer from the reward model."""
+    """Policy and reference from the SFT model, value model and scorer from the reward model.
+
+    Where gold takes the reward model's place, the value model starts from the SFT model too.
+    """
     ids, start = special_ids(load_tokenizer(policy)), load_policy(policy)
     ref = frozen(start)
     trainee = prepare(start, optimizer, steps)
     device = trainee.model.device
-    scorer = Scorer(reward_model, device)
-    value = value_model(reward_model, scorer)
-    meter.models_held = 4
+    if isinstance(reward_model, GoldScorer):
+        scorer, value = reward_model, with_zero_head(policy)
+    else:
+        scorer = Scorer(reward_model, device)
+        value = value_model(reward_model, scorer)
+    meter.models_held = 3 if scorer.model is None else 4
     engine = HFEngine(trainee.model, ids)
     return Actors(
         policy=trainee,
@@ -108,6 +132,17 @@ def value_model(reward_model: Path, scorer: Scorer) -> PreTrainedModel:
     return value
 
 
+def with_zero_head(policy: Path) -> PreTrainedModel:
+    """A value model that starts at V = 0."""
+    value = load_scalar_model(policy)
+    head = torch.nn.Linear(scalar_head(value).in_features, 1)
+    with torch.no_grad():
+        head.weight.zero_()
+        head.bias.zero_()
+    value.score = head
+    return value
+
+
 @torch.no_grad()
 def score_rollout(
     actors: Actors, prompts: list[list[int]], completions: list[list[int]]
@@ -117,7 +152,7 @@ def score_rollout(
     whole = collate(prompts, completions, actors.pad_id).to(device)
     blank = torch.zeros(whole.mask.shape, device=device)
     rollout = Rollout(whole, *(blank.clone() for _ in range(5)))
-    scores, entropy = torch.zeros(len(prompts), device=device), 0.0
+    scores, entropy = actors.scorer.score_all(prompts, completions).to(device), 0.0
     for group in by_length([len(c) for c in completions], 256):
         index = torch.tensor(group)
         batch = rollout.rows(index).sequences
@@ -129,9 +164,9 @@ def score_rollout(
         rollout.ref_logprobs[index, :columns] = ref_logprobs
         values = state_values(actors.value.model, batch)
         rollout.values[index, :columns] = values.masked_fill(~batch.mask, 0.0)
-        scores[index] = actors.scorer.score(batch)
         for model in (actors.policy.model, actors.ref, actors.value.model, actors.scorer.model):
-            actors.meter.forward(model, batch)
+            if model is not None:
+                actors.meter.forward(model, batch)
     return rollout, scores, entropy / int(whole.mask.sum())
 
 

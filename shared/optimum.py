@@ -62,6 +62,25 @@ def frontier_reward(ref_logps: Tensor, rewards: Tensor, level: float) -> float:
     return float(expected(optimal_logps(ref_logps, rewards, beta), rewards).mean())
 
 
+def best_of_n_logps(ref_logps: Tensor, scores: Tensor, n: int) -> Tensor:
+    """log of what the favourite of `n` reference samples is distributed as, (P, N).
+
+    With F the reference's mass at or below a score and f its mass at that score, the favourite has
+    it with probability F^n - (F - f)^n; among equal scores the reference decides.
+    """
+    order = scores.sort(1).indices
+    sorted_scores, mass = scores.gather(1, order), ref_logps.exp().gather(1, order)
+    total = mass.cumsum(1)
+    rising = sorted_scores.contiguous()
+    last = torch.searchsorted(rising, rising, right=True) - 1
+    before = torch.searchsorted(rising, rising, right=False) - 1
+    up_to = total.gather(1, last)
+    below = torch.where(before >= 0, total.gather(1, before.clamp(min=0)), 0.0)
+    share = (up_to**n - below**n) / (up_to - below)  # of the group, over its reference mass
+    found = torch.empty_like(mass).scatter(1, order, mass * share)
+    return (found / found.sum(1, keepdim=True)).log()
+
+
 def ipo_logps(ref_logps: Tensor, preference: Tensor, tau: float) -> Tensor:
     """Where IPO with infinitely many pairs of reference samples ends, (P, N).
 

@@ -13,26 +13,32 @@ from pydantic import Field
 
 from shared.config import Config, InputError
 from shared.generation.engine import Sampling
-from shared.samples import draw_samples
+from shared.samples import draw_samples, list_samples
 from shared.stages import read_jsonl, write_json, write_jsonl
 from shared.tasks.registry import TaskConfig, make_task
-from shared.tasks.task import Split
+from shared.tasks.task import Split, Task
 
 
 class PreferenceConfig(Config):
-    """`labels`: drawn from the gold scores, or "shuffled": tossed by a coin (control).
+    """`labels`: drawn from the gold scores; "shuffled": tossed by a coin (control); "exact": each
+    pair carries its probability, as if it had been labelled infinitely often.
 
-    `per_prompt` pairs are drawn for each prompt, of two samples each.
+    `per_prompt` pairs are drawn for each prompt, of two samples each; `listed`: of all completions
+    of a finite task, evenly, in the samples' place.
     """
 
     pairs: int = Field(default=6000, gt=0)
     per_prompt: int = Field(default=1, gt=0)
     held_out_pairs: int = Field(default=256, gt=0)
-    labels: Literal["bradley-terry", "shuffled"] = "bradley-terry"
+    labels: Literal["bradley-terry", "shuffled", "exact"] = "bradley-terry"
+    listed: bool = False
 
 
 class Pair(NamedTuple):
-    """One labelled comparison. Completions hold their EOS unless they were cut."""
+    """One labelled comparison. Completions hold their EOS unless they were cut.
+
+    `p` is the label: the probability that the chosen one wins, 1 for a label that was drawn.
+    """
 
     id: str
     prompt: str
@@ -41,6 +47,7 @@ class Pair(NamedTuple):
     rejected_ids: list[int]
     chosen_gold: float
     rejected_gold: float
+    p: float = 1.0
 
 
 def make_preferences(
@@ -53,23 +60,21 @@ def make_preferences(
 ) -> None:
     """Stage: `train.jsonl` and `held_out.jsonl`, samples of `policy` in labelled pairs.
 
-    No prompt of the held-out pairs is among the training pairs'.
+    No prompt of the held-out pairs is among the training pairs', unless the task is finite: there
+    prompts are few, and equal pairs with other labels are what the data says of them.
     """
     count = data.pairs + data.held_out_pairs
     rng = np.random.default_rng([seed, 2])
-    spare = count + max(64, count // 20, 2 * data.per_prompt)  # some samples are identical
-    prompts = -(-spare // data.per_prompt)
-    drawn = sample_pairs(task, policy, "preference", prompts, sampling, seed, data.per_prompt)
-    p_first_wins = make_task(task).preference(
-        np.array([p.chosen_gold for p in drawn]), np.array([p.rejected_gold for p in drawn])
-    )
-    if data.labels == "shuffled":
-        p_first_wins = np.full(len(drawn), 0.5)
-    first_wins = rng.random(len(drawn)) < p_first_wins
-    labelled = [p if won else swapped(p) for p, won in zip(drawn, first_wins, strict=True)]
-    pairs, dropped = clean(labelled)
+    share = 1 if task.finite else 20  # some samples are identical
+    prompts = -(-(count + max(64, count // share, 2 * data.per_prompt)) // data.per_prompt)
+    if data.listed:
+        drawn = list_pairs(task, policy, prompts, sampling, seed)
+    else:
+        drawn = sample_pairs(task, policy, "preference", prompts, sampling, seed, data.per_prompt)
+    labelled = label(drawn, make_task(task), data.labels, rng)
+    pairs, dropped = clean(labelled, repeats=task.finite)
     train = pairs[: data.pairs]
-    seen = {p.prompt for p in train}
+    seen = set() if task.finite else {p.prompt for p in train}
     held_out = [p for p in pairs[data.pairs :] if p.prompt not in seen][: data.held_out_pairs]
     if len(held_out) < data.held_out_pairs:
         raise InputError(
@@ -83,6 +88,18 @@ def make_preferences(
         folder / "cleaning.json",
         {"drawn": len(drawn), "dropped": dict(dropped), "usable": len(pairs), "kept": count},
     )
+
+
+def label(drawn: Sequence[Pair], task: Task, labels: str, rng: np.random.Generator) -> list[Pair]:
+    """The pairs with their winners as chosen, or as drawn with the probability that they are."""
+    gold = np.array([[p.chosen_gold, p.rejected_gold] for p in drawn]).T
+    p_first_wins = task.preference(*gold)
+    if labels == "exact":
+        return [p._replace(p=share) for p, share in zip(drawn, p_first_wins.tolist(), strict=True)]
+    if labels == "shuffled":
+        p_first_wins = np.full(len(drawn), 0.5)
+    first_wins = rng.random(len(drawn)) < p_first_wins
+    return [p if won else swapped(p) for p, won in zip(drawn, first_wins, strict=True)]
 
 
 def make_reward_test(
@@ -119,6 +136,30 @@ def sample_pairs(
     ]
 
 
+def list_pairs(
+    task: TaskConfig, policy: Path, count: int, sampling: Sampling, seed: int
+) -> list[Pair]:
+    """`count` pairs of a finite task, each two different ones of all completions, drawn evenly."""
+    rows = list_samples(task, policy, "preference", sampling, seed)
+    rng = np.random.default_rng([seed, 3])
+    pairs = []
+    for number in range(count):
+        row = rows[number % len(rows)]
+        a, b = rng.choice(len(row.completions), 2, replace=False)
+        pairs.append(
+            Pair(
+                id=f"listed-{seed}-{number}",
+                prompt=row.prompt,
+                prompt_ids=row.prompt_ids,
+                chosen_ids=row.completions[a],
+                rejected_ids=row.completions[b],
+                chosen_gold=row.gold[a],
+                rejected_gold=row.gold[b],
+            )
+        )
+    return pairs
+
+
 def swapped(pair: Pair) -> Pair:
     """The same comparison with the other completion as the winner."""
     return pair._replace(
@@ -129,13 +170,15 @@ def swapped(pair: Pair) -> Pair:
     )
 
 
-def clean(pairs: Sequence[Pair]) -> tuple[list[Pair], Counter[str]]:
+def clean(pairs: Sequence[Pair], *, repeats: bool = False) -> tuple[list[Pair], Counter[str]]:
     """Drop what teaches nothing or the wrong thing; count why.
 
     `empty`: a side without tokens. `identical`: both sides the same tokens. `duplicate`: seen
-    before. `contradiction`: seen before the other way round (both are kept out).
+    before. `contradiction`: seen before the other way round (both are kept out). With `repeats`
+    the last two are data like any other, and stay.
     """
     dropped: Counter[str] = Counter()
+    kept: list[Pair] = []
     seen: dict[tuple[tuple[int, ...], ...], Pair] = {}
     contested: set[tuple[tuple[int, ...], ...]] = set()
     for pair in pairs:
@@ -145,6 +188,8 @@ def clean(pairs: Sequence[Pair]) -> tuple[list[Pair], Counter[str]]:
             dropped["empty"] += 1
         elif pair.chosen_ids == pair.rejected_ids:
             dropped["identical"] += 1
+        elif repeats:
+            kept.append(pair)
         elif sides in contested or reverse in contested:
             dropped["contradiction"] += 1
         elif sides in seen:
@@ -155,7 +200,7 @@ def clean(pairs: Sequence[Pair]) -> tuple[list[Pair], Counter[str]]:
             del seen[reverse]
         else:
             seen[sides] = pair
-    return list(seen.values()), dropped
+    return kept if repeats else list(seen.values()), dropped
 
 
 def read_pairs(path: Path) -> list[Pair]:

@@ -24,6 +24,7 @@ from dpo.losses import (
     LogRatios,
     cdpo_loss,
     dpo_loss,
+    expected_loss,
     ipo_loss,
     ipo_token_loss,
     kto_loss,
@@ -549,3 +550,36 @@ def test_kto_equals_trls_on_the_same_mismatched_completions(
     ours, gradient = with_gradient(models[0], loss)
     assert ours == pytest.approx(theirs, rel=1e-5)
     torch.testing.assert_close(gradient, their_gradient, atol=1e-5, rtol=1e-4)
+
+
+# Labels with their probability
+
+
+@pytest.mark.parametrize("name", sorted(LOSSES))
+@pytest.mark.parametrize("p", [0.0, 0.3, 1.0])
+def test_the_expected_loss_is_the_mean_over_labels_drawn(name: str, p: float):
+    """Both labels of each pair, weighted by hand, item by item."""
+    setting = {"tau": 0.3} if "ipo" in name else {"beta": 0.4}
+    if name in ("cdpo", "rdpo"):
+        setting["label_smoothing"] = 0.1
+    loss, (a, b) = LOSSES[name], torch.randn(2, 5, generator=torch.Generator().manual_seed(1))
+    tokens = torch.tensor([3.0, 1, 4, 2, 5]), torch.tensor([2.0, 2, 6, 1, 3])
+    z = torch.tensor([0.5, -0.1])
+    found = expected_loss(loss, LogRatios(a, b, *tokens, z), torch.full((5,), p), **setting)
+    for i in range(5):
+        one, other = slice(i, i + 1), (tokens[0][i : i + 1], tokens[1][i : i + 1])
+        won = loss(LogRatios(a[one], b[one], *other, z), **setting)
+        lost = loss(LogRatios(b[one], a[one], *other[::-1], z), **setting)
+        close(found[i], p * won[0] + (1 - p) * lost[-1], 1e-6)
+        if len(found) == 10:  # single completions: the second of the pair
+            close(found[5 + i], p * won[1] + (1 - p) * lost[0], 1e-6)
+
+
+def test_with_exact_labels_dpo_rests_where_the_log_odds_are_the_labels():
+    """So nothing is left to learn from any pair at the optimum: no noise, whatever the batch."""
+    beta, p = 0.2, torch.tensor([0.1, 0.5, 0.95], dtype=torch.float64)
+    h = (torch.logit(p) / beta).requires_grad_()
+    tokens = torch.ones(3)
+    r = LogRatios(h, torch.zeros(3, dtype=torch.float64), tokens, tokens)
+    expected_loss(dpo_loss, r, p, beta=beta).sum().backward()
+    close(h.grad, torch.zeros(3), 1e-12)

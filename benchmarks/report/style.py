@@ -50,6 +50,7 @@ _FAMILIES = {
     "sft": "sft",
     "best-of-n": "best-of-n",
     "ppo": "ppo",
+    "ppo-gold": "ppo",
     "dpo": "dpo",
     "cdpo": "dpo",
     "rdpo": "dpo",
@@ -63,6 +64,7 @@ _LABELS = {
     "reward": "Reward model",
     "sft": "SFT",
     "ppo": "PPO",
+    "ppo-gold": "PPO on gold",
     "dpo": "DPO",
     "cdpo": "cDPO",
     "rdpo": "rDPO",
@@ -76,6 +78,7 @@ _MARKERS = {
     "sft": "o",
     "best-of-n": "h",
     "ppo": "s",
+    "ppo-gold": "8",
     "dpo": "o",
     "cdpo": "^",
     "rdpo": "v",
@@ -88,6 +91,7 @@ _MARKERS = {
 _OTHERS = ("p", ">", "8", "H")  # methods this file does not know, by their name
 Dash = str | tuple[float, tuple[float, ...]]
 _DASHES: dict[str, Dash] = {
+    "ppo-gold": (0, (5, 1.6)),
     "cdpo": (0, (5, 1.6)),
     "rdpo": (0, (2.5, 1.2)),
     "ipo-token": (0, (5, 1.6)),

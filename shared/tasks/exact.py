@@ -28,15 +28,13 @@ Array = NDArray[np.float64]
 
 
 class ExactConfig(Config):
-    """`words` and `cap` bound the listing: with 4 and 4 there are 781 completions a prompt.
-
-    Labels are drawn with P(a beats b) = sigmoid(label_scale * (gold_a - gold_b)).
+    """`words` and `cap` bound the listing: with 4 and 4 there are 781 completions a prompt, those
+    with a pad token among the words included. Sampling must stop at the same `cap`.
     """
 
     words: int = Field(default=4, ge=3, le=len(_WORDS))
     prompts: int = Field(default=8, gt=1)
     cap: int = Field(default=4, gt=0, le=6)
-    label_scale: float = Field(default=1.0, gt=0)
     seed: int = Field(default=0, ge=0)  # of the chain and of the effects
 
 
@@ -89,7 +87,8 @@ class Exact:
         return True
 
     def preference(self, gold_a: Array, gold_b: Array) -> Array:
-        return 1.0 / (1.0 + np.exp(-self.config.label_scale * (gold_a - gold_b)))
+        """sigmoid(gold_a - gold_b): gold is the reward r of the theory, in log-odds."""
+        return 1.0 / (1.0 + np.exp(gold_b - gold_a))
 
     def chain_probabilities(self, prompt: str) -> dict[tuple[str, ...], float]:
         """P(completion | prompt) under the chain: ended ones end with EOS, cut ones do not."""

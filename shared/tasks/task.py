@@ -37,7 +37,7 @@ class Task(Protocol):
     def tokenizer(self) -> PreTrainedTokenizerFast: ...
 
     def prompts(self, split: Split, count: int, seed: int) -> list[str]:
-        """`count` different prompts of `split`."""
+        """`count` prompts of `split`, different ones unless the task is finite."""
         ...
 
     def corpus(self, count: int, seed: int) -> list[tuple[str, str]]:
