@@ -1,4 +1,4 @@
-"""The direct losses against closed forms and numeric optima of small bandits (TRL: test_oracles)."""
+"""The direct losses against closed forms and numeric optima of small bandits."""
 
 import math
 from collections.abc import Callable
