@@ -49,9 +49,11 @@ class Sequences(NamedTuple):
 def collate(
     prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]], pad_id: int
 ) -> Sequences:
-    """Token ids of prompts and completions as one batch. An empty completion is a ValueError."""
+    """Token ids of prompts and completions as one batch; a ValueError where either is empty."""
     if any(len(c) == 0 for c in completions):
         raise ValueError("a completion has no tokens: a completion holds at least its EOS")
+    if any(len(p) == 0 for p in prompts):
+        raise ValueError("a prompt has no tokens: nothing would predict its completion's first one")
     left, right = max(map(len, prompts)), max(map(len, completions))
     ids = torch.full((len(prompts), left + right), pad_id)
     attention = torch.zeros_like(ids)

@@ -1,22 +1,15 @@
-"""The direct losses against closed forms, numeric optima of small bandits, and TRL 1.16."""
+"""The direct losses against closed forms and numeric optima of small bandits."""
 
 import math
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 import torch
 from checks import close, minimiser
-from datasets import Dataset
 from hypothesis import given
 from hypothesis import strategies as st
 from scipy import special
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
-from trl.trainer.dpo_config import DPOConfig
-from trl.trainer.dpo_trainer import DataCollatorForPreference, DPOTrainer
-from trl.trainer.kto_config import KTOConfig
-from trl.trainer.kto_trainer import DataCollatorForUnpairedPreference, KTOTrainer
 
 from dpo.losses import (
     LOSSES,
@@ -30,10 +23,6 @@ from dpo.losses import (
     kto_loss,
     rdpo_loss,
 )
-from shared.logprobs import sequence_logps
-from shared.models import load_policy
-from shared.preferences import Pair, read_pairs
-from shared.sequences import collate
 
 SETTINGS = {
     "dpo": {"beta": 0.3},
@@ -370,186 +359,6 @@ def test_kto_takes_batches_of_one_label_only():
 def test_kto_without_mismatched_log_ratios_says_so():
     with pytest.raises(ValueError, match="mismatched"):
         kto_loss(ratios(double(0.0)), beta=0.3)
-
-
-# TRL 1.16 on the same tokens, policy and reference
-
-
-@pytest.fixture(scope="module")
-def pairs(preferences_folder: Path) -> list[Pair]:
-    return read_pairs(preferences_folder / "train.jsonl")[:8]
-
-
-@pytest.fixture(scope="module")
-def models(policy_folder: Path) -> tuple[PreTrainedModel, PreTrainedModel]:
-    """(policy, reference): the policy has moved away from the reference."""
-    policy, ref = load_policy(policy_folder), load_policy(policy_folder)
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for weights in policy.parameters():
-            weights += 0.05 * torch.randn(weights.shape, generator=generator)
-    return policy, ref
-
-
-def our_ratios(models: tuple[PreTrainedModel, PreTrainedModel], prompts, completions) -> Tensor:
-    batch = collate(prompts, completions, pad_id=0)
-    with torch.no_grad():
-        ref = sequence_logps(models[1], batch)
-    return sequence_logps(models[0], batch) - ref
-
-
-def pair_ratios(models: tuple[PreTrainedModel, PreTrainedModel], pairs: list[Pair]) -> LogRatios:
-    prompts = [p.prompt_ids for p in pairs]
-    chosen, rejected = [p.chosen_ids for p in pairs], [p.rejected_ids for p in pairs]
-    lengths = [torch.tensor([len(c) for c in side]) for side in (chosen, rejected)]
-    both = [our_ratios(models, prompts, side) for side in (chosen, rejected)]
-    return LogRatios(*both, *lengths)
-
-
-def trl_dpo(models, pairs, tokenizer, scratch: Path, **arguments) -> tuple[float, Tensor]:
-    """(loss, gradient) of TRL's DPOTrainer on `pairs`."""
-    config = DPOConfig(
-        output_dir=str(scratch),
-        use_cpu=True,
-        bf16=False,
-        gradient_checkpointing=False,
-        report_to="none",
-        disable_tqdm=True,
-        **arguments,
-    )
-    row = {"prompt": "the plot was dull and", "chosen": " it", "rejected": " was"}
-    trainer = DPOTrainer(
-        model=models[0],
-        ref_model=models[1],
-        args=config,
-        train_dataset=Dataset.from_list([row]),
-        processing_class=tokenizer,
-    )
-    batch = DataCollatorForPreference(pad_token_id=0)(
-        [
-            {"prompt_ids": p.prompt_ids, "chosen_ids": p.chosen_ids, "rejected_ids": p.rejected_ids}
-            for p in pairs
-        ]
-    )
-    return with_gradient(models[0], lambda: trainer.compute_loss(models[0], batch))
-
-
-def with_gradient(model: PreTrainedModel, loss: Callable[[], Tensor]) -> tuple[float, Tensor]:
-    model.zero_grad()
-    value = loss()
-    value.backward()
-    gradient = torch.cat([p.grad.flatten() for p in model.parameters()])
-    model.zero_grad()
-    return value.item(), gradient
-
-
-@pytest.mark.parametrize(
-    ("name", "setting", "arguments"),
-    [
-        ("dpo", {"beta": 0.3}, {"loss_type": "sigmoid", "beta": 0.3}),
-        ("ipo-token", {"tau": 0.4}, {"loss_type": "ipo", "beta": 0.4}),
-        (
-            "rdpo",
-            {"beta": 0.3, "label_smoothing": 0.2},
-            {"loss_type": "robust", "beta": 0.3, "label_smoothing": 0.2},
-        ),
-    ],
-)
-def test_loss_and_gradient_equal_trls(
-    name: str,
-    setting: dict[str, float],
-    arguments: dict,
-    models: tuple[PreTrainedModel, PreTrainedModel],
-    pairs: list[Pair],
-    tokenizer: PreTrainedTokenizerBase,
-    tmp_path: Path,
-):
-    theirs, their_gradient = trl_dpo(models, pairs, tokenizer, tmp_path, **arguments)
-    ours, gradient = with_gradient(
-        models[0], lambda: LOSSES[name](pair_ratios(models, pairs), **setting).mean()
-    )
-    assert gradient.norm() > 0.1
-    assert ours == pytest.approx(theirs, rel=1e-5)
-    torch.testing.assert_close(gradient, their_gradient, atol=1e-5, rtol=1e-4)
-
-
-def test_trl_ignores_label_smoothing_with_its_sigmoid_loss_and_cdpo_does_not(
-    models: tuple[PreTrainedModel, PreTrainedModel],
-    pairs: list[Pair],
-    tokenizer: PreTrainedTokenizerBase,
-    tmp_path: Path,
-):
-    """So cDPO has no oracle in TRL 1.16: its closed form is above."""
-    smoothed = {"loss_type": "sigmoid", "beta": 0.3, "label_smoothing": 0.2}
-    theirs, _ = trl_dpo(models, pairs, tokenizer, tmp_path, **smoothed)
-    r = pair_ratios(models, pairs)
-    assert dpo_loss(r, beta=0.3).mean().item() == pytest.approx(theirs, rel=1e-5)
-    h = (r.chosen - r.rejected).detach().double().numpy()
-    closed = -0.8 * special.log_expit(0.3 * h) - 0.2 * special.log_expit(-0.3 * h)
-    ours = cdpo_loss(r, beta=0.3, label_smoothing=0.2).mean().item()
-    assert ours == pytest.approx(closed.mean(), rel=1e-5)
-    assert abs(ours - theirs) > 1e-3
-
-
-@pytest.mark.parametrize(("desirable", "above"), [(8, False), (5, False), (5, True)])
-def test_kto_equals_trls_on_the_same_mismatched_completions(
-    desirable: int,
-    above: bool,
-    models: tuple[PreTrainedModel, PreTrainedModel],
-    pairs: list[Pair],
-    tokenizer: PreTrainedTokenizerBase,
-    tmp_path: Path,
-):
-    if above:  # the completions are likelier under the policy that they came from: z > 0
-        models = models[1], models[0]
-    labelled = [(p.prompt_ids, p.chosen_ids, True) for p in pairs[:desirable]]
-    labelled += [(p.prompt_ids, p.rejected_ids, False) for p in pairs]
-    others = [labelled[i - 1][1] for i in range(len(labelled))]
-    config = KTOConfig(
-        output_dir=str(tmp_path),
-        use_cpu=True,
-        bf16=False,
-        gradient_checkpointing=False,
-        report_to="none",
-        disable_tqdm=True,
-        per_device_train_batch_size=2,
-        beta=0.3,
-        desirable_weight=1.5,
-        undesirable_weight=0.5,
-    )
-    rows = [
-        {"prompt": "the plot was dull and", "completion": word, "label": word == " it"}
-        for word in (" it", " was")
-    ]
-    trainer = KTOTrainer(
-        model=models[0],
-        ref_model=models[1],
-        args=config,
-        train_dataset=Dataset.from_list(rows),
-        processing_class=tokenizer,
-    )
-    batch = DataCollatorForUnpairedPreference(pad_token_id=0)(
-        [
-            {"prompt_ids": p, "completion_ids": c, "KL_completion_ids": other, "label": label}
-            for (p, c, label), other in zip(labelled, others, strict=True)
-        ]
-    )
-    theirs, their_gradient = with_gradient(
-        models[0], lambda: trainer.compute_loss(models[0], batch)
-    )
-    prompts, completions, _ = zip(*labelled, strict=True)
-    mismatched = our_ratios(models, prompts, others)
-    assert (mismatched.mean() > 0.01) == above
-
-    def loss() -> Tensor:
-        r = our_ratios(models, prompts, completions)
-        tokens = torch.ones_like(r)
-        sides = r[:desirable], r[desirable:], tokens[:desirable], tokens[desirable:]
-        return kto_loss(LogRatios(*sides, mismatched), **SETTINGS["kto"]).mean()
-
-    ours, gradient = with_gradient(models[0], loss)
-    assert ours == pytest.approx(theirs, rel=1e-5)
-    torch.testing.assert_close(gradient, their_gradient, atol=1e-5, rtol=1e-4)
 
 
 # Labels with their probability

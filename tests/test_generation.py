@@ -153,6 +153,11 @@ def test_no_prompts_no_completions(engine: HFEngine):
     assert draw(engine, []) == Completions([], [])
 
 
+def test_an_empty_prompt_is_refused(engine: HFEngine):
+    with pytest.raises(ValueError, match="prompt has no tokens"):
+        draw(engine, [[5, 6], []])
+
+
 def test_the_cap_of_the_sampling_holds(engine: HFEngine, prompts: list[list[int]]):
     assert max(len(ids) for ids in draw(engine, prompts, max_new_tokens=3).ids) == 3
 

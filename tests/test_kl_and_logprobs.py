@@ -220,6 +220,12 @@ def test_an_empty_completion_is_refused():
         collate([[5]], [[]], PAD)
 
 
+def test_an_empty_prompt_is_refused():
+    """Its completion's first token would be read off the padding, and no one would notice."""
+    with pytest.raises(ValueError, match="prompt has no tokens"):
+        collate([[5], []], [[6], [6]], PAD)
+
+
 @pytest.mark.parametrize("temperature", [1.0, 0.5, 2.0])
 def test_token_logprobs_equal_a_plain_forward_pass_on_each_row_alone(
     policy: PreTrainedModel, plain: PreTrainedModel, temperature: float

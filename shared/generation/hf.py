@@ -28,6 +28,10 @@ class HFEngine:
     @torch.no_grad()
     def generate(self, prompts: Sequence[Sequence[int]], sampling: Sampling) -> Completions:
         """See `Engine.generate`. The same seed, weights and prompts give the same tokens."""
+        if any(len(p) == 0 for p in prompts):
+            raise ValueError(
+                "a prompt has no tokens: a completion's first token needs one before it"
+            )
         ids: list[list[int]] = [[] for _ in prompts]
         was_training = self.model.training
         self.model.eval()
