@@ -128,6 +128,16 @@ def test_each_row_reads_its_own_tokens_in_their_order():
     assert every.tolist() == list(range(len(every)))  # each token's attention comes back to it
 
 
+@pytest.mark.parametrize("first", range(4))
+def test_no_token_at_the_start_of_a_prompt_is_taken_for_padding(first: int):
+    """[first, 8, 9] beside [8, 9], which padding makes as long: two prompts, pad and EOS too."""
+    batch = collate([[first, 8, 9], [8, 9]], [[5], [6]], PAD)
+    packed = pack(batch)
+    assert packed.ids.shape == (1, 3 + 2 + 2)
+    assert packed.ids[0, packed.rows].tolist()[0] == [first, 8, 9, 5]
+    assert packed.ids[0, packed.rows].tolist()[1][:3] == [8, 9, 6]
+
+
 def test_what_lies_under_the_padding_changes_nothing():
     model, batch = let_pack(policy(CONFIGS["llama"])), batch_of()
     other = batch.ids.where(batch.attention.bool(), torch.tensor(30))

@@ -8,7 +8,6 @@ drawn ones are caught, or if a drawn one survives that SURVIVORS.md does not exp
 """
 
 import argparse
-import importlib
 import json
 import sys
 from collections.abc import Sequence
@@ -18,7 +17,7 @@ from typing import Any
 from mutants.draw import drawn, line_of
 from mutants.faults import FAULTS, written_by_hand
 from mutants.table import markdown
-from mutants.trial import HEAVY, PACKAGES, ROOT, Mutant, Trial, quiet_hypothesis, try_all
+from mutants.trial import ROOT, Mutant, Trial, prepare, try_all
 
 LEAST_CAUGHT = 0.95  # of the drawn ones
 REPORT = ROOT / "reports" / "mutants"
@@ -55,15 +54,6 @@ def main() -> None:
             REPORT.with_suffix(".md").write_text(markdown(results), encoding="utf-8")
     print("\n".join(failures) or "mutants: every part holds")
     sys.exit(1 if failures else 0)
-
-
-def prepare() -> None:
-    """Import once what every child needs, and nothing of Klash."""
-    for name in HEAVY:
-        importlib.import_module(name)
-    quiet_hypothesis()
-    ours = [name for name in sys.modules if name.partition(".")[0] in PACKAGES]
-    assert not ours, f"imported before the copy could be: {ours}"
 
 
 def unchanged(mutants: Sequence[Mutant], workers: int) -> dict[str, float]:

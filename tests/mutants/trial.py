@@ -5,6 +5,10 @@ its tests. A fault counts as caught only if a test *asserted* against it: an exc
 own code raises is a crash, and is told apart.
 """
 
+import compileall
+import contextlib
+import gc
+import importlib
 import json
 import os
 import shutil
@@ -26,6 +30,10 @@ HEAVY = (
     "trl", "trl.trainer.dpo_trainer", "trl.trainer.kto_trainer", "trl.trainer.sft_trainer",
     "scipy.stats", "scipy.optimize", "matplotlib.pyplot", "pydantic", "tyro", "jinja2",
     "safetensors.torch", "vaderSentiment.vaderSentiment", "hypothesis.strategies",
+)  # fmt: skip
+OPTIONS = (
+    "-m", "not slow and not gpu", "-p", "no:cacheprovider", "--continue-on-collection-errors",
+    "-W", "ignore", "--assert=plain",
 )  # fmt: skip
 CRASHES = 5  # exceptions that are no assertion, after which a trial ends
 POLL = 0.05  # seconds
@@ -51,40 +59,58 @@ class Trial(NamedTuple):
     seconds: dict[str, float]  # of each test file
 
 
+class Running(NamedTuple):
+    """A child at work."""
+
+    number: int  # of its mutant
+    tree: Path
+    end: float  # when it is stopped
+
+
 def try_all(
     mutants: Sequence[Mutant], workers: int, limits: dict[str, float]
 ) -> Iterator[tuple[int, Trial]]:
     """(number of the mutant, its trial) as they end; `limits` are the seconds of each test file."""
+    running: dict[int, Running] = {}
     with tempfile.TemporaryDirectory(prefix="mutants-") as folder:
         trees = [copy_tree(Path(folder) / str(n)) for n in range(workers)]
-        waiting, running = list(enumerate(mutants))[::-1], {}
-        while waiting or running:
-            while waiting and trees:
-                number, mutant = waiting.pop()
-                tree = trees.pop()
-                limit = max(LEAST_LIMIT, 6 * sum(limits.get(t, 0.0) for t in mutant.tests))
-                (tree / mutant.file).write_text(mutant.text, encoding="utf-8")
-                running[start(tree, mutant.tests)] = number, tree, time.monotonic() + limit
-            time.sleep(POLL)
-            for child, (number, tree, end) in list(running.items()):
-                late = time.monotonic() > end
-                if late:
+        waiting = list(enumerate(mutants))[::-1]
+        try:
+            while waiting or running:
+                while waiting and trees:
+                    number, mutant = waiting.pop()
+                    tree = trees.pop()
+                    (tree / mutant.file).write_text(mutant.text, encoding="utf-8")
+                    limit = max(LEAST_LIMIT, 6 * sum(limits.get(t, 0.0) for t in mutant.tests))
+                    child = start(tree, mutant.tests)
+                    running[child] = Running(number, tree, time.monotonic() + limit)
+                time.sleep(POLL)
+                for child, (number, tree, end) in list(running.items()):
+                    late = time.monotonic() > end
+                    if ended(child, late):
+                        del running[child]
+                        trees.append(tree)
+                        shutil.copy2(ROOT / mutants[number].file, tree / mutants[number].file)
+                        yield number, verdict(tree, late)
+        finally:
+            for child in running:
+                with contextlib.suppress(ProcessLookupError):
                     os.killpg(child, signal.SIGKILL)
-                if not late and os.waitpid(child, os.WNOHANG) == (0, 0):
-                    continue
-                if late:
-                    os.waitpid(child, 0)
-                file = mutants[number].file
-                shutil.copy2(ROOT / file, tree / file)
-                trees.append(tree)
-                del running[child]
-                yield number, verdict(tree, late)
+
+
+def ended(child: int, late: bool) -> bool:
+    """Whether a child is done; one that is late is stopped."""
+    if late:
+        os.killpg(child, signal.SIGKILL)
+    return os.waitpid(child, 0 if late else os.WNOHANG) != (0, 0)
 
 
 def copy_tree(to: Path) -> Path:
     """The tree as it lies here, without what tests do not read."""
     skipped = shutil.ignore_patterns(".git", ".venv", "runs", "__pycache__", ".*_cache", "mutants")
     shutil.copytree(ROOT, to / "tree", ignore=skipped)
+    for folder in (*PACKAGES, "tests"):  # a changed file is newer than its bytecode
+        compileall.compile_dir(to / "tree" / folder, quiet=1)
     return to / "tree"
 
 
@@ -115,15 +141,13 @@ def run_tests(tree: Path, tests: Sequence[str]) -> None:
     sys.dont_write_bytecode = True
     os.environ |= {"PYTHONPATH": str(tree), "PYTHONDONTWRITEBYTECODE": "1"}
     watcher = Watcher(tree)
-    words = [
-        "-m",
-        "not slow and not gpu",
-        "-p",
-        "no:cacheprovider",
-        "--continue-on-collection-errors",
-    ]
-    words += ["-W", "ignore", f"--basetemp={tree.parent / 'tmp'}"]
-    pytest.main([*words, *(f"tests/{name}" for name in tests)], plugins=[watcher])
+    paths = [f"tests/{name}" for name in tests]
+    code = pytest.main([*OPTIONS, f"--basetemp={tree.parent / 'tmp'}", *paths], plugins=[watcher])
+    for name, module in list(sys.modules.items()):
+        path = getattr(module, "__file__", None)
+        if name.partition(".")[0] in PACKAGES and path:
+            assert Path(path).is_relative_to(tree), f"{name} is not the copy's: {path}"
+    assert code in (0, 1, 2), f"pytest did no tests: exit code {code}"
     (tree.parent / "result.json").write_text(json.dumps(watcher.result()))
 
 
@@ -154,12 +178,6 @@ class Watcher:
         name = report.nodeid.partition("::")[0].removeprefix("tests/")
         self.seconds[name] = self.seconds.get(name, 0.0) + report.duration
 
-    def pytest_sessionfinish(self) -> None:
-        for name, module in list(sys.modules.items()):
-            path = getattr(module, "__file__", None)
-            if name.partition(".")[0] in PACKAGES and path:
-                assert Path(path).is_relative_to(self.tree), f"{name} is not the copy's: {path}"
-
     def result(self) -> dict[str, Any]:
         outcome = "caught" if self.asserted else "crash" if self.crashed else "survived"
         by = self.asserted or next(iter(self.crashed), "")
@@ -179,9 +197,17 @@ def asserts(info: Any, tree: Path) -> bool:
     return said_no and bool(ours) and Path(ours[-1]).is_relative_to(tree / "tests")
 
 
-def quiet_hypothesis() -> None:
-    """The same examples in every trial, and no deadline that a busy machine could miss."""
+def prepare() -> None:
+    """In the parent, once: import what every child needs, and nothing of Klash.
+
+    Hypothesis gets the same examples in every trial and no deadline that a busy machine could miss.
+    """
+    for name in HEAVY:
+        importlib.import_module(name)
     hypothesis.settings.register_profile(
         "mutants", derandomize=True, deadline=None, database=None, print_blob=False
     )
     hypothesis.settings.load_profile("mutants")
+    ours = [name for name in sys.modules if name.partition(".")[0] in PACKAGES]
+    assert not ours, f"imported before the copy could be: {ours}"
+    gc.freeze()  # so that a child collects its own garbage alone
