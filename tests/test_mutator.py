@@ -1,11 +1,13 @@
 """The mutator: what it draws is a change of the code and of nothing else, the same for a seed."""
 
 import ast
+from collections.abc import Callable
 
 import pytest
+import torch
 from mutants.draw import TESTS, drawn, replaced, sites
 from mutants.faults import FAULTS, applied, written_by_hand
-from mutants.trial import ROOT
+from mutants.trial import ROOT, asserts
 
 SAMPLE = '''
 def mean(values: list[float], scale: float = 2.0) -> float:
@@ -76,3 +78,33 @@ def test_a_smaller_expression_keeps_its_place_in_a_larger_one():
     product = ast.parse(text).body[0].value.elts[1].left
     other = ast.BinOp(product.left, ast.Add(), product.right)
     assert replaced(text, product, other) == 'name = "é", (a + b) * c\n'
+
+
+def no_error() -> None:
+    with pytest.raises(ValueError):
+        pass
+
+
+def two_failures() -> None:
+    raise ExceptionGroup("as hypothesis raises them", [AssertionError("a"), AssertionError("b")])
+
+
+def wrong_sum() -> None:
+    assert torch.ones(2).sum() == 3
+
+
+@pytest.mark.parametrize("says_no", [no_error, two_failures, wrong_sum])
+def test_a_test_that_says_no_is_an_assertion(says_no: Callable[[], None]):
+    with pytest.raises((pytest.fail.Exception, AssertionError, ExceptionGroup)) as error:
+        says_no()
+    assert asserts(error, ROOT)
+
+
+@pytest.mark.parametrize(
+    ("where", "line"), [("shared", "assert False"), ("tests", "1 / 0"), ("shared", "1 / 0")]
+)
+def test_what_breaks_is_a_crash_and_so_is_an_assertion_of_the_code_itself(where: str, line: str):
+    code = compile(line, str(ROOT / where / "sample.py"), "exec")
+    with pytest.raises((AssertionError, ZeroDivisionError)) as error:
+        exec(code)
+    assert not asserts(error, ROOT)

@@ -193,8 +193,13 @@ def asserts(info: Any, tree: Path) -> bool:
     while isinstance(errors[0], BaseExceptionGroup):
         errors = [*errors[0].exceptions]
     said_no = any(isinstance(e, AssertionError | pytest.fail.Exception) for e in errors)
-    ours = [e.path for e in info.traceback if Path(e.path).is_relative_to(tree)]
-    return said_no and bool(ours) and Path(ours[-1]).is_relative_to(tree / "tests")
+    ours = [
+        folder
+        for entry in info.traceback
+        for folder in (*PACKAGES, "tests")
+        if Path(entry.path).is_relative_to(tree / folder)
+    ]
+    return said_no and ours[-1:] == ["tests"]
 
 
 def prepare() -> None:
