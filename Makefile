@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: compare quick test lint slow setup
+.PHONY: compare quick test lint slow mutants setup
 compare: $(READY)  ## the default head-to-head; prints where the report is
 	$(BIN)/klash compare reviews
 
@@ -15,6 +15,9 @@ test: lint  ## lint, types and the tests
 
 slow: $(READY)  ## the tests that take longer
 	$(BIN)/python -m pytest -m slow
+
+mutants: $(READY)  ## proof that the tests can fail: single faults, each to be caught
+	cd tests && ../$(BIN)/python -m mutants
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -15,9 +15,17 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from dpo.losses import LOSSES, UNPAIRED
-from dpo.reference import mismatch, read_mismatched, read_reference, unpaired_rows
+from dpo.reference import (
+    mismatch,
+    read_mismatched,
+    read_reference,
+    score_mismatched,
+    score_reference,
+    unpaired_rows,
+)
 from dpo.train import Dataset, DirectConfig, check_setting, train_direct
 from shared.config import InputError
+from shared.cost import forward_flops
 from shared.fit import OptimizerConfig, Trainee
 from shared.logprobs import sequence_logps
 from shared.models import frozen, load_policy
@@ -127,6 +135,26 @@ def test_the_cached_reference_equals_one_computed_row_by_row(
     close(cached, torch.cat(alone[0]), 2e-5)
     close(mismatched.logps, torch.cat(alone[1]), 2e-5)
     assert all(prompts[i] != prompts[j] for i, j in enumerate(mismatched.partner))
+
+
+def test_scoring_the_reference_is_paid_for(
+    tmp_path: Path, policy_folder: Path, preferences_folder: Path
+):
+    """A pass over all completions, each distinct prompt computed once; none of it is training."""
+    model, pairs = load_policy(policy_folder), read_pairs(preferences_folder / "train.jsonl")
+    prompts, completions = unpaired_rows(pairs)
+    tokens = sum(map(len, set(map(tuple, prompts)))) + sum(map(len, completions))
+    folders = tmp_path / "reference", tmp_path / "mismatched"
+    for folder in folders:
+        folder.mkdir()
+    score_reference(folders[0], policy_folder, preferences_folder)
+    score_mismatched(folders[1], policy_folder, preferences_folder, seed=0)
+    dealt = [completions[j] for j in read_mismatched(folders[1]).partner]
+    for folder, of in zip(folders, (completions, dealt), strict=True):
+        cost = json.loads((folder / "cost.json").read_text())
+        lengths = [len(p) + len(c) for p, c in zip(prompts, of, strict=True)]
+        assert cost["flops"] == pytest.approx(forward_flops(model, lengths, tokens))
+        assert cost["train_tokens"] == 0
 
 
 def test_the_frozen_copy_neither_trains_nor_follows_the_policy(policy_folder: Path):

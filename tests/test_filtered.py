@@ -212,6 +212,10 @@ def test_an_epoch_trains_on_what_its_own_filter_kept_and_on_nothing_else(
     assert filtered.cost["train_tokens"] == sum(tokens)
 
 
+def test_it_holds_the_policy_and_the_reward_model(filtered: Run):
+    assert filtered.cost["models_held"] == 2
+
+
 def test_samples_of_later_epochs_come_from_the_trained_policy(
     filtered: Run, pairs: dict[str, Pair], policy_folder: Path, reward_folder: Path
 ):
@@ -277,6 +281,10 @@ def test_with_nothing_good_enough_the_floor_stays_and_says_so(start, pairs: dict
 @pytest.mark.parametrize("floor", [0.01, 0.25])
 def test_the_floor_keeps_the_set_from_emptying_however_small_it_is(start, floor: float):
     assert start(epochs=1, margin=1e9, floor=floor).kept(0)
+
+
+def test_a_floor_below_one_pair_is_one_pair(start):
+    assert len(start(epochs=1, margin=1e9, floor=0.01).kept(0)) == 1
 
 
 def test_the_control_drops_as_many_pairs_but_others(start, filtered: Run):

@@ -4,6 +4,7 @@ import time
 
 import numpy as np
 import pytest
+from scipy import stats
 from scipy.optimize import minimize
 
 from benchmarks.frontier import (
@@ -153,6 +154,16 @@ def test_temperatures_may_come_in_any_order():
     np.testing.assert_array_equal(again.gold, ENUMERATED.gold)
 
 
+def test_single_precision_log_probabilities_lose_nothing_more():
+    """As a model gives them: what they say is taken to 15 digits, not to 7."""
+    single = np.log(REF).astype(np.float32)
+    exact = np.exp(single.astype(np.float64))
+    exact /= exact.sum(axis=1, keepdims=True)
+    table = tilt_table(GOLD, [1.0], log_ref=single)
+    np.testing.assert_allclose(table.ref_gold, (exact * GOLD).sum(axis=1), rtol=1e-13)
+    np.testing.assert_allclose(table.ref_ess, 1 / (exact**2).sum(axis=1), rtol=1e-13)
+
+
 def test_padded_completions_of_probability_zero_change_nothing():
     padded = tilt_table(
         np.pad(GOLD, ((0, 0), (0, 2)), constant_values=9.0),
@@ -167,6 +178,12 @@ def test_padded_completions_of_probability_zero_change_nothing():
 def test_temperatures_must_be_positive(temperatures):
     with pytest.raises(ValueError):
         tilt_table(GOLD, temperatures)
+
+
+@pytest.mark.parametrize("bad", [[0.1, 0.2], [[]], [[0.1, float("nan")]], [[0.1, float("inf")]]])
+def test_gold_that_is_no_table_of_numbers_is_refused(bad):
+    with pytest.raises(ValueError, match="2-D array of finite numbers"):
+        tilt_table(bad, [1.0])
 
 
 def test_another_objective_never_beats_the_frontier():
@@ -187,6 +204,14 @@ def test_a_score_bounds_no_gold_past_the_samples_reach():
     assert max(p.kl for p in curve.points(5.0, 50)) <= curve.kl[-1]
 
 
+def test_points_of_a_curve_without_a_bound_go_on_to_its_end():
+    tilted = tilt_table(GOLD, [1.0, 0.5, 0.25], outcome=-GOLD, log_ref=np.log(REF))
+    curve = frontier(tilted, min_ess=0)
+    points = curve.points(2 * float(curve.kl[-1]), 400)
+    assert 0.98 * curve.kl[-1] < points[-1].kl <= curve.kl[-1]
+    assert not any(p.is_bound for p in points)
+
+
 def test_points_say_how_many_samples_stand_behind_them():
     curve = frontier(tilt_table(sampled_gold(4000, 0), default_temperatures()), min_ess=1000)
     points = curve.points(4.0, 30)
@@ -195,6 +220,15 @@ def test_points_say_how_many_samples_stand_behind_them():
     assert all(p.effective_sample_size == 0 for p in points if p.is_bound)
     assert all(p.effective_sample_size >= 1000 for p in points if not p.is_bound)
     assert points[-1].is_bound and not points[0].is_bound
+
+
+def test_no_point_up_to_the_curves_end_is_a_bound_and_every_one_past_it_is():
+    curve = frontier(tilt_table(sampled_gold(4000, 0), default_temperatures()), min_ess=1000)
+    end = float(curve.kl[-1])
+    inside = curve.points(0.99 * end, 9)
+    assert inside[-1].kl > curve.kl[-2]  # between the last two temperatures
+    assert [p.is_bound for p in inside] == [False] * 9
+    assert [p.is_bound for p in curve.points(1.01 * end, 9)] == [False] * 8 + [True]
 
 
 def test_efficiency_is_one_on_the_frontier_half_midway_and_null_close_to_the_reference():
@@ -266,6 +300,17 @@ def test_a_margin_comes_with_every_seeds_margin_and_without_limits_for_one_seed(
         margin_interval(gold[:, :2], kl[:, :2], ENUMERATED)
 
 
+@pytest.mark.parametrize("limits", ["percentile", "t"])
+def test_every_seeds_margin_is_kept_however_many_there_are(limits):
+    curve = frontier(ENUMERATED, min_ess=0)
+    gold, kl = np.array([[0.5, 0.4, 0.6], [0.2, 0.3, 0.1]]), np.array([[0.9] * 3, [0.4] * 3])
+    expected = [0.5 - curve.at(0.9)[0], 0.2 - curve.at(0.4)[0]]
+    for seeds in (1, 2):
+        some = gold[:seeds], kl[:seeds]
+        found = margin_interval(*some, ENUMERATED, draws=9, min_ess=0, limits=limits)
+        assert found.per_seed == pytest.approx(expected[:seeds])
+
+
 def test_t_limits_hold_the_true_margin_with_three_seeds():
     """Three seeds that differ: the margin's t limits keep their 95 %."""
     rng, held = np.random.default_rng(6), 0
@@ -280,6 +325,23 @@ def test_t_limits_hold_the_true_margin_with_three_seeds():
         low, high = ends(margin)
         held += low <= -0.1 <= high
     assert held / 150 >= 0.92
+
+
+def test_t_limits_of_a_margin_by_hand():
+    """All prompts alike to the frontier: what varies is the method's gold, a plain crossed table.
+
+    Resampled prompts have the variance of a mean of P draws, that of the prompts' means over P.
+    """
+    rng = np.random.default_rng(8)
+    table = tilt_table(
+        np.repeat(rng.normal(0, 0.3, (1, 400)), 25, axis=0), np.geomspace(5, 0.2, 20)
+    )
+    gold = rng.normal(0, 0.1, (3, 1)) + rng.normal(0, 0.4, (1, 25)) + rng.normal(0, 0.1, (3, 25))
+    found = margin_interval(gold, np.full((3, 25), 0.3), table, 4000, max_gold=9, limits="t")
+    error = np.sqrt(gold.mean(1).var(ddof=1) / 3 + gold.mean(0).var() / 25)
+    low, high = ends(found)
+    assert (high - low) / 2 == pytest.approx(stats.t.ppf(0.975, 2) * error, rel=0.03)
+    assert found.mean == pytest.approx(gold.mean() - frontier(table).at(0.3)[0])
 
 
 def test_a_thousand_resamples_take_less_than_two_seconds():

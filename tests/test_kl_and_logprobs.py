@@ -1,5 +1,6 @@
 """The KL meter against enumeration, and log-probabilities against plain forward passes."""
 
+import copy
 import itertools
 from collections.abc import Sequence
 from pathlib import Path
@@ -242,6 +243,17 @@ def test_token_logprobs_equal_a_plain_forward_pass_on_each_row_alone(
 def test_the_temperature_divides_the_logits(policy: PreTrainedModel):
     batch = collate(PROMPTS, COMPLETIONS, PAD)
     close(completion_logits(policy, batch, 0.5), 2 * completion_logits(policy, batch))
+
+
+def test_half_precision_ends_at_the_logits(policy: PreTrainedModel):
+    """A bfloat16 model's logits are normalised in float32: no more is lost than the model lost."""
+    half = copy.deepcopy(policy).to(torch.bfloat16)
+    batch = collate(PROMPTS, COMPLETIONS, PAD)
+    with torch.no_grad():
+        logits, found = completion_logits(half, batch), token_logprobs(half, batch)
+    assert logits.dtype == found.dtype == torch.float32
+    exact = logits.double().log_softmax(-1).gather(1, batch.completion_ids[batch.mask][:, None])
+    close(found[batch.mask], exact.squeeze(1))
 
 
 def test_sequence_logps_sum_every_completion_token(policy: PreTrainedModel, plain: PreTrainedModel):

@@ -134,6 +134,12 @@ def test_no_scorer_beats_the_one_that_knows_the_probabilities():
     assert accuracy_from_gold(np.ones(8), np.ones(8), p) == 0.5
 
 
+def test_accuracy_compares_numbers_and_not_their_bytes():
+    """1 is less than 2 where numbers have no sign, too."""
+    ones, twos = np.array([1, 2], dtype=np.uint8), np.array([2, 1], dtype=np.uint8)
+    assert accuracy_from_gold(ones, twos, [0.1, 0.7]) == pytest.approx((0.9 + 0.7) / 2)
+
+
 def test_accuracy_refuses_nan():
     with pytest.raises(ValueError, match="NaN"):
         accuracy_from_gold([float("nan")], [0.0], [0.5])
@@ -151,6 +157,13 @@ def test_calibration_by_hand():
     error, table = calibration([0.1, 0.3, 0.8, 1.0], [0.3, 0.3, 0.8, 0.8], bins=2)
     assert table == [(pytest.approx(0.2), pytest.approx(0.3), 2), (pytest.approx(0.9), 0.8, 2)]
     assert error == pytest.approx(0.1)
+
+
+def test_a_single_precision_prediction_falls_into_the_bin_it_lies_in():
+    """The float32 next to 0.7 is below 0.7, though ten times it is 7 to seven digits."""
+    assert float(np.float32(0.7)) < 0.7
+    _, table = calibration(np.array([0.7, 0.65], dtype=np.float32), [0.5, 0.5])
+    assert [n for *_, n in table] == [2]
 
 
 @pytest.mark.parametrize("pred", [[1.2], [float("nan")], [0.5, 0.5]])
@@ -175,4 +188,9 @@ def test_best_of_n_kl_is_the_limit_of_many_equally_likely_completions(n):
     assert best_of_n_kl(n) == pytest.approx(exact, abs=2e-3)
     assert best_of_n_kl(n) >= exact - 1e-9
     with pytest.raises(ValueError):
+        best_of_n_kl(0)
+
+
+def test_the_best_of_nothing_is_refused_in_words():
+    with pytest.raises(ValueError, match="best of 0"):
         best_of_n_kl(0)

@@ -128,6 +128,16 @@ def test_each_row_reads_its_own_tokens_in_their_order():
     assert every.tolist() == list(range(len(every)))  # each token's attention comes back to it
 
 
+@pytest.mark.parametrize("first", range(4))
+def test_no_token_at_the_start_of_a_prompt_is_taken_for_padding(first: int):
+    """[first, 8, 9] beside [8, 9], which padding makes as long: two prompts, pad and EOS too."""
+    batch = collate([[first, 8, 9], [8, 9]], [[5], [6]], PAD)
+    packed = pack(batch)
+    assert packed.ids.shape == (1, 3 + 2 + 2)
+    assert packed.ids[0, packed.rows].tolist()[0] == [first, 8, 9, 5]
+    assert packed.ids[0, packed.rows].tolist()[1][:3] == [8, 9, 6]
+
+
 def test_what_lies_under_the_padding_changes_nothing():
     model, batch = let_pack(policy(CONFIGS["llama"])), batch_of()
     other = batch.ids.where(batch.attention.bool(), torch.tensor(30))
@@ -164,3 +174,27 @@ def test_a_saved_model_knows_nothing_of_it(tmp_path: Path):
     let_pack(policy(CONFIGS["llama"])).save_pretrained(tmp_path)
     assert "klash" not in json.dumps(json.loads((tmp_path / "config.json").read_text()))
     assert not packs(AutoModelForCausalLM.from_pretrained(tmp_path))
+
+
+BLOOM = BloomConfig(**SIZE, hidden_size=32, n_layer=2, n_head=4)
+
+
+@torch.no_grad()
+def test_log_probabilities_where_positions_are_not_read_are_those_of_each_row_alone():
+    """BLOOM runs unpacked and has no position ids: only the mask keeps padding out of its rows."""
+    model = let_pack(policy(BLOOM))
+    assert not packs(model)
+    found = token_logprobs(model, batch_of())
+    for row, (prompt, completion) in enumerate(zip(PROMPTS, COMPLETIONS, strict=True)):
+        logits = model(torch.tensor([prompt + completion])).logits[0, len(prompt) - 1 : -1]
+        expected = logits.log_softmax(-1)[range(len(completion)), completion]
+        torch.testing.assert_close(found[row, : len(completion)], expected, atol=2e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+def test_scores_where_positions_are_not_read_are_those_of_each_row_alone():
+    model = let_pack(classifier(BLOOM))
+    found = sequence_scores(model, batch_of())
+    rows = zip(PROMPTS, COMPLETIONS, strict=True)
+    alone = [sequence_scores(model, collate([p], [c], PAD))[0] for p, c in rows]
+    torch.testing.assert_close(found, torch.stack(alone), atol=2e-5, rtol=1e-5)

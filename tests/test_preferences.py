@@ -175,6 +175,44 @@ def test_a_pair_is_two_samples_of_its_prompt_with_their_true_gold(
     assert all(p.chosen_ids != p.rejected_ids for p in pairs)
 
 
+def test_several_pairs_of_a_prompt_cost_no_more_samples(
+    tmp_path: Path, policy_folder: Path, task_config: TaskConfig
+):
+    drawn = []
+    for per_prompt in (1, 2, 4):
+        data = {"pairs": 20, "held_out_pairs": 4, "per_prompt": per_prompt}
+        folder = make(tmp_path / str(per_prompt), policy_folder, task_config, **data)
+        drawn.append(read_json(folder / "cleaning.json")["drawn"])
+        found = read_pairs(folder / "train.jsonl")
+        assert max(Counter(p.prompt for p in found).values()) == per_prompt
+    assert drawn[0] == drawn[1] == drawn[2] < 24 + 100
+
+
+def test_with_several_pairs_a_prompt_each_answer_has_its_own_gold(
+    tmp_path: Path, policy_folder: Path, task_config: TaskConfig, tokenizer: PreTrainedTokenizerBase
+):
+    data = {"pairs": 60, "held_out_pairs": 4, "per_prompt": 3}
+    found = read_pairs(make(tmp_path / "3", policy_folder, task_config, **data) / "train.jsonl")
+    task = make_task(task_config)
+    for side in ("chosen", "rejected"):
+        ids = [getattr(p, f"{side}_ids") for p in found]
+        texts = tokenizer.batch_decode(ids, skip_special_tokens=True)
+        gold = task.gold([p.prompt for p in found], texts)
+        np.testing.assert_array_equal(gold, [getattr(p, f"{side}_gold") for p in found])
+    assert len({p.id for p in found}) == 60
+
+
+def test_held_out_pairs_are_found_however_many_pairs_a_prompt_gives(
+    tmp_path: Path, policy_folder: Path, task_config: TaskConfig
+):
+    """A first prompt alone would fill the training pairs: held-out ones need another."""
+    data = {"pairs": 20, "held_out_pairs": 4, "per_prompt": 150}
+    folder = make(tmp_path / "many", policy_folder, task_config, **data)
+    train, held_out = (read_pairs(folder / f"{name}.jsonl") for name in ("train", "held_out"))
+    assert (len(train), len(held_out)) == (20, 4)
+    assert {p.prompt for p in train}.isdisjoint(p.prompt for p in held_out)
+
+
 def test_held_out_pairs_are_drawn_as_the_others_are(made: Path):
     """Not the left-overs of cleaning: both have about the same gold and length."""
     train, held_out = (

@@ -87,6 +87,15 @@ def test_a_table_with_holes_is_refused(bad):
         crossed_interval(bad)
 
 
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_refusal_says_that_a_number_is_missing(bad):
+    for refused in ([[0.0, bad]], [[bad, bad], [0.0, 1.0]]):
+        with pytest.raises(ValueError, match="found NaN or infinity"):
+            crossed_interval(refused)
+        with pytest.raises(ValueError, match="found NaN or infinity"):
+            paired_difference(np.zeros_like(refused), refused)
+
+
 def test_a_seed_that_did_not_get_there_leaves_the_mean_null():
     assert seed_interval([0.5, None, 0.7]) == Estimate(mean=None, per_seed=[0.5, None, 0.7])
     assert seed_interval([]) == Estimate(mean=None)
@@ -146,6 +155,10 @@ def test_interquartile_range_agrees_with_scipy():
     values = [3.0, 1.0, 7.0, 2.0, 9.0]
     assert interquartile_range(values) == pytest.approx(stats.iqr(values))
     assert interquartile_range([1.0]) is None
+
+
+def test_two_values_have_an_interquartile_range():
+    assert interquartile_range([1.0, 4.0]) == pytest.approx(stats.iqr([1.0, 4.0]))
 
 
 def test_bootstrap_of_a_mean_agrees_with_the_normal_interval():

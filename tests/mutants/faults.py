@@ -1,0 +1,591 @@
+"""Single faults written by hand: the mistakes that people make in this field, one at a time.
+
+`old` occurs exactly once in `file` and becomes `new`; `tests` are the files that must catch it.
+"""
+
+from typing import NamedTuple
+
+from mutants.trial import ROOT, Mutant
+
+
+class Fault(NamedTuple):
+    """A mistake, and what is wrong with it in one line."""
+
+    name: str
+    file: str
+    old: str
+    new: str
+    breaks: str
+    tests: tuple[str, ...]
+
+
+DIRECT = ("test_dpo_losses.py",)
+TRAIN = ("test_direct.py",)
+RLHF = ("test_rlhf_losses.py",)
+PPO = ("test_ppo.py",)
+METER = ("test_kl_and_logprobs.py",)
+PACKING = ("test_packing.py", "test_kl_and_logprobs.py")
+MODELS = ("test_models.py", "test_ppo.py")
+SAMPLER = ("test_generation.py",)
+PAIRS = ("test_preferences.py",)
+FILTER = ("test_filtered.py",)
+REWARD = ("test_reward.py",)
+STATISTICS = ("test_statistics.py",)
+METRICS = ("test_metrics.py",)
+FRONTIER = ("test_frontier.py",)
+FIT = ("test_fit.py", "test_rlhf_losses.py", "test_direct.py")
+
+FAULTS = (
+    # The direct methods' losses
+    Fault(
+        "dpo: chosen and rejected swapped", "dpo/losses.py",
+        "return -F.logsigmoid(beta * (r.chosen - r.rejected))",
+        "return -F.logsigmoid(beta * (r.rejected - r.chosen))",
+        "the policy learns to prefer what was rejected", DIRECT,
+    ),
+    Fault(
+        "dpo: sign of the loss", "dpo/losses.py",
+        "return -F.logsigmoid(beta * (r.chosen", "return F.logsigmoid(beta * (r.chosen",
+        "the loss is maximised", DIRECT,
+    ),
+    Fault(
+        "dpo: beta outside the sigmoid", "dpo/losses.py",
+        "return -F.logsigmoid(beta * (r.chosen - r.rejected))",
+        "return -beta * F.logsigmoid(r.chosen - r.rejected)",
+        "beta scales the loss and no longer sets the optimum", DIRECT,
+    ),
+    Fault(
+        "cdpo: smoothing on the wrong side", "dpo/losses.py",
+        "return -(1 - label_smoothing) * F.logsigmoid(z) - label_smoothing * F.logsigmoid(-z)",
+        "return -label_smoothing * F.logsigmoid(z) - (1 - label_smoothing) * F.logsigmoid(-z)",
+        "labels count as wrong with probability 1 - e", DIRECT,
+    ),
+    Fault(
+        "rdpo: cdpo's sign", "dpo/losses.py",
+        "F.logsigmoid(z) + label_smoothing * F.logsigmoid(-z)\n    return kept",
+        "F.logsigmoid(z) - label_smoothing * F.logsigmoid(-z)\n    return kept",
+        "biased under flipped labels", DIRECT,
+    ),
+    Fault(
+        "rdpo: denominator 1 - e", "dpo/losses.py",
+        "kept / (1 - 2 * label_smoothing)", "kept / (1 - label_smoothing)",
+        "the clean loss comes out too small", DIRECT,
+    ),
+    Fault(
+        "ipo: margin 1 / tau", "dpo/losses.py",
+        "return (r.chosen - r.rejected - 1 / (2 * tau)) ** 2",
+        "return (r.chosen - r.rejected - 1 / tau) ** 2",
+        "the margin is twice the paper's", DIRECT,
+    ),
+    Fault(
+        "ipo: tau in place of 1 / (2 tau)", "dpo/losses.py",
+        "return (r.chosen - r.rejected - 1 / (2 * tau)) ** 2",
+        "return (r.chosen - r.rejected - tau / 2) ** 2",
+        "more tau pushes further in place of less", DIRECT,
+    ),
+    Fault(
+        "ipo per token: chosen's length for both", "dpo/losses.py",
+        "r.rejected / r.rejected_tokens", "r.rejected / r.chosen_tokens",
+        "longer rejected answers weigh more", DIRECT,
+    ),
+    Fault(
+        "kto: baseline not clamped at 0", "dpo/losses.py",
+        "r.mismatched.detach().mean().clamp(min=0)", "r.mismatched.detach().mean()",
+        "a KL below 0", DIRECT,
+    ),
+    Fault(
+        "kto: gradient through the baseline", "dpo/losses.py",
+        "r.mismatched.detach().mean()", "r.mismatched.mean()",
+        "the policy is trained on its own baseline", DIRECT,
+    ),
+    Fault(
+        "kto: undesirable like desirable", "dpo/losses.py",
+        "undesirable_weight * torch.sigmoid(beta * (r.rejected - z))",
+        "undesirable_weight * torch.sigmoid(beta * (z - r.rejected))",
+        "rejected completions are learned too", DIRECT,
+    ),
+    Fault(
+        "kto: weights exchanged", "dpo/losses.py",
+        "desirable = desirable_weight *", "desirable = undesirable_weight *",
+        "the desirable side has the other side's weight", DIRECT,
+    ),
+    # Their training
+    Fault(
+        "direct: reference and policy exchanged", "dpo/train.py",
+        "ratios = logps - micro.ref_logps.to(logps.device)",
+        "ratios = micro.ref_logps.to(logps.device) - logps",
+        "log-ratios with the wrong sign", TRAIN,
+    ),
+    Fault(
+        "direct: reference forgotten", "dpo/train.py",
+        "ratios = logps - micro.ref_logps.to(logps.device)", "ratios = logps",
+        "log-probabilities in place of log-ratios", TRAIN,
+    ),
+    Fault(
+        "direct: sides exchanged", "dpo/train.py",
+        "LogRatios(ratios[:n], ratios[n:], lengths[:n], lengths[n:]",
+        "LogRatios(ratios[n:], ratios[:n], lengths[n:], lengths[:n]",
+        "rejected rows are read as chosen", TRAIN,
+    ),
+    Fault(
+        "direct: reference of other rows", "dpo/train.py",
+        "self.ref_logps[torch.tensor(rows)], chosen, mismatched)",
+        "self.ref_logps[torch.tensor(rows).sort().values.flip(0)], chosen, mismatched)",
+        "rows are compared with the reference of others", TRAIN,
+    ),
+    Fault(
+        "kto: baseline of the step's own pairs", "dpo/train.py",
+        "[self.completions[partner[i]] for i in group]",
+        "[self.completions[rows[i]] for i in group]",
+        "the KL is estimated on the training data", TRAIN,
+    ),
+    Fault(
+        "kto: partners within a prompt", "dpo/reference.py",
+        "order[(place + shift) % len(order)]", "order[(place + 1) % len(order)]",
+        "mismatched completions may answer the same prompt", TRAIN,
+    ),
+    # The reward model's and PPO's losses
+    Fault(
+        "reward model: sides exchanged", "rlhf/losses.py",
+        "difference = chosen - rejected if margin", "difference = rejected - chosen if margin",
+        "the rejected answer is scored higher", RLHF,
+    ),
+    Fault(
+        "reward model: margin with the wrong sign", "rlhf/losses.py",
+        "else chosen - rejected - margin", "else chosen - rejected + margin",
+        "clear preferences are learned less", RLHF,
+    ),
+    Fault(
+        "rewards: sign of the KL penalty", "rlhf/losses.py",
+        "(-kl_coef * kl_terms)", "(kl_coef * kl_terms)",
+        "leaving the reference is rewarded", RLHF,
+    ),
+    Fault(
+        "rewards: score one token early", "rlhf/losses.py",
+        "last = mask.sum(1, keepdim=True) - 1",
+        "last = (mask.sum(1, keepdim=True) - 2).clamp(min=0)",
+        "the score falls before the last token", RLHF,
+    ),
+    Fault(
+        "rewards: score at the batch's last column", "rlhf/losses.py",
+        "last = mask.sum(1, keepdim=True) - 1",
+        "last = torch.full_like(mask.sum(1, keepdim=True), mask.shape[1] - 1)",
+        "shorter rows get their score on padding", RLHF,
+    ),
+    Fault(
+        "gae: this state's value for the next one's", "rlhf/losses.py",
+        "+ gamma * next_value - values[:, t]", "+ gamma * values[:, t] - values[:, t]",
+        "no bootstrapping from the next state", RLHF,
+    ),
+    Fault(
+        "gae: lambda forgotten", "rlhf/losses.py",
+        "delta + gamma * lam * following", "delta + gamma * following",
+        "advantages as if lambda were 1", RLHF,
+    ),
+    Fault(
+        "gae: forwards in time", "rlhf/losses.py",
+        "for t in reversed(range(rewards.shape[1])):", "for t in range(rewards.shape[1]):",
+        "credit flows to later tokens", RLHF,
+    ),
+    Fault(
+        "gae: returns without values", "rlhf/losses.py",
+        "return advantages, (advantages + values)", "return advantages, (advantages + rewards)",
+        "the value model learns something else", RLHF,
+    ),
+    Fault(
+        "gae: values under padding", "rlhf/losses.py",
+        "rewards, values = rewards.masked_fill(~mask, 0.0), values.masked_fill(~mask, 0.0)",
+        "rewards = rewards.masked_fill(~mask, 0.0)",
+        "a value behind the end leaks into the last token", RLHF,
+    ),
+    Fault(
+        "whitening: mean over padding too", "rlhf/losses.py",
+        "mean = masked_mean(values, mask)", "mean = values.mean()",
+        "padding moves the mean", RLHF,
+    ),
+    Fault(
+        "whitening: variance for deviation", "rlhf/losses.py",
+        "torch.rsqrt(variance + 1e-8)", "(variance + 1e-8).reciprocal()",
+        "whitened values do not have variance 1", RLHF,
+    ),
+    Fault(
+        "policy loss: sign of the advantage", "rlhf/losses.py",
+        "unclipped = -advantages * ratio", "unclipped = advantages * ratio",
+        "bad tokens are made likelier", RLHF,
+    ),
+    Fault(
+        "policy loss: minimum for maximum", "rlhf/losses.py",
+        "return masked_mean(torch.maximum(unclipped, clipped), mask), numbers",
+        "return masked_mean(torch.minimum(unclipped, clipped), mask), numbers",
+        "the clip is optimistic", RLHF,
+    ),
+    Fault(
+        "policy loss: ratio turned over", "rlhf/losses.py",
+        "log_ratio = (logprobs - old_logprobs)", "log_ratio = (old_logprobs - logprobs)",
+        "rho is old over new", RLHF,
+    ),
+    Fault(
+        "policy loss: mean over padding too", "rlhf/losses.py",
+        "return masked_mean(torch.maximum(unclipped, clipped), mask), numbers",
+        "return torch.maximum(unclipped, clipped).mean(), numbers",
+        "padding counts as tokens", RLHF,
+    ),
+    Fault(
+        "value loss: no clip", "rlhf/losses.py",
+        "kept_near = torch.clamp(values, old_values - clip, old_values + clip)",
+        "kept_near = values",
+        "the value model may jump", RLHF,
+    ),
+    Fault(
+        "value loss: half forgotten", "rlhf/losses.py",
+        "return 0.5 * masked_mean(", "return masked_mean(",
+        "twice the gradient", RLHF,
+    ),
+    # PPO
+    Fault(
+        "ppo: reference and policy exchanged in the KL", "rlhf/ppo.py",
+        "kl = k1(rollout.logprobs, rollout.ref_logprobs)",
+        "kl = k1(rollout.ref_logprobs, rollout.logprobs)",
+        "leaving the reference is rewarded", PPO,
+    ),
+    Fault(
+        "ppo: missing EOS costs nothing", "rlhf/ppo.py",
+        "penalised = scores - ppo.missing_eos_penalty * truncated", "penalised = scores",
+        "endless text is free", PPO,
+    ),
+    Fault(
+        "ppo: every ended row pays", "rlhf/ppo.py",
+        "ppo.missing_eos_penalty * truncated", "ppo.missing_eos_penalty * ~truncated",
+        "ending is punished", PPO,
+    ),
+    Fault(
+        "ppo: returns from whitened advantages", "rlhf/ppo.py",
+        "rollout = rollout._replace(advantages=whiten(advantages, mask), returns=returns)",
+        "white = whiten(advantages, mask)\n        "
+        "rollout = rollout._replace(advantages=white, returns=white + rollout.values)",
+        "the value model's target loses its units", PPO,
+    ),
+    Fault(
+        "ppo: advantages not whitened", "rlhf/ppo.py",
+        "advantages=whiten(advantages, mask), returns", "advantages=advantages, returns",
+        "the step depends on the score's scale", PPO,
+    ),
+    Fault(
+        "ppo: micro-batches weighted by rows", "rlhf/ppo.py",
+        "float(part.sequences.mask.sum())", "float(len(group))",
+        "tokens of short rows weigh more", PPO,
+    ),
+    Fault(
+        "ppo: temperature forgotten in the update", "rlhf/ppo.py",
+        "token_logprobs(model, part.sequences, actors.temperature)",
+        "token_logprobs(model, part.sequences)",
+        "the first ratio is not 1", PPO,
+    ),
+    Fault(
+        "ppo: the controller reads token means", "rlhf/ppo.py",
+        "controller.update(sequence_kl, ppo.rollout_size)",
+        'controller.update(sequence_kl / numbers["ppo/completion_length"], ppo.rollout_size)',
+        "the coefficient follows another unit than its target's", PPO,
+    ),
+    Fault(
+        "ppo: value head not normalised", "rlhf/rollout.py",
+        "head.weight.copy_(raw.weight / scorer.scale)", "head.weight.copy_(raw.weight)",
+        "values start in raw units", PPO,
+    ),
+    # KL and log-probabilities
+    Fault(
+        "kl: the other direction", "shared/kl.py",
+        "(policy.exp() * (policy - ref))", "(ref.exp() * (ref - policy))",
+        "KL from reference to policy", METER,
+    ),
+    Fault(
+        "kl: k3 with k1's ratio", "shared/kl.py",
+        "log_ratio = ref_logprobs - logprobs", "log_ratio = logprobs - ref_logprobs",
+        "k3 is biased", METER,
+    ),
+    Fault(
+        "kl: k1 and k3 exchanged", "shared/kl.py",
+        '    return logprobs - ref_logprobs\n',
+        "    return torch.expm1(ref_logprobs - logprobs) - (ref_logprobs - logprobs)\n",
+        "PPO's penalty is another estimator", METER,
+    ),
+    Fault(
+        "kl: sum over padding too", "shared/kl.py",
+        "return values.masked_fill(~mask, 0.0).sum(1)", "return values.sum(1)",
+        "what lies under the mask counts", METER,
+    ),
+    Fault(
+        "kl: mean of row means", "shared/kl.py",
+        "return values.masked_fill(~mask, 0.0).sum() / mask.sum()",
+        "return (values.masked_fill(~mask, 0.0).sum(1) / mask.sum(1)).mean()",
+        "tokens of short rows weigh more", METER,
+    ),
+    Fault(
+        "logprobs: off by one, padded rows", "shared/logprobs.py",
+        ".logits[:, -length - 1 : -1][batch.mask]", ".logits[:, -length:][batch.mask]",
+        "each token is read from the logits behind it", PACKING,
+    ),
+    Fault(
+        "logprobs: off by one, packed rows", "shared/logprobs.py",
+        "packed.place[:, width - 1 : -1][batch.mask]", "packed.place[:, width:][batch.mask]",
+        "each token is read from the logits behind it", PACKING,
+    ),
+    Fault(
+        "logprobs: attention mask dropped", "shared/logprobs.py",
+        "            attention_mask=batch.attention,\n", "",
+        "padding on the left is attended to", PACKING,
+    ),
+    Fault(
+        "logprobs: temperature forgotten", "shared/logprobs.py",
+        "return logits.float() / temperature", "return logits.float()",
+        "another distribution than the one sampled from", METER,
+    ),
+    Fault(
+        "logprobs: mean over tokens", "shared/logprobs.py",
+        "return token_logprobs(model, batch).sum(1)",
+        "return token_logprobs(model, batch).sum(1) / batch.lengths",
+        "DPO becomes another method", METER,
+    ),
+    Fault(
+        "packing: positions of the flat row", "shared/packing.py",
+        "batch.positions[kept][None], place", "torch.arange(int(kept.sum()))[None], place",
+        "tokens stand where they do not", PACKING,
+    ),
+    Fault(
+        "packing: padding compared as tokens", "shared/packing.py",
+        "batch.ids[:, :width].masked_fill(~real[:, :width], -1)", "batch.ids[:, :width]",
+        "a prompt that begins with the pad token is taken for a shorter one", PACKING,
+    ),
+    Fault(
+        "collate: EOS is no completion token", "shared/sequences.py",
+        "return Sequences(ids, attention, attention[:, left:].bool())",
+        "mask = attention[:, left:].bool() & (attention[:, left:].cumsum(1) "
+        "< attention[:, left:].sum(1, keepdim=True))\n    return Sequences(ids, attention, mask)",
+        "no method learns to end", METER,
+    ),
+    Fault(
+        "positions: padding counts", "shared/sequences.py",
+        "return (self.attention.cumsum(1) - 1).clamp(min=0)",
+        "return torch.ones_like(self.attention).cumsum(1) - 1",
+        "a token's position depends on the batch", PACKING,
+    ),
+    # Reward and value models
+    Fault(
+        "score: one token early", "shared/models.py",
+        "last = prompt_columns + batch.lengths - 1", "last = prompt_columns + batch.lengths - 2",
+        "the score is not read at EOS", MODELS,
+    ),
+    Fault(
+        "values: of the state behind the token", "shared/models.py",
+        "token_scalars(model, batch)[:, -length - 1 : -1]",
+        "token_scalars(model, batch)[:, -length:]",
+        "the value sees the action", MODELS,
+    ),
+    Fault(
+        "scores: attention mask dropped", "shared/models.py",
+        "        attention_mask=batch.attention,\n", "",
+        "padding on the left is attended to", ("test_packing.py",),
+    ),
+    Fault(
+        "scale: between prompts too", "rlhf/reward.py",
+        "raw.var(1, unbiased=True).mean().sqrt().item()", "raw.std().item()",
+        "the score's unit is not the within-prompt deviation", REWARD,
+    ),
+    Fault(
+        "offset: forgotten", "rlhf/reward.py",
+        "save_normalisation(folder, raw.mean().item(), scale)",
+        "save_normalisation(folder, 0.0, scale)",
+        "scores are not centred", REWARD,
+    ),
+    Fault(
+        "best of n: the worst of n", "rlhf/best_of_n.py",
+        ".argmax(1) + n *", ".argmin(1) + n *",
+        "the reward model's least favourite stays", ("test_best_of_n.py",),
+    ),
+    # Sampling and preferences
+    Fault(
+        "generation: EOS dropped", "shared/generation/hf.py",
+        "end = tokens.index(self.eos_id) + 1 if", "end = max(1, tokens.index(self.eos_id)) if",
+        "completions lose the token they end with", SAMPLER,
+    ),
+    Fault(
+        "generation: temperature forgotten", "shared/generation/hf.py",
+        "torch.multinomial((logits / temperature).softmax(-1), 1)",
+        "torch.multinomial(logits.softmax(-1), 1)",
+        "always temperature 1", SAMPLER,
+    ),
+    Fault(
+        "generation: positions stand still", "shared/generation/hf.py",
+        "step, positions = tokens.unsqueeze(1), positions[:, -1:] + 1",
+        "step, positions = tokens.unsqueeze(1), positions[:, -1:]",
+        "later tokens are drawn from another distribution", SAMPLER,
+    ),
+    Fault(
+        "generation: cached rows of others", "shared/generation/hf.py",
+        "cache.batch_select_indices(stay)", "cache.batch_select_indices(stay.flip(0))",
+        "rows go on with the cache of others once some have ended", SAMPLER,
+    ),
+    Fault(
+        "labels: the loser wins", "shared/preferences.py",
+        "labelled = [p if won else swapped(p)", "labelled = [swapped(p) if won else p",
+        "labels against gold", PAIRS,
+    ),
+    Fault(
+        "labels: no noise", "shared/preferences.py",
+        "first_wins = rng.random(len(drawn)) < p_first_wins", "first_wins = p_first_wins > 0.5",
+        "labels are not Bradley-Terry", PAIRS,
+    ),
+    Fault(
+        "labels: shuffled ones follow gold", "shared/preferences.py",
+        "p_first_wins = np.full(len(drawn), 0.5)", "p_first_wins = p_first_wins / 2 + 0.25",
+        "the control is none", PAIRS,
+    ),
+    Fault(
+        "cleaning: identical answers stay", "shared/preferences.py",
+        "elif pair.chosen_ids == pair.rejected_ids:", "elif False:",
+        "pairs that teach nothing", PAIRS,
+    ),
+    Fault(
+        "cleaning: one of two contradicting pairs stays", "shared/preferences.py",
+        "            del seen[reverse]\n", "",
+        "the first label wins", PAIRS,
+    ),
+    # Filtered DPO
+    Fault(
+        "fdpo: ties stay", "dpo/filtered.py",
+        "stays = advantage > margin", "stays = advantage >= margin",
+        "the paper keeps a pair only if its chosen answer is better", FILTER,
+    ),
+    Fault(
+        "fdpo: the sample must be better", "dpo/filtered.py",
+        "advantage = chosen - sampled", "advantage = sampled - chosen",
+        "the filter keeps the bad pairs", FILTER,
+    ),
+    Fault(
+        "fdpo: the floor keeps the farthest", "dpo/filtered.py",
+        "advantage.topk(min(floor, len(stays))).indices",
+        "advantage.topk(min(floor, len(stays)), largest=False).indices",
+        "below the floor the worst pairs stay", FILTER,
+    ),
+    Fault(
+        "fdpo: the control drops one pair less", "dpo/filtered.py",
+        "order[: int(stays.sum())]", "order[: int(stays.sum()) + 1]",
+        "the control trains on more pairs than the filter", FILTER,
+    ),
+    Fault(
+        "fdpo: dropped pairs return", "dpo/filtered.py",
+        "judge(data, engine, scorer, kept, filtering, draw)",
+        "judge(data, engine, scorer, list(range(len(data.pairs))), filtering, draw)",
+        "each epoch filters all pairs anew", FILTER,
+    ),
+    # The optimiser step
+    Fault(
+        "step: micro-batches weigh alike", "shared/fit.py",
+        "backward(value * (items / total))", "backward(value / len(micro_batches))",
+        "the result depends on how a batch is cut", FIT,
+    ),
+    Fault(
+        "step: gradients pile up", "shared/fit.py",
+        "    trainee.scheduler.step()\n    trainee.optimizer.zero_grad()\n",
+        "    trainee.scheduler.step()\n",
+        "each step repeats the ones before", FIT,
+    ),
+    Fault(
+        "step: no warm-up", "shared/fit.py",
+        "math.ceil(config.warmup_share * steps)", "0",
+        "the first step is a full one", FIT,
+    ),
+    Fault(
+        "step: a broken step is taken", "shared/fit.py",
+        'if not (math.isfinite(log["loss"]) and math.isfinite(log["grad_norm"])):',
+        'if not math.isfinite(log["loss"]):',
+        "an infinite gradient destroys the weights", FIT,
+    ),
+    # Statistics
+    Fault(
+        "interval: normal for Student's t", "benchmarks/statistics.py",
+        "stats.t.ppf((1 + level) / 2, len(per_seed) - 1)", "stats.norm.ppf((1 + level) / 2)",
+        "too narrow with three seeds", STATISTICS,
+    ),
+    Fault(
+        "interval: prompts forgotten", "benchmarks/statistics.py",
+        "variance += table.mean(axis=0).var(ddof=1) / prompts", "variance += 0.0",
+        "says nothing of new prompts", STATISTICS,
+    ),
+    Fault(
+        "interval: one-sided", "benchmarks/statistics.py",
+        "stats.t.ppf((1 + level) / 2,", "stats.t.ppf(level,",
+        "90 % called 95 %", STATISTICS,
+    ),
+    Fault(
+        "difference: not paired", "benchmarks/statistics.py",
+        "return crossed_interval(left - right, level)",
+        "return crossed_interval(left - right[:, ::-1], level)",
+        "what two methods share stays in their difference", STATISTICS,
+    ),
+    Fault(
+        "verdict: two seeds are enough", "benchmarks/statistics.py",
+        "SEEDS_FOR_A_WINNER = 3", "SEEDS_FOR_A_WINNER = 2",
+        "winners are named too early", STATISTICS,
+    ),
+    Fault(
+        "win rate: ties are losses", "benchmarks/metrics.py",
+        "return (1 + sign.mean(axis=(2, 3))) / 2", "return (sign > 0).mean(axis=(2, 3))",
+        "SFT does not win half against itself", METRICS,
+    ),
+    Fault(
+        "hacking gap: gold less proxy", "benchmarks/metrics.py",
+        "return proxy_gain - gold_gain", "return gold_gain - proxy_gain",
+        "hacking looks like caution", METRICS,
+    ),
+    Fault(
+        "matched KL: linear in KL", "benchmarks/metrics.py",
+        "np.interp(np.sqrt(level), np.sqrt(distinct), mean_gold)",
+        "np.interp(level, distinct, mean_gold)",
+        "gold between checkpoints comes out too low", METRICS,
+    ),
+    Fault(
+        "matched KL: beyond the curve's end", "benchmarks/metrics.py",
+        "if level < 0 or level > x.max():", "if level < 0:",
+        "methods that did not get there are compared", METRICS,
+    ),
+    Fault(
+        "best of n: KL is log n", "benchmarks/metrics.py",
+        "return log(n) - (n - 1) / n", "return log(n)",
+        "the bound is too loose", METRICS,
+    ),
+    Fault(
+        "frontier: effective samples by the largest weight", "benchmarks/frontier.py",
+        "ess[i] = 1 / (w**2).sum(axis=1)", "ess[i] = 1 / w.max(axis=1)",
+        "the samples' reach is overstated", FRONTIER,
+    ),
+    Fault(
+        "frontier: tilted by another power", "benchmarks/frontier.py",
+        "log_ratio = target / temperature", "log_ratio = target * temperature",
+        "hot and cold are exchanged", FRONTIER,
+    ),
+    Fault(
+        "frontier: efficiency of gold itself", "benchmarks/frontier.py",
+        "return (gold - gold_ref) / (best - gold_ref), is_bound", "return gold / best, is_bound",
+        "where the reference is good, everyone is", FRONTIER,
+    ),
+)  # fmt: skip
+
+
+def written_by_hand() -> list[Mutant]:
+    """All faults. ValueError if an old text is not found once, or two have one name."""
+    names = [fault.name for fault in FAULTS]
+    if len(set(names)) < len(names):
+        raise ValueError("two faults have one name")
+    return [Mutant(f.name, f.file, applied(f), f.tests) for f in FAULTS]
+
+
+def applied(fault: Fault) -> str:
+    """The file with the fault in it."""
+    text = (ROOT / fault.file).read_text(encoding="utf-8")
+    found = text.count(fault.old)
+    if found != 1 or fault.old == fault.new:
+        raise ValueError(
+            f"{fault.name}: old text found {found} times in {fault.file}, must be once"
+        )
+    return text.replace(fault.old, fault.new)
