@@ -7,7 +7,9 @@ have them, or, where no stock model shows the fault, a model of one's own.
 import copy
 import json
 import shutil
+import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +34,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from benchmarks.cli import main
 from benchmarks.doctor.examine import OF_POLICY, examine, report, sample
 from benchmarks.doctor.finding import Finding
 from benchmarks.doctor.models import adapter_off, dropout, engine_parity, padding, step_0
@@ -62,6 +65,15 @@ TEXTS = [
     {"prompt": f"Is {n} even?", "chosen": f" It {n % 2}.", "rejected": f" Never {n} so."}
     for n in range(12)
 ]
+TINY = """
+name = "tiny"
+model = { hidden_size = 32, layers = 1, intermediate_size = 64 }
+sft = { examples = 256, epochs = 1 }
+preferences = { pairs = 64, held_out_pairs = 16 }
+reward = { epochs = 1 }
+evaluation = { scale_prompts = 8, scale_samples = 4 }
+arms.dpo = { kind = "direct", settings = [{ beta = 0.2 }] }
+"""
 EXAMINED_ALWAYS = {
     "eos and pad", "one bos", "boundary", "one eos", "lengths", "pairs", "stop token",
     "vocabulary", "weights", "padding", "step 0", "dropout", "adapter off", "engine parity",
@@ -93,9 +105,13 @@ class Ward:
             setattr(tokenizer, name, value)
         tokenizer.save_pretrained(self.model)
 
-    def findings(self) -> dict[str, Finding]:
+    def write(self) -> Path:
         path = self.folder / "doctor.toml"
         path.write_text("".join(f"{key} = {json.dumps(v)}\n" for key, v in self.keys.items()))
+        return path
+
+    def findings(self) -> dict[str, Finding]:
+        path = self.write()
         return {f.check: f for f in examine(admit(str(path), Path("none"), [], quick=False))}
 
     def only(self, check: str, *fix: str) -> dict[str, Finding]:
@@ -579,7 +595,8 @@ def test_a_wrong_key_or_value_is_named(ward: Ward, key: str, value: Any, said: l
         ("[1]", "line 2: not an object"),
         ('{"prompt": "a", "chosen": "b"}', "line 2: `rejected` is missing"),
         ('{"prompt": "a", "chosen": 1, "rejected": "b"}', "line 2: `prompt`, `chosen`"),
-        ('{"prompt": [{"role": "user"}], "chosen": [], "rejected": []}', "line 2: "),
+        ('{"prompt": [{"role": "user"}], "chosen": [], "rejected": []}', "line 2: `prompt`"),
+        (json.dumps(CHATS[0]), "some rows are texts and some are chats"),
     ],
 )
 def test_a_wrong_line_is_named(ward: Ward, line: str, said: str):
@@ -587,6 +604,18 @@ def test_a_wrong_line_is_named(ward: Ward, line: str, said: str):
     with pytest.raises(InputError, match=r"pairs\.jsonl") as error:
         ward.findings()
     assert said in str(error.value)
+
+
+def test_a_template_that_refuses_a_chat(ward: Ward):
+    ward.tokenizer(chat_template="{{ raise_exception('only one turn') }}" + TEMPLATE)
+    with pytest.raises(InputError, match="line 1: the chat template refuses it: only one turn"):
+        ward.findings()
+
+
+def test_a_folder_that_transformers_cannot_load(ward: Ward):
+    (ward.model / "model.safetensors").write_bytes(b"cut")
+    with pytest.raises(InputError, match="model: transformers cannot load it"):
+        ward.findings()
 
 
 def test_chats_need_a_template(ward: Ward):
@@ -601,8 +630,7 @@ def test_chats_need_a_template(ward: Ward):
 
 def test_each_line_says_pass_or_the_fix(ward: Ward, capsys: pytest.CaptureFixture[str]):
     ward.edit("reward/config.json", pad_token_id=EOS)
-    ward.findings()
-    patient = admit(str(ward.folder / "doctor.toml"), Path("none"), [], quick=False)
+    patient = admit(str(ward.write()), Path("none"), [], quick=False)
     assert not report(patient)
     lines = capsys.readouterr().out.splitlines()
     assert "pass  eos and pad: eos '</s>' (1), pad '<pad>' (0)" in lines
@@ -610,6 +638,48 @@ def test_each_line_says_pass_or_the_fix(ward: Ward, capsys: pytest.CaptureFixtur
     assert lines[at].startswith("FAIL  score at eos: ")
     assert lines[at + 1].startswith("      fix: its config.json has pad_token_id 1")
     assert lines[-1] == "22 of 23 checks pass"
+
+
+@pytest.mark.parametrize(
+    ("fault", "code", "said"),
+    [
+        ({}, 0, "23 of 23 checks pass"),
+        ({"max_length": 16}, 1, "fix: drop these rows, or raise max_length"),
+        ({"modle": "model"}, 2, "did you mean `model`?"),
+    ],
+)
+def test_exit_codes(
+    ward: Ward,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    fault: dict[str, Any],
+    code: int,
+    said: str,
+):
+    ward.keys |= fault
+    monkeypatch.setattr(sys, "argv", ["klash", "doctor", str(ward.write())])
+    with pytest.raises(SystemExit) if code else nullcontext() as stop:
+        main()
+    assert (stop.value.code if stop else 0) == code
+    assert said in "".join(capsys.readouterr())
+
+
+def test_an_experiment_is_examined_on_its_first_stages(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    """Nothing behind the reward model is run, and nothing twice."""
+    (tmp_path / "tiny.toml").write_text(TINY)
+    overrides = ["--threads", "1"]
+    patient = admit(str(tmp_path / "tiny.toml"), tmp_path / "runs", overrides, quick=False)
+    findings = {f.check: f for f in examine(patient)}
+    assert set(findings) == EXAMINED_ALWAYS | OF_REWARD
+    assert not failed(findings), findings
+    assert len(patient.pairs) == 64
+    stages = sorted(p.name.rpartition("-")[0] for p in (tmp_path / "runs" / ".stages").iterdir())
+    assert stages == ["preferences", "reference-samples", "reward", "sft"]
+    capsys.readouterr()
+    assert admit(str(tmp_path / "tiny.toml"), tmp_path / "runs", overrides, quick=False).pairs
+    assert capsys.readouterr().out.count("cached") == 4
 
 
 # --- a real model ------------------------------------------------------------------------------

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -21,7 +20,7 @@ from transformers import (
 
 from benchmarks.doctor import models, reward, tokens
 from benchmarks.doctor.finding import Finding
-from benchmarks.doctor.patient import Patient, any_tokenizer, token_id
+from benchmarks.doctor.patient import Patient, any_tokenizer, readable, token_id
 from shared.config import InputError
 from shared.generation.hf import HFEngine
 from shared.models import SpecialIds, frozen, load_policy, load_scalar_model, require_reward_model
@@ -75,7 +74,7 @@ def examine(patient: Patient) -> Iterator[Finding]:
     kept, finding = tokens.usable(tokens.truncated(patient.pairs, limit))
     yield finding
     if not kept:
-        raise InputError(f"{patient.policy}: no pair is left to run the models on")
+        return
     yield from of_policy(patient, sample(kept, OF_POLICY))
     if patient.reward_model is not None:
         yield from of_reward(patient, patient.reward_model, kept)
@@ -120,21 +119,26 @@ def of_policy(patient: Patient, pairs: list[Pair]) -> Iterator[Finding]:
 def of_reward(patient: Patient, folder: Path, pairs: list[Pair]) -> Iterator[Finding]:
     """Checks of the reward model, on some of the pairs with completions of two tokens and more."""
     require_reward_model(folder)
-    if AutoConfig.from_pretrained(folder).num_labels != 1:
-        raise InputError(
-            f"{folder}: a reward model has one label; this one's config says otherwise"
-        )
     tokenizer, whose = any_tokenizer(folder), "reward model's "
+    if (labels := AutoConfig.from_pretrained(folder).num_labels) != 1:
+        raise InputError(f"{folder}: a reward model has one label; its config.json says {labels}")
     yield tokens.eos_and_pad(tokenizer, whose)
-    yield tokens.same_tokens(patient.tokenizer, tokenizer)
+    same = tokens.same_tokens(patient.tokenizer, tokenizer)
     plain, info = load(AutoModelForSequenceClassification, folder)
     vocabulary = tokens.vocabulary(tokenizer, models.embeddings(plain), whose)
-    for finding in (vocabulary, models.weights(plain, info, whose)):
+    for finding in (same, vocabulary, models.weights(plain, info, whose)):
         yield finding
         if finding.fix:
             return
     pad = pad_of(tokenizer)
     long = [p for p in pairs if min(len(p.chosen_ids), len(p.rejected_ids)) > 1]
+    if not long:
+        yield Finding(
+            "score at eos",
+            "every pair has a side of one token",
+            "add rows whose completions hold more than their EOS",
+        )
+        return
     long = sample(long, OF_REWARD)
     scores = reward.score(load_scalar_model(folder).eval(), long, pad)
     yield reward.score_at_eos(plain.eval(), scores, long, pad, token_id(tokenizer, "eos_token_id"))
@@ -145,23 +149,23 @@ def of_reward(patient: Patient, folder: Path, pairs: list[Pair]) -> Iterator[Fin
 
 def positions(folder: Path) -> int:
     """How many places the model knows; dynamic rotary ones as far as they scale."""
-    config = AutoConfig.from_pretrained(folder)
+    with readable(folder):
+        config = AutoConfig.from_pretrained(folder)
     scaling = getattr(config, "rope_parameters", None) or {}
     factor = scaling.get("factor", 1.0) if scaling.get("rope_type") == "dynamic" else 1.0
     return int(factor * (getattr(config, "max_position_embeddings", None) or 10**9))
 
 
 def sample(pairs: list[Pair], few: Few) -> list[Pair]:
-    """A few pairs from the shortest to the longest, as many as a small machine can run."""
+    """A few pairs from the shortest to the longest that a small machine can run side by side."""
 
     def length(p: Pair) -> int:
         return len(p.prompt_ids) + max(len(p.chosen_ids), len(p.rejected_ids))
 
     ordered = sorted(pairs, key=length)
-    last = max(0, len(ordered) - 1)
-    places = sorted({i * last // (few.pairs - 1) for i in range(few.pairs)}) if ordered else []
-    fit = sum(2 * n * length(ordered[place]) <= few.tokens for n, place in enumerate(places, 1))
-    return [ordered[place] for place in places[: max(1, fit)]]
+    fit = [p for p in ordered if 2 * few.pairs * length(p) <= few.tokens] or ordered[:1]
+    places = {i * (len(fit) - 1) // (few.pairs - 1) for i in range(few.pairs)} if fit else ()
+    return [fit[place] for place in sorted(places)]
 
 
 def pad_of(tokenizer: Any) -> int:
@@ -172,12 +176,10 @@ def pad_of(tokenizer: Any) -> int:
 def load(loader: Any, folder: Path) -> tuple[PreTrainedModel, dict[str, Any]]:
     """(transformers' own model in float32 and eval mode, which weights were missing)."""
     options = {"num_labels": 1} if loader is AutoModelForSequenceClassification else {}
-    try:
+    with readable(folder):
         model, info = loader.from_pretrained(
             folder, dtype=torch.float32, output_loading_info=True, **options
         )
-    except (OSError, ValueError, SafetensorError) as error:
-        raise InputError(f"{folder}: transformers cannot load it: {error}") from error
     return model.eval(), info
 
 

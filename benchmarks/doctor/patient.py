@@ -2,11 +2,14 @@
 
 import json
 import tomllib
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from pydantic import Field, TypeAdapter, ValidationError
+from jinja2 import TemplateError
+from pydantic import Field
+from safetensors import SafetensorError
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from benchmarks.compare import prepare_reward, prepare_start
@@ -131,19 +134,32 @@ def any_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
         raise InputError(f"{folder}: no model here (config.json is missing)")
     if not any((folder / f).is_file() for f in ("tokenizer.json", "tokenizer_config.json")):
         raise InputError(f"{folder}: no tokenizer here; save it with tokenizer.save_pretrained")
-    return AutoTokenizer.from_pretrained(folder)
+    with readable(folder):
+        return AutoTokenizer.from_pretrained(folder)
+
+
+@contextmanager
+def readable(folder: Path) -> Iterator[None]:
+    """What transformers cannot load is the user's folder, not our fault."""
+    try:
+        yield
+    except (OSError, ValueError, SafetensorError) as error:
+        raise InputError(f"{folder}: transformers cannot load it: {error}") from error
 
 
 def read_rows(path: Path, tokenizer: PreTrainedTokenizerBase) -> list[Row]:
     """Rows of a JSON lines file; an InputError names the line that is not one."""
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: cannot read it: {error}") from error
     numbered = [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
     if not numbered:
         raise InputError(f"{path}: no rows; one JSON object a line is expected")
-    return [read_row(line, f"{path}, line {number}", tokenizer) for number, line in numbered]
+    rows = [read_row(line, f"{path}, line {number}", tokenizer) for number, line in numbered]
+    if len({row.messages is None for row in rows}) > 1:
+        raise InputError(f"{path}: some rows are texts and some are chats; make them one of both")
+    return rows
 
 
 def read_row(line: str, where: str, tokenizer: PreTrainedTokenizerBase) -> Row:
@@ -158,31 +174,40 @@ def read_row(line: str, where: str, tokenizer: PreTrainedTokenizerBase) -> Row:
     sides = [row["prompt"], row["chosen"], row["rejected"]]
     if all(isinstance(side, str) for side in sides):
         return Row(*sides)
-    try:
-        prompt, chosen, rejected = TypeAdapter(tuple[Messages, Messages, Messages]).validate_python(
-            tuple(sides)
-        )
-        return read_chat(prompt, chosen, rejected, where, tokenizer)
-    except (ValidationError, KeyError) as error:
+    if not all(is_chat(side) for side in sides):
         raise InputError(
             f"{where}: `prompt`, `chosen` and `rejected` must be three texts, or three lists of "
             "messages {role, content}"
-        ) from error
-
-
-def read_chat(
-    prompt: Messages,
-    chosen: Messages,
-    rejected: Messages,
-    where: str,
-    tokenizer: PreTrainedTokenizerBase,
-) -> Row:
-    """What the chat template makes of the row; completions may repeat the prompt's messages."""
+        )
     if tokenizer.chat_template is None:
         raise InputError(
             f"{where}: chat messages, but the model's tokenizer has no chat template; set "
             "tokenizer.chat_template and save it, or give texts"
         )
+    try:
+        return read_chat(tokenizer, *sides)
+    except TemplateError as error:
+        raise InputError(f"{where}: the chat template refuses it: {error}") from error
+
+
+def is_chat(side: Any) -> bool:
+    """Whether `side` is a list of messages with their texts."""
+    return (
+        isinstance(side, list)
+        and bool(side)
+        and all(
+            isinstance(m, dict)
+            and isinstance(m.get("role"), str)
+            and isinstance(m.get("content"), str)
+            for m in side
+        )
+    )
+
+
+def read_chat(
+    tokenizer: PreTrainedTokenizerBase, prompt: Messages, chosen: Messages, rejected: Messages
+) -> Row:
+    """What the chat template makes of the row; completions may repeat the prompt's messages."""
     chosen, rejected = (
         side[len(prompt) :] if side[: len(prompt)] == prompt else side
         for side in (chosen, rejected)

@@ -165,7 +165,7 @@ def lengths(pairs: Sequence[Pair], limit: int, max_new_tokens: int | None) -> Fi
     advice = []
     if cut or prompts:
         advice.append(
-            f"drop these rows or raise max_length to {max(totals)} (the model may set it)"
+            f"drop these rows, or raise max_length to {max(totals)} if the model reaches so far"
         )
     if long:
         advice.append(f"raise max_new_tokens to {max(answers)}: no sample can be as long")
