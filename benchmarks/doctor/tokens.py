@@ -155,6 +155,22 @@ def one_eos(pairs: Sequence[Pair], eos: int, cap: int | None) -> Finding:
     )
 
 
+def ends_in_pad(pairs: Sequence[Pair], pad: int) -> Finding:
+    """No completion ends in the pad token, which a policy can sample like any other.
+
+    transformers' classifiers read a score at the last token that is not pad.
+    """
+    sides = [side for p in pairs for side in (p.chosen_ids, p.rejected_ids)]
+    held, last = sum(pad in side for side in sides), sum(side[-1:] == [pad] for side in sides)
+    return verdict(
+        "pad in completions",
+        not last,
+        f"of {len(sides)} completions {held} hold the pad token, {last} end in it",
+        "drop these pairs, and train the policy that said them longer: transformers scores such a "
+        "completion before its end",
+    )
+
+
 def lengths(pairs: Sequence[Pair], limit: int, max_new_tokens: int | None) -> Finding:
     """Nothing is cut: prompt and completion fit `limit`, the completion `max_new_tokens`."""
     totals = [len(p.prompt_ids) + max(len(p.chosen_ids), len(p.rejected_ids)) for p in pairs]
