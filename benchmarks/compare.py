@@ -113,21 +113,34 @@ def timed_seeds(experiment: Experiment) -> list[int]:
     return list(experiment.seeds if experiment.workers == 1 else experiment.seeds[:1])
 
 
-def prepare_common(experiment: Experiment, run: Run) -> Common:
-    """SFT, and the samples that scales, frontier and reward-model tests are read from."""
+def prepare_start(experiment: Experiment, run: Run) -> tuple[Path, Path]:
+    """(the SFT model, samples of it on which reward models are centred and scaled)."""
     e, seed = experiment.evaluation, experiment.task_seed
     task, sampling = experiment.task, experiment.sampling
     sft = run("sft", train_sft, task=task, model=experiment.model, sft=experiment.sft, seed=seed)
-    of_sft = {"task": task, "policy": sft, "sampling": sampling, "seed": seed}
+    return sft, run(
+        "reference-samples", sample_reference, label="samples for score scale",
+        task=task, policy=sft, sampling=sampling, seed=seed,
+        split="validation", prompts=e.scale_prompts, per_prompt=e.scale_samples,
+    )  # fmt: skip
+
+
+def prepare_common(experiment: Experiment, run: Run) -> Common:
+    """SFT, and the samples that scales, frontier and reward-model tests are read from."""
+    e = experiment.evaluation
+    sft, scale_samples = prepare_start(experiment, run)
+    of_sft = {
+        "task": experiment.task,
+        "policy": sft,
+        "sampling": experiment.sampling,
+        "seed": experiment.task_seed,
+    }
     return Common(
         sft=sft,
-        scale_samples=run(
-            "reference-samples", sample_reference, label="samples for score scale", **of_sft,
-            split="validation", prompts=e.scale_prompts, per_prompt=e.scale_samples,
-        ),
+        scale_samples=scale_samples,
         frontier_samples=run(
             "listing", list_reference, label="all completions", **of_sft
-        ) if task.finite else run(
+        ) if experiment.task.finite else run(
             "reference-samples", sample_reference, label="samples for frontier", **of_sft,
             split="test", prompts=e.near_prompts, per_prompt=e.frontier_samples,
         ),
@@ -135,18 +148,26 @@ def prepare_common(experiment: Experiment, run: Run) -> Common:
     )  # fmt: skip
 
 
+def prepare_reward(
+    experiment: Experiment, run: Run, sft: Path, scale_samples: Path, seed: int
+) -> tuple[Path, Path]:
+    """(preferences, reward model) of one seed."""
+    preferences = run(
+        "preferences", make_preferences, label=f"preferences, seed {seed}",
+        task=experiment.task, policy=sft, data=experiment.preferences,
+        sampling=experiment.sampling, seed=seed,
+    )  # fmt: skip
+    return preferences, run(
+        "reward", train_reward, label=f"reward model, seed {seed}",
+        policy=sft, preferences=preferences, references=scale_samples,
+        reward=experiment.reward, seed=seed,
+    )  # fmt: skip
+
+
 def prepare_seed(experiment: Experiment, run: Run, common: Common, seed: int) -> Seed:
     """Preferences, reward model and reference log-probabilities of one seed."""
     sft, task = common.sft, experiment.task
-    preferences = run(
-        "preferences", make_preferences, label=f"preferences, seed {seed}",
-        task=task, policy=sft, data=experiment.preferences, sampling=experiment.sampling, seed=seed,
-    )  # fmt: skip
-    reward = run(
-        "reward", train_reward, label=f"reward model, seed {seed}",
-        policy=sft, preferences=preferences, references=common.scale_samples,
-        reward=experiment.reward, seed=seed,
-    )  # fmt: skip
+    preferences, reward = prepare_reward(experiment, run, sft, common.scale_samples, seed)
     return Seed(
         seed=seed,
         preferences=preferences,

@@ -142,11 +142,17 @@ class Experiment(Config):
 
 def load_experiment(file: str, overrides: list[str], quick: bool) -> Experiment:
     """Read a TOML file, or an experiment that comes with Klash by its name, with `overrides`."""
+    path = experiment_file(file)
+    experiment = load(Experiment, path, overrides)
+    return smaller(experiment) if quick else experiment
+
+
+def experiment_file(file: str) -> Path:
+    """The path of a TOML file, or of an experiment that comes with Klash by its name."""
     path = Path(file)
     if not path.exists() and (EXPERIMENTS / f"{file}.toml").exists():
         path = EXPERIMENTS / f"{file}.toml"
-    experiment = load(Experiment, path, overrides)
-    return smaller(experiment) if quick else experiment
+    return path
 
 
 def smaller(experiment: Experiment) -> Experiment:

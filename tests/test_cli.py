@@ -139,6 +139,26 @@ def test_a_report_of_results_that_are_none(klash: Klash, tmp_path: Path):
     assert "results.json" in err
 
 
+def test_the_doctor_of_a_file_that_is_not_there(klash: Klash, tmp_path: Path):
+    code, out, err = klash("doctor", "nosuch.toml")
+    assert code == 2
+    assert "nosuch.toml" in err
+    assert "Traceback" not in err + out
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_doctor_takes_an_experiments_keys(klash: Klash):
+    code, _, err = klash("doctor", "reviews", "--sft.epoch", "4")
+    assert code == 2
+    assert "did you mean `epochs`" in err
+
+
+def test_help_of_the_doctor_names_what_its_file_holds(klash: Klash):
+    code, out, _ = klash("doctor", "--help")
+    assert code == 0
+    assert all(word in out for word in ("`model`", "`data`", "`reward_model`", "TOML"))
+
+
 def test_a_report_takes_no_keys(klash: Klash, tmp_path: Path):
     code, _, err = klash("report", ".", "--ppo.epochs", "3")
     assert code == 2
@@ -168,6 +188,7 @@ def test_help_names_every_command(klash: Klash):
     assert code == 0
     assert re.search(r"\bcompare\b", out)
     assert re.search(r"\breport\b", out)
+    assert re.search(r"\bdoctor\b", out)
 
 
 def test_help_of_compare_names_its_options_and_where_files_are(klash: Klash):

@@ -1,0 +1,211 @@
+"""`klash doctor`: RLHF's known traps, one after the other, on one's own models and data.
+
+A check compares two ways to one number, or counts what must not be there. Each says what it saw,
+and where it fails, what to change.
+"""
+
+import copy
+import inspect
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    PreTrainedModel,
+)
+
+from benchmarks.doctor import models, reward, tokens
+from benchmarks.doctor.finding import Finding
+from benchmarks.doctor.patient import Patient, any_tokenizer, readable, token_id
+from shared.config import InputError
+from shared.generation.hf import HFEngine
+from shared.models import SpecialIds, frozen, load_policy, load_scalar_model, require_reward_model
+from shared.preferences import Pair
+
+SAMPLED = 32  # tokens a prompt, at most
+
+
+class Few(NamedTuple):
+    """At most so many pairs, that fill so many places in a padded batch, are run together."""
+
+    pairs: int
+    tokens: int
+
+
+OF_POLICY = Few(pairs=8, tokens=4096)
+OF_REWARD = Few(pairs=32, tokens=8192)  # without an output layer a pass costs less
+
+
+def report(patient: Patient) -> bool:
+    """Print each finding as it is made; True if every check passes."""
+    findings = []
+    for finding in examine(patient):
+        print(line(finding), flush=True)
+        findings.append(finding)
+    failed = sum(bool(finding.fix) for finding in findings)
+    print(f"{len(findings) - failed} of {len(findings)} checks pass")
+    return not failed
+
+
+def line(finding: Finding) -> str:
+    """One check as the user reads it."""
+    state = "FAIL" if finding.fix else "pass"
+    text = f"{state}  {finding.check}: {finding.seen}"
+    return f"{text}\n      fix: {finding.fix}" if finding.fix else text
+
+
+def examine(patient: Patient) -> Iterator[Finding]:
+    """All checks that apply. What cannot be measured after a failure is left out."""
+    tokenizer, eos = patient.tokenizer, token_id(patient.tokenizer, "eos_token_id")
+    own = positions(patient.policy)
+    limit = min(own, patient.max_length or own)
+    yield tokens.eos_and_pad(tokenizer)
+    if any(row.messages is not None for row in patient.rows):
+        yield tokens.generation_prompt(tokenizer, patient.rows)
+    yield tokens.one_bos(tokenizer, patient.pairs)
+    yield tokens.boundary(tokenizer, patient.pairs, patient.rows)
+    if eos is not None:
+        yield tokens.one_eos(patient.pairs, eos, patient.cap)
+    pad = token_id(tokenizer, "pad_token_id")
+    if pad is not None and pad != eos:
+        yield tokens.ends_in_pad(patient.pairs, pad)
+    yield tokens.lengths(patient.pairs, limit, patient.max_new_tokens)
+    kept, finding = tokens.usable(tokens.truncated(patient.pairs, limit))
+    yield finding
+    if not kept:
+        return
+    yield from of_policy(patient, sample(kept, OF_POLICY))
+    if patient.reward_model is not None:
+        yield from of_reward(patient, patient.reward_model, kept)
+
+
+def of_policy(patient: Patient, pairs: list[Pair]) -> Iterator[Finding]:
+    """Checks that run the policy, its reference and an adapter."""
+    tokenizer, pad = patient.tokenizer, pad_of(patient.tokenizer)
+    plain, info = load(AutoModelForCausalLM, patient.policy)
+    if token_id(tokenizer, "eos_token_id") is not None:
+        yield tokens.stop_token(tokenizer, plain.config, plain.generation_config)
+    vocabulary = tokens.vocabulary(tokenizer, models.embeddings(plain))
+    for finding in (vocabulary, models.weights(plain, info)):
+        yield finding
+        if finding.fix:
+            return
+    if "position_ids" not in inspect.signature(plain.forward).parameters:
+        yield Finding(
+            "padding",
+            f"{type(plain).__name__} takes no position_ids",
+            "take a model that does: batches here are padded on the left",
+        )
+        return
+    policy = load_policy(patient.policy)
+    yield models.padding(policy, plain, pairs, pad)
+    del plain
+    reference = frozen(policy if patient.reference is None else read_policy(patient.reference))
+    yield models.step_0(policy, reference, pairs, pad)
+    yield models.dropout(policy, pairs, pad)
+    base = frozen(policy)
+    yield models.adapter_off(base, adapted(policy, patient.adapter), pairs, pad)
+    length = min(patient.sampling.max_new_tokens, SAMPLED)
+    yield models.engine_parity(
+        HFEngine(base, SpecialIds(pad, eos=-1)),
+        base,
+        [p.prompt_ids for p in pairs] * 2,
+        patient.sampling.model_copy(update={"max_new_tokens": length}),
+        pad,
+    )
+
+
+def of_reward(patient: Patient, folder: Path, pairs: list[Pair]) -> Iterator[Finding]:
+    """Checks of the reward model, on pairs with two tokens a side and more that end in no pad."""
+    require_reward_model(folder)
+    tokenizer, whose = any_tokenizer(folder), "reward model's "
+    if (labels := AutoConfig.from_pretrained(folder).num_labels) != 1:
+        raise InputError(f"{folder}: a reward model has one label; its config.json says {labels}")
+    yield tokens.eos_and_pad(tokenizer, whose)
+    same = tokens.same_tokens(patient.tokenizer, tokenizer)
+    plain, info = load(AutoModelForSequenceClassification, folder)
+    vocabulary = tokens.vocabulary(tokenizer, models.embeddings(plain), whose)
+    for finding in (same, vocabulary, models.weights(plain, info, whose)):
+        yield finding
+        if finding.fix:
+            return
+    pad, eos = pad_of(tokenizer), token_id(tokenizer, "eos_token_id")
+    long = [
+        p
+        for p in pairs
+        if min(len(p.chosen_ids), len(p.rejected_ids)) > 1
+        and (pad == eos or pad not in (p.chosen_ids[-1], p.rejected_ids[-1]))
+    ]
+    if not long:
+        yield Finding(
+            "score at eos",
+            "every pair has a side of one token, or one that ends in pad",
+            "add rows whose completions hold a text and then EOS",
+        )
+        return
+    long = sample(long, OF_REWARD)
+    scores = reward.score(load_scalar_model(folder).eval(), long, pad)
+    yield reward.score_at_eos(plain.eval(), scores, long, pad, eos)
+    yield reward.score_moves(scores)
+    yield reward.accuracy(scores)
+    yield reward.normalisation(folder, scores)
+
+
+def positions(folder: Path) -> int:
+    """How many places the model knows; dynamic rotary ones as far as they scale."""
+    with readable(folder):
+        config = AutoConfig.from_pretrained(folder)
+    scaling = getattr(config, "rope_parameters", None) or {}
+    factor = scaling.get("factor", 1.0) if scaling.get("rope_type") == "dynamic" else 1.0
+    return int(factor * (getattr(config, "max_position_embeddings", None) or 10**9))
+
+
+def sample(pairs: list[Pair], few: Few) -> list[Pair]:
+    """A few pairs from the shortest to the longest that a small machine can run side by side."""
+
+    def length(p: Pair) -> int:
+        return len(p.prompt_ids) + max(len(p.chosen_ids), len(p.rejected_ids))
+
+    ordered = sorted(pairs, key=length)
+    fit = [p for p in ordered if 2 * few.pairs * length(p) <= few.tokens] or ordered[:1]
+    places = {i * (len(fit) - 1) // (few.pairs - 1) for i in range(few.pairs)} if fit else ()
+    return [fit[place] for place in sorted(places)]
+
+
+def pad_of(tokenizer: Any) -> int:
+    """A token to fill batches with, even where the tokenizer names none."""
+    return token_id(tokenizer, "pad_token_id") or 0
+
+
+def load(loader: Any, folder: Path) -> tuple[PreTrainedModel, dict[str, Any]]:
+    """(transformers' own model in float32 and eval mode, which weights were missing)."""
+    options = {"num_labels": 1} if loader is AutoModelForSequenceClassification else {}
+    with readable(folder):
+        model, info = loader.from_pretrained(
+            folder, dtype=torch.float32, output_loading_info=True, **options
+        )
+    return model.eval(), info
+
+
+def read_policy(folder: Path) -> PreTrainedModel:
+    """A reference: as `load_policy`, with an error that names what cannot be loaded."""
+    load(AutoModelForCausalLM, folder)
+    return load_policy(folder)
+
+
+def adapted(policy: PreTrainedModel, adapter: Path | None) -> Any:
+    """A copy of the policy under its LoRA adapter, or under a random one on every linear layer."""
+    from peft import LoraConfig, PeftModel, get_peft_model  # takes seconds to import
+
+    below = copy.deepcopy(policy)
+    if adapter is None:
+        torch.manual_seed(0)
+        random = LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)
+        return get_peft_model(below, random).eval()
+    if not (adapter / "adapter_config.json").is_file():
+        raise InputError(f"{adapter}: no adapter here (adapter_config.json is missing)")
+    return PeftModel.from_pretrained(below, adapter).eval()

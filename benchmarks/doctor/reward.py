@@ -1,0 +1,123 @@
+"""Checks of a reward model: where its score is read, what it depends on, how it is scaled."""
+
+import json
+import math
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from scipy.stats import binom
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from benchmarks.doctor.finding import Finding, verdict
+from benchmarks.doctor.models import both_sides
+from shared.models import sequence_scores
+from shared.preferences import Pair
+
+TOLERANCE = 1e-3  # of the scores' own deviation, at least 1
+SWAPPED = 1e-4  # chance of an accuracy this low, were the scores a coin
+
+
+class Scores(NamedTuple):
+    """Raw scores of completions with their EOS: chosen first, then rejected."""
+
+    ours: Tensor  # (2 B,) read at each row's last token, by length
+    without_eos: Tensor  # (2 B,) at the token before
+
+
+@torch.no_grad()
+def score(model: PreTrainedModel, pairs: list[Pair], pad: int) -> Scores:
+    """`pairs` hold completions of two tokens or more."""
+    shorter = [
+        p._replace(chosen_ids=p.chosen_ids[:-1], rejected_ids=p.rejected_ids[:-1]) for p in pairs
+    ]
+    return Scores(
+        *(sequence_scores(model, both_sides(rows, pad)).cpu() for rows in (pairs, shorter))
+    )
+
+
+@torch.no_grad()
+def score_at_eos(
+    plain: PreTrainedModel, scores: Scores, pairs: list[Pair], pad: int, eos: int | None
+) -> Finding:
+    """transformers' own classifier, on a right-padded batch, reads the score at EOS as Klash does.
+
+    It reads at the last token that is not `config.pad_token_id`.
+    """
+    check, believed = "score at eos", plain.config.pad_token_id
+    fix = (
+        f"its config.json has pad_token_id {believed} (eos is {eos}): set it to {pad}, the pad "
+        "that its tokenizer fills batches with, and save"
+    )
+    if pad == eos:
+        fix = "give tokenizer and config.json a pad token that is not EOS, then train it again"
+    if believed is None:
+        return Finding(check, "no pad_token_id in its config.json: it scores no batch", fix)
+    rows = [
+        torch.tensor([*p.prompt_ids, *side])
+        for sides in ([(p, p.chosen_ids) for p in pairs], [(p, p.rejected_ids) for p in pairs])
+        for p, side in sides
+    ]
+    ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=pad)
+    lengths = torch.tensor([len(row) for row in rows])
+    attention = (torch.arange(ids.shape[1]) < lengths[:, None]).long()
+    found = plain(input_ids=ids, attention_mask=attention).logits.squeeze(-1).float()
+    difference = (found - scores.ours).nan_to_num(math.inf).abs().max().item()
+    return verdict(
+        check,
+        difference <= TOLERANCE * max(1.0, scores.ours.std().item()),
+        f"{len(rows)} scores of plain transformers and of Klash differ by at most {difference:.1e}",
+        fix,
+    )
+
+
+def score_moves(scores: Scores) -> Finding:
+    """Scores differ between completions, and the EOS is among what they read."""
+    deviation = scores.ours.std().item()
+    moved = int((scores.ours != scores.without_eos).sum())
+    fix = "its head gives every completion one score: train it, or look for a head of zeros"
+    if deviation > 0:
+        fix = "it does not read the EOS: train it on completions that end with EOS"
+    return verdict(
+        "score moves",
+        deviation > 0 and moved == len(scores.ours),
+        f"deviation {deviation:.2g} over {len(scores.ours)} completions; without EOS {moved} of "
+        "them score otherwise",
+        fix,
+    )
+
+
+def accuracy(scores: Scores) -> Finding:
+    """The reward model does not prefer the rejected completions."""
+    chosen, rejected = scores.ours.chunk(2)
+    right, count = int((chosen > rejected).sum()), len(chosen)
+    return verdict(
+        "reward accuracy",
+        bool(binom.cdf(right, count, 0.5) > SWAPPED),
+        f"prefers the chosen completion in {right} of {count} pairs",
+        "far below half: chosen and rejected are swapped, in this data or in its training data",
+    )
+
+
+def normalisation(folder: Path, scores: Scores) -> Finding:
+    """`normalisation.json` lies beside the weights: a KL coefficient means the same everywhere."""
+    check, path = "normalisation", folder / "normalisation.json"
+    fix = (
+        'write normalisation.json beside it, {"offset": mean raw score of SFT samples, '
+        '"scale": their deviation within prompts}: shared.models.save_normalisation'
+    )
+    if not path.is_file():
+        return Finding(check, "no normalisation.json", fix)
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+        offset, scale = float(values["offset"]), float(values["scale"])
+    except (ValueError, TypeError, KeyError) as error:
+        return Finding(check, f"normalisation.json is not {{offset, scale}}: {error!r}", fix)
+    scaled = (scores.ours - offset) / scale if scale else torch.tensor([math.inf])
+    return verdict(
+        check,
+        math.isfinite(offset) and math.isfinite(scale) and scale > 0,
+        f"offset {offset:.3g}, scale {scale:.3g}; mean score here {scaled.mean().item():.2f}",
+        fix,
+    )

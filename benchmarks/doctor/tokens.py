@@ -1,0 +1,235 @@
+"""Checks of a tokenizer, its chat template and the tokenised pairs. No model runs."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from benchmarks.doctor.finding import Finding, verdict
+from benchmarks.doctor.patient import Row, render
+from shared.preferences import Pair, clean
+
+
+def eos_and_pad(tokenizer: PreTrainedTokenizerBase, whose: str = "") -> Finding:
+    """Both are there, they differ, and the text of each is one token."""
+    check, eos, pad = f"{whose}eos and pad", tokenizer.eos_token_id, tokenizer.pad_token_id
+    seen = f"eos {tokenizer.eos_token!r} ({eos}), pad {tokenizer.pad_token!r} ({pad})"
+    if eos is None:
+        return Finding(check, seen, "name the token that ends an answer: tokenizer.eos_token = ...")
+    if pad is None or pad == eos:
+        return Finding(
+            check,
+            seen,
+            "give it a pad token of its own, tokenizer.add_special_tokens({'pad_token': '<pad>'}), "
+            "resize the embeddings, set model.config.pad_token_id and save both: with pad == eos "
+            "no score is read at EOS and no EOS is learnt",
+        )
+    words = (str(tokenizer.eos_token), str(tokenizer.pad_token))
+    split = [w for w in words if len(tokenizer(w, add_special_tokens=False).input_ids) != 1]
+    return verdict(
+        check,
+        not split,
+        seen,
+        f"{split} is read as several tokens; add it with tokenizer.add_special_tokens",
+    )
+
+
+def stop_token(tokenizer: PreTrainedTokenizerBase, config: Any, generation: Any) -> Finding:
+    """Generation elsewhere stops at the token that the tokenizer calls EOS."""
+    eos = tokenizer.eos_token_id
+    stops = {
+        name: value if isinstance(value, list) else [value]
+        for name, value in (
+            ("config", config.eos_token_id),
+            ("generation_config", generation.eos_token_id if generation else None),
+        )
+        if value is not None
+    }
+    wrong = [name for name, ids in stops.items() if eos not in ids]
+    return verdict(
+        "stop token",
+        not wrong,
+        f"tokenizer's eos {eos}, " + (", ".join(f"{n}'s {i}" for n, i in stops.items()) or "alone"),
+        f"model.{' and model.'.join(wrong)}: set eos_token_id = {eos} (or a list with it) and "
+        "save; samples would run on past the end of the answer",
+    )
+
+
+def vocabulary(tokenizer: PreTrainedTokenizerBase, embeddings: int, whose: str = "") -> Finding:
+    """Every token id has an embedding."""
+    top = max(tokenizer.get_vocab().values())
+    return verdict(
+        f"{whose}vocabulary",
+        top < embeddings,
+        f"largest token id {top}, {embeddings} embeddings",
+        "model.resize_token_embeddings(len(tokenizer)) and save the model",
+    )
+
+
+def generation_prompt(tokenizer: PreTrainedTokenizerBase, rows: Sequence[Row]) -> Finding:
+    """A chat's prompt, rendered with its generation prompt, begins prompt + completion."""
+    chats = [row.messages for row in rows if row.messages is not None]
+    silent = sum(render(tokenizer, p, open_answer=True) == render(tokenizer, p) for p, *_ in chats)
+    broken = sum(
+        not render(tokenizer, prompt + answer).startswith(
+            render(tokenizer, prompt, open_answer=True)
+        )
+        for prompt, *answers in chats
+        for answer in answers
+    )
+    fix = "the chat template must render a prompt the same way with and without its answer"
+    if silent:
+        fix = (
+            "let the chat template end with the answer's header if add_generation_prompt, as in "
+            "{% if add_generation_prompt %}<|im_start|>assistant\\n{% endif %}"
+        )
+    return verdict(
+        "generation prompt",
+        not silent and not broken,
+        f"missing in {silent} of {len(chats)} prompts, not a prefix of {broken} of "
+        f"{2 * len(chats)} answered chats",
+        fix,
+    )
+
+
+def one_bos(tokenizer: PreTrainedTokenizerBase, pairs: Sequence[Pair]) -> Finding:
+    """No sequence begins with two BOS: not the encoded prompts, nor their texts read as texts."""
+    bos = tokenizer.bos_token_id
+    if bos is None:
+        return Finding("one bos", "the tokenizer has no BOS")
+    twice = [sum(p.prompt_ids[:2] == [bos, bos] for p in pairs)]
+    twice += [sum(ids[:2] == [bos, bos] for ids in _ids(tokenizer, [p.prompt for p in pairs]))]
+    return verdict(
+        "one bos",
+        not any(twice),
+        f"two at the start of {max(twice)} of {len(pairs)} prompts",
+        "the tokenizer adds a BOS to a prompt that holds one: take it out of the data or the chat "
+        "template, or set tokenizer.add_bos_token = False and save",
+    )
+
+
+def boundary(
+    tokenizer: PreTrainedTokenizerBase, pairs: Sequence[Pair], rows: Sequence[Row]
+) -> Finding:
+    """Tokens of prompt + completion begin with the prompt's tokens: none spans the boundary."""
+    prompts = [p.prompt_ids for p in pairs] * 2
+    if rows:
+        plain = rows[0].messages is None
+        texts = [r.prompt + r.chosen for r in rows] + [r.prompt + r.rejected for r in rows]
+    else:  # sampled tokens: their text is what a user of the model sees
+        plain = True
+        sides = [p.chosen_ids for p in pairs] + [p.rejected_ids for p in pairs]
+        texts = tokenizer.batch_decode(
+            [p + s for p, s in zip(prompts, sides, strict=True)], skip_special_tokens=True
+        )
+    together = _ids(tokenizer, texts, add_special_tokens=plain)
+    merged = [
+        n for n, (p, ids) in enumerate(zip(prompts, together, strict=True)) if ids[: len(p)] != p
+    ]
+    first = f" (first in {pairs[merged[0] % len(pairs)].id})" if merged else ""
+    return verdict(
+        "boundary",
+        not merged,
+        f"tokens span it in {len(merged)} of {len(texts)} completions{first}",
+        "end prompts without a space and begin completions with it (or both at a line break): "
+        "what the policy is trained on is not what it reads when it is sampled",
+    )
+
+
+def one_eos(pairs: Sequence[Pair], eos: int, cap: int | None) -> Finding:
+    """A completion ends with EOS and holds no other; one of `cap` tokens was cut, without EOS."""
+    sides = [side for p in pairs for side in (p.chosen_ids, p.rejected_ids)]
+    cut = sum(eos not in side and len(side) == cap for side in sides)
+    none = sum(eos not in side for side in sides) - cut
+    more = sum(side.count(eos) > 1 for side in sides)
+    inside = sum(side.count(eos) == 1 and side[-1] != eos for side in sides)
+    fix = "take the EOS text out of the data: it is added where a completion ends"
+    if none:
+        fix = "the chat template must end an answer with the tokenizer's eos_token; set one of both"
+    return verdict(
+        "one eos",
+        not none and not more and not inside,
+        f"of {len(sides)} completions {none} without, {more} with several, {inside} with text "
+        f"after it, {cut} cut at the sampling length",
+        fix,
+    )
+
+
+def ends_in_pad(pairs: Sequence[Pair], pad: int) -> Finding:
+    """No completion ends in the pad token, which a policy can sample like any other.
+
+    transformers' classifiers read a score at the last token that is not pad.
+    """
+    sides = [side for p in pairs for side in (p.chosen_ids, p.rejected_ids)]
+    held, last = sum(pad in side for side in sides), sum(side[-1:] == [pad] for side in sides)
+    return verdict(
+        "pad in completions",
+        not last,
+        f"of {len(sides)} completions {held} hold the pad token, {last} end in it",
+        "drop these pairs, and train the policy that said them longer: transformers scores such a "
+        "completion before its end",
+    )
+
+
+def lengths(pairs: Sequence[Pair], limit: int, max_new_tokens: int | None) -> Finding:
+    """Nothing is cut: prompt and completion fit `limit`, the completion `max_new_tokens`."""
+    totals = [len(p.prompt_ids) + max(len(p.chosen_ids), len(p.rejected_ids)) for p in pairs]
+    answers = [max(len(p.chosen_ids), len(p.rejected_ids)) for p in pairs]
+    prompts = sum(len(p.prompt_ids) >= limit for p in pairs)
+    cut = sum(total > limit for total in totals) - prompts
+    long = 0 if max_new_tokens is None else sum(n > max_new_tokens for n in answers)
+    advice = []
+    if cut or prompts:
+        advice.append(
+            f"drop these rows, or raise max_length to {max(totals)} if the model reaches so far"
+        )
+    if long:
+        advice.append(f"raise max_new_tokens to {max(answers)}: no sample can be as long")
+    return verdict(
+        "lengths",
+        not advice,
+        f"of {len(pairs)} pairs {prompts} have no room after the prompt, {cut} are cut at {limit} "
+        f"tokens, {long} are longer than max_new_tokens; the longest has {max(totals)}",
+        "; ".join(advice),
+    )
+
+
+def truncated(pairs: Sequence[Pair], limit: int) -> list[Pair]:
+    """The pairs as a length limit leaves them: the end of the completion goes."""
+    return [
+        p._replace(
+            chosen_ids=p.chosen_ids[: max(0, limit - len(p.prompt_ids))],
+            rejected_ids=p.rejected_ids[: max(0, limit - len(p.prompt_ids))],
+        )
+        for p in pairs
+    ]
+
+
+def usable(pairs: Sequence[Pair]) -> tuple[list[Pair], Finding]:
+    """Pairs that teach something, once cut; and how many do not, by reason."""
+    kept, dropped = clean(pairs)
+    counts = ", ".join(f"{count} {reason}" for reason, count in sorted(dropped.items()))
+    return kept, verdict(
+        "pairs",
+        not dropped,
+        f"of {len(pairs)} as cut to length: {counts or 'none empty, identical or repeated'}",
+        "drop them: an identical pair costs ln 2 whatever the policy, a contradicted one cancels",
+    )
+
+
+def same_tokens(policy: PreTrainedTokenizerBase, reward: PreTrainedTokenizerBase) -> Finding:
+    """Sampled ids go to the reward model as they are: both must mean the same by them."""
+    known, theirs = policy.get_vocab(), reward.get_vocab()
+    differ = sum(theirs.get(token) != number for token, number in known.items())
+    return verdict(
+        "reward model's tokens",
+        not differ,
+        f"{differ} of the policy's {len(known)} tokens have another id",
+        "train the reward model with the policy's own tokenizer: it scores ids as they are sampled",
+    )
+
+
+def _ids(
+    tokenizer: PreTrainedTokenizerBase, texts: list[str], add_special_tokens: bool = True
+) -> list[list[int]]:
+    return tokenizer(texts, add_special_tokens=add_special_tokens).input_ids
