@@ -29,9 +29,9 @@ from shared.config import InputError
 from shared.stages import Stages, read_json, write_json
 
 PAIRS = (100, 1_000, 10_000, 100_000)
-BETAS = (0.05, 0.2, 1.0)
+BETAS = (0.2, 0.5, 1.0)
 STEPS = 240  # optimiser steps that every training takes at least
-CHECKPOINTS = (0.05, 0.1, 0.25, 0.5)
+CHECKPOINTS = (0.1, 0.25, 0.5)
 
 
 class Point(NamedTuple):
@@ -78,7 +78,7 @@ def at(base: Experiment, pairs: int, beta: float) -> Experiment:
     arms = {name: with_beta(arm, beta) for name, arm in base.arms.items() if trained(arm)}
 
     def epochs(batch_size: int) -> int:
-        return max(2, -(-STEPS * min(batch_size, pairs) // pairs))
+        return max(1, -(-STEPS * min(batch_size, pairs) // pairs))
 
     return base.model_copy(
         update={

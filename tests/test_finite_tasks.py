@@ -273,7 +273,7 @@ def test_regret_in_the_results_is_that_of_the_rows(finished: Path):
     ):
         assert gold is not None
         assert nats is not None
-        assert found == pytest.approx(regret(listed, 0.2, gold, nats), abs=1e-9)
+        assert found == pytest.approx(regret(listed, 0.5, gold, nats), abs=1e-9)
 
 
 def test_rows_of_a_finite_task_are_one_column_of_its_prompts(
