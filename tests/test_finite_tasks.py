@@ -25,7 +25,7 @@ from shared.fit import OptimizerConfig
 from shared.generation.engine import Sampling
 from shared.generation.hf import HFEngine
 from shared.models import ModelConfig, load_policy, new_policy, new_scalar_model, save, special_ids
-from shared.optimum import best_of_n_logps, kl, objective, optimal_logps
+from shared.optimum import kl, objective, optimal_logps
 from shared.preferences import PreferenceConfig, make_preferences, read_pairs
 from shared.samples import list_reference
 from shared.stages import read_json, read_jsonl
@@ -121,32 +121,6 @@ def test_regret_is_what_the_objective_lacks_and_beta_times_the_kl_to_the_optimum
     at_best = world.expectations(best, None, eos_id=1)
     gold, nats = (float(np.mean([row[name] for row in at_best])) for name in ("gold", "kl"))
     close(regret(listed, beta, gold, nats), 0.0, 1e-9)
-
-
-@pytest.mark.parametrize("n", [1, 2, 5])
-def test_the_favourite_of_n_is_distributed_as_enumeration_says(n: int):
-    """All 5^n draws from five completions, two of them with equal scores; ties at random."""
-    ref = torch.tensor([0.1, 0.3, 0.15, 0.25, 0.2], dtype=torch.float64)
-    scores = torch.tensor([0.5, -1.0, 2.0, 0.5, 0.1], dtype=torch.float64)
-    expected = torch.zeros(5, dtype=torch.float64)
-    for draw in itertools.product(range(5), repeat=n):
-        best = [i for i in draw if scores[i] == scores[list(draw)].max()]
-        for i in best:
-            expected[i] += ref[list(draw)].prod() / len(best)
-    found = best_of_n_logps(ref.log()[None], scores[None], n)
-    close(found.exp()[0], expected, 1e-12)
-
-
-def test_the_kl_of_best_of_n_is_at_most_its_bound():
-    """log n - (n - 1) / n, reached where no two scores are equal and no completion is likely."""
-    generator = torch.Generator().manual_seed(0)
-    ref = torch.full((1, 50_000), 1 / 50_000, dtype=torch.float64).log()
-    scores = torch.randn(1, 50_000, generator=generator, dtype=torch.float64)
-    for n in (2, 16):
-        bound = np.log(n) - (n - 1) / n
-        close(kl(best_of_n_logps(ref, scores, n), ref), [bound], 1e-3)
-        coarse = best_of_n_logps(ref, scores.round(), n)
-        assert kl(coarse, ref).item() < bound - 0.01
 
 
 def test_exact_labels_carry_the_probability_and_listed_pairs_cover_the_world(

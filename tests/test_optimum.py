@@ -1,5 +1,6 @@
 """Closed forms of the exact optimum, against direct maximisation, and the listing they stand on."""
 
+import itertools
 import math
 from collections.abc import Callable
 
@@ -12,6 +13,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from shared.listing import list_completions, listed_logps
 from shared.logprobs import score_logps
 from shared.optimum import (
+    best_of_n_logps,
     bradley_terry,
     expected,
     frontier_reward,
@@ -159,3 +161,29 @@ def test_they_are_those_of_scoring_each_completion(model: LlamaForCausalLM):
     rows = [p for p in prompts for _ in listing.completions]
     scored = score_logps(model, rows, listing.completions * 2, PAD).view(2, -1)
     close(listed_logps(model, prompts, listing, PAD), scored, 2e-5)
+
+
+@pytest.mark.parametrize("n", [1, 2, 5])
+def test_the_favourite_of_n_is_distributed_as_enumeration_says(n: int):
+    """All 5^n draws from five completions, two of them with equal scores; ties at random."""
+    ref = torch.tensor([0.1, 0.3, 0.15, 0.25, 0.2], dtype=torch.float64)
+    scores = torch.tensor([0.5, -1.0, 2.0, 0.5, 0.1], dtype=torch.float64)
+    expected = torch.zeros(5, dtype=torch.float64)
+    for draw in itertools.product(range(5), repeat=n):
+        best = [i for i in draw if scores[i] == scores[list(draw)].max()]
+        for i in best:
+            expected[i] += ref[list(draw)].prod() / len(best)
+    found = best_of_n_logps(ref.log()[None], scores[None], n)
+    close(found.exp()[0], expected, 1e-12)
+
+
+def test_the_kl_of_best_of_n_is_at_most_its_bound():
+    """log n - (n - 1) / n, reached where no two scores are equal and no completion is likely."""
+    generator = torch.Generator().manual_seed(0)
+    ref = torch.full((1, 50_000), 1 / 50_000, dtype=torch.float64).log()
+    scores = torch.randn(1, 50_000, generator=generator, dtype=torch.float64)
+    for n in (2, 16):
+        bound = math.log(n) - (n - 1) / n
+        close(kl(best_of_n_logps(ref, scores, n), ref), [bound], 1e-3)
+        coarse = best_of_n_logps(ref, scores.round(), n)
+        assert kl(coarse, ref).item() < bound - 0.01

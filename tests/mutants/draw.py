@@ -20,18 +20,18 @@ TESTS: dict[str, tuple[str, ...]] = {
     "rlhf/losses.py": ("test_rlhf_losses.py", "test_ppo.py"),
     "shared/kl.py": ("test_kl_and_logprobs.py", "test_rlhf_losses.py"),
     "shared/logprobs.py": ("test_kl_and_logprobs.py", "test_packing.py", "test_cost.py"),
-    "shared/optimum.py": ("test_optimum.py",),
+    "shared/optimum.py": ("test_optimum.py", "test_finite_tasks.py"),
     "shared/sequences.py": ("test_kl_and_logprobs.py", "test_packing.py", "test_models.py"),
     "shared/packing.py": ("test_packing.py", "test_kl_and_logprobs.py"),
     "shared/fit.py": ("test_fit.py", "test_rlhf_losses.py", "test_direct.py"),
-    "shared/preferences.py": ("test_preferences.py",),
+    "shared/preferences.py": ("test_preferences.py", "test_finite_tasks.py"),
     "dpo/filtered.py": ("test_filtered.py",),
     "dpo/reference.py": ("test_direct.py",),
     "rlhf/best_of_n.py": ("test_best_of_n.py",),
-    "rlhf/rollout.py": ("test_ppo.py",),
+    "rlhf/rollout.py": ("test_ppo.py", "test_finite_tasks.py"),
     "benchmarks/statistics.py": ("test_statistics.py", "test_frontier.py", "test_control.py"),
     "benchmarks/metrics.py": ("test_metrics.py",),
-    "benchmarks/frontier.py": ("test_frontier.py",),
+    "benchmarks/frontier.py": ("test_frontier.py", "test_finite_tasks.py"),
 }
 
 ARITHMETIC = {

@@ -33,6 +33,8 @@ REWARD = ("test_reward.py",)
 STATISTICS = ("test_statistics.py",)
 METRICS = ("test_metrics.py",)
 FRONTIER = ("test_frontier.py",)
+OPTIMUM = ("test_optimum.py",)
+FINITE = ("test_finite_tasks.py",)
 FIT = ("test_fit.py", "test_rlhf_losses.py", "test_direct.py")
 
 FAULTS = (
@@ -129,8 +131,8 @@ FAULTS = (
     ),
     Fault(
         "direct: reference of other rows", "dpo/train.py",
-        "self.ref_logps[torch.tensor(rows)], chosen, mismatched)",
-        "self.ref_logps[torch.tensor(rows).sort().values.flip(0)], chosen, mismatched)",
+        "self.ref_logps[torch.tensor(rows)], chosen, p, mismatched)",
+        "self.ref_logps[torch.tensor(rows).sort().values.flip(0)], chosen, p, mismatched)",
         "rows are compared with the reference of others", TRAIN,
     ),
     Fault(
@@ -427,7 +429,7 @@ FAULTS = (
     ),
     Fault(
         "labels: the loser wins", "shared/preferences.py",
-        "labelled = [p if won else swapped(p)", "labelled = [swapped(p) if won else p",
+        "return [p if won else swapped(p)", "return [swapped(p) if won else p",
         "labels against gold", PAIRS,
     ),
     Fault(
@@ -568,6 +570,65 @@ FAULTS = (
         "frontier: efficiency of gold itself", "benchmarks/frontier.py",
         "return (gold - gold_ref) / (best - gold_ref), is_bound", "return gold / best, is_bound",
         "where the reference is good, everyone is", FRONTIER,
+    ),
+    # A finite task
+    Fault(
+        "labels: probability of the loser", "dpo/losses.py",
+        "return p * as_drawn + (1 - p) * other", "return (1 - p) * as_drawn + p * other",
+        "labels with a probability are read the wrong way round", DIRECT,
+    ),
+    Fault(
+        "labels: kto's sides not put back", "dpo/losses.py",
+        "p, other = torch.cat([p, p]), other.roll(len(p))", "p = torch.cat([p, p])",
+        "completions are weighed with the other one's loss", DIRECT,
+    ),
+    Fault(
+        "labels: the probability's sign", "shared/tasks/exact.py",
+        "np.exp(gold_b - gold_a)", "np.exp(gold_a - gold_b)",
+        "the worse completion wins more often", ("test_exact.py",),
+    ),
+    Fault(
+        "optimum: beta multiplies the reward", "shared/optimum.py",
+        "return (ref_logps + rewards / beta).log_softmax(1)",
+        "return (ref_logps + rewards * beta).log_softmax(1)",
+        "pi* of another objective", OPTIMUM,
+    ),
+    Fault(
+        "optimum: KL the other way round", "shared/optimum.py",
+        "logps.exp() * (logps - other)", "other.exp() * (other - logps)",
+        "forward in place of reverse KL", OPTIMUM,
+    ),
+    Fault(
+        "best of n: ties counted once each", "shared/optimum.py",
+        "rising, rising, right=False) - 1", "rising, rising, right=True) - 2",
+        "equal scores are told apart by their place", OPTIMUM,
+    ),
+    Fault(
+        "exact: win rate without ties", "benchmarks/exact.py",
+        "return (1 + torch.einsum(", "return (torch.einsum(",
+        "equal gold counts as a loss", FINITE,
+    ),
+    Fault(
+        "regret: KL not paid for", "benchmarks/exact.py",
+        "return float(best) - (gold - beta * kl)", "return float(best) - gold",
+        "a policy far away looks better than the optimum", FINITE,
+    ),
+    Fault(
+        "exact rows: samples in their place", "benchmarks/rows.py",
+        'values = [[row["exact"][column] for row in rows] for rows in self.raw]',
+        "values = [[np.mean(row[column]) for row in rows] for rows in self.raw]",
+        "exact numbers are estimates", FINITE,
+    ),
+    Fault(
+        "gold reward: prompts and completions exchanged", "rlhf/rollout.py",
+        "for ids in (prompts, completions)", "for ids in (completions, prompts)",
+        "PPO is rewarded for another text", FINITE,
+    ),
+    Fault(
+        "finite tasks: repeats dropped", "shared/preferences.py",
+        "pairs, dropped = clean(labelled, repeats=task.finite)",
+        "pairs, dropped = clean(labelled)",
+        "what the data says most often counts once", FINITE,
     ),
 )  # fmt: skip
 
