@@ -97,7 +97,8 @@ class Method(Config):
     frontier_efficiency: Estimate
     efficiency_is_lower_bound: bool = False
     frontier_margin: Estimate
-    regret: Estimate  # J(pi*) - J(pi), J = gold - beta KL; null where that is not defined
+    # J(pi*) - J(pi) with J = gold - beta KL, in gold's units; null where that is not defined
+    regret: Estimate = Estimate(mean=None)
     rm_limit: Estimate
     length: Estimate
     truncated: Estimate
@@ -153,6 +154,7 @@ class Results(Config):
     seeds: list[int]
     environment: dict[str, Any]
     sizes: dict[str, int]
+    enumerated: bool = False  # gold, KL and what follows are expectations over all completions
     methods: dict[str, Method]
     reward_model: RewardModel
     frontier: list[FrontierPoint]

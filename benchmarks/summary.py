@@ -96,6 +96,7 @@ class Summary:
             task=e.task.name,
             seeds=list(e.seeds),
             environment=environment,
+            enumerated=e.task.finite,
             sizes={
                 "pairs": e.preferences.pairs,
                 "ppo_episodes": e.ppo.episodes,

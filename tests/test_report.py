@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from benchmarks.report.build import build_report
+from benchmarks.report.style import look
 from benchmarks.report.tables import Cell, Column, Table, duration, number, si, to_csv, to_latex
 from benchmarks.report.verdict import judge, winner
 from benchmarks.results import Results
@@ -415,3 +416,13 @@ def test_numbers_read_as_people_write_them():
         "119 min 59 s",
         "2 h 01 min",
     ]
+
+
+def test_an_arm_named_after_its_method_looks_like_it():
+    assert look("dpo-0.2").label == "DPO 0.2"
+    assert look("dpo-0.2").family == look("dpo").family
+    assert look("ppo-gold-1").label == "PPO on gold 1"
+    assert look("fdpo-random").label == "fDPO at random"
+    assert look("best-of-n").label == "best-of-n"
+    assert look("mine-too").family == "other"
+    assert look("mine-too").label == "mine-too"

@@ -31,7 +31,8 @@ def paint(results: Results, figure: Figure, narrow: bool) -> None:
         if point:
             labels.append(Label(plain(look(name).label), point))
     visible = [[p for p in line if p[0] <= right] for line in lines]
-    _frame(axes, right, [p for line in visible for p in line], 0.09 if narrow else 0.045)
+    points = [p for line in visible for p in line]
+    _frame(axes, right, points, 0.09 if narrow else 0.045, results.enumerated)
     _legend(axes, figure, narrow, has_seeds=len(results.seeds) > 1)
     place(axes, labels, [line for line in visible if line])
 
@@ -189,7 +190,9 @@ def _tuned(
     return drawn
 
 
-def _frame(axes: Axes, right: float, points: Sequence[Point], apart: float) -> None:
+def _frame(
+    axes: Axes, right: float, points: Sequence[Point], apart: float, enumerated: bool
+) -> None:
     gold = [g for _, g in points] or [0.0, 1.0]
     pad = max(0.04, 0.07 * (max(gold) - min(gold)))
     axes.set_xlim(0, right)
@@ -204,4 +207,4 @@ def _frame(axes: Axes, right: float, points: Sequence[Point], apart: float) -> N
     axes.xaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:g}"))
     axes.tick_params(length=3, color=FAINT)
     axes.set_xlabel("KL spent, nats per sequence (square-root scale)")
-    axes.set_ylabel("Gold score, held-out prompts")
+    axes.set_ylabel("Gold score" if enumerated else "Gold score, held-out prompts")

@@ -109,7 +109,7 @@ def main_table(results: Results) -> Table:
                 share(m.win_rate),
                 _prefixed(efficiency, "≥ " if m.efficiency_is_lower_bound else ""),
                 _estimate(signed=True)(m.hacking_gap),
-                share(m.well_formed),
+                _estimate(3)(m.regret) if results.enumerated else share(m.well_formed),
                 _estimate(1)(m.length),
                 _estimate(1, signed=True)(m.displacement),
             ]
@@ -121,7 +121,7 @@ def main_table(results: Results) -> Table:
         "Win rate": "win_rate",
         "Of the limit": "frontier_efficiency",
         "Hacking gap": "hacking_gap",
-        "Well-formed": "well_formed",
+        **({"Regret": "regret"} if results.enumerated else {"Well-formed": "well_formed"}),
         "Length": "length",
         "Displacement": "displacement",
     }

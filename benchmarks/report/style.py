@@ -115,9 +115,13 @@ class Look:
 
 def look(method: str) -> Look:
     """The look of the method called `method`; peers (`trl-dpo`) share their family's colour."""
-    base = method.removeprefix("trl-")
-    peer = base != method
-    label = _LABELS.get(base, base)
+    whole = method.removeprefix("trl-")
+    peer = whole != method
+    words = whole.split("-")
+    starts = ["-".join(words[:n]) for n in range(len(words), 0, -1)]
+    base = next((start for start in starts if start in _FAMILIES), whole)  # `dpo-0.2` is a DPO
+    rest = whole[len(base) :].replace("-", " ")
+    label = _LABELS.get(base, base) + rest
     return Look(
         label=f"TRL {label}" if peer else label,
         family=_FAMILIES.get(base, "other"),
