@@ -620,15 +620,15 @@ FAULTS = (
         "exact numbers are estimates", FINITE,
     ),
     Fault(
-        "gold reward: prompts and completions exchanged", "rlhf/rollout.py",
-        "for ids in (prompts, completions)", "for ids in (completions, prompts)",
-        "PPO is rewarded for another text", FINITE,
+        "gold reward: its sign", "rlhf/rollout.py",
+        "self.task.gold(*texts)", "-self.task.gold(*texts)",
+        "PPO on gold flees it", FINITE,
     ),
     Fault(
-        "finite tasks: repeats dropped", "shared/preferences.py",
-        "pairs, dropped = clean(labelled, repeats=task.finite)",
-        "pairs, dropped = clean(labelled)",
-        "what the data says most often counts once", FINITE,
+        "finite tasks: identical sides stay", "shared/preferences.py",
+        "elif pair.chosen_ids == pair.rejected_ids:",
+        "elif not repeats and pair.chosen_ids == pair.rejected_ids:",
+        "pairs that teach nothing count as labels", FINITE,
     ),
 )  # fmt: skip
 
