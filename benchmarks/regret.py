@@ -17,6 +17,7 @@ from typing import Annotated, NamedTuple
 import tyro
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, NullLocator
 
 from benchmarks.cli import split_overrides
 from benchmarks.exact import regret
@@ -126,6 +127,8 @@ def picture(points: list[Point], fixed_beta: float, fixed_pairs: int):
         left.set_xlabel(f"labelled pairs (beta {fixed_beta:g})")
         right.set_xlabel(f"beta ({fixed_pairs:,} pairs)")
         left.set_ylabel("regret J(pi*) - J(pi)")
+        hollow = {"marker": "o", "markerfacecolor": "none", "linestyle": (0, (2, 2))}
+        left.plot([], [], color=MUTED, linewidth=0.8, label="best checkpoint", **hollow)
         left.legend(frameon=False, fontsize=8)
 
     return draw("regret", "Regret of each method.", paint, wide=(9.6, 3.9), narrow=(3.9, 6.4))
@@ -154,7 +157,13 @@ def panel(axes: Axes, points: list[Point], x: str) -> None:
         )  # fmt: skip
     axes.set_xscale("log")
     axes.set_yscale("log")
-    axes.grid(visible=True, alpha=0.3)
+    axes.set_xticks(sorted({getattr(p, x) for p in points}))
+    axes.set_yticks([0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0])
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:,g}"))
+        axis.set_minor_locator(NullLocator())
+    ends = [v for p in points for v in (_mean(p.regret), _mean(p.best))]
+    axes.set_ylim(0.7 * min(ends), 1.4 * max(ends))
 
 
 def markdown(points: list[Point], command: str, seeds: int) -> str:

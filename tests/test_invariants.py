@@ -154,7 +154,7 @@ def test_evaluation_samples_at_temperature_1_whatever_training_samples_at(
         folder.mkdir()
         sampling = SAMPLING.model_copy(update={"temperature": temperature})
         given = policy_folder, ".", policy_folder, None, None, task_config, "test", 4, 2, sampling
-        evaluate(folder, *given, 0, 0)
+        evaluate(folder, *given, 0, 0, None)
         found.append(read_jsonl(folder / "rows.jsonl"))
     assert found[0] == found[1]
 
