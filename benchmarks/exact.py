@@ -59,12 +59,10 @@ class World:
         sign = (self.gold.unsqueeze(2) - self.gold.unsqueeze(1)).sign()
         return (1 + torch.einsum("pi,pij,pj->p", logps.exp(), sign, self.log_ref.exp())) / 2
 
+    def regret(self, beta: float, gold: float, kl: float) -> float:
+        """J(pi*) - J(pi) of a policy with mean `gold` and mean `kl`, both over all prompts.
 
-def regret(listed: Path, beta: float, gold: float, kl: float) -> float:
-    """J(pi*) - J(pi) of a policy with mean `gold` and mean `kl`, both over all prompts.
-
-    J = gold - beta * KL, and J(pi*) = beta log Z: in gold's units. It is beta * KL(pi || pi*).
-    """
-    world = World(listed)
-    best = beta * log_partition(world.log_ref, world.gold, beta).mean()
-    return float(best) - (gold - beta * kl)
+        J = gold - beta * KL, and J(pi*) = beta log Z: in gold's units. It is beta * KL(pi || pi*).
+        """
+        best = beta * log_partition(self.log_ref, self.gold, beta).mean()
+        return float(best) - (gold - beta * kl)

@@ -20,8 +20,10 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullLocator
 
 from benchmarks.cli import split_overrides
-from benchmarks.exact import regret
+from benchmarks.compare import prepare_common
+from benchmarks.exact import World
 from benchmarks.experiment import Arm, Experiment, load_experiment
+from benchmarks.process import stage_context
 from benchmarks.report.style import MUTED, draw, look
 from benchmarks.results import Estimate, Method, Results
 from benchmarks.run import run_experiment
@@ -50,10 +52,10 @@ def measure(base: Experiment, pairs: int, beta: float, runs: Path) -> list[Point
     experiment = at(base, pairs, beta)
     folder = run_experiment(experiment, runs)
     results = Results.model_validate(read_json(folder / "results.json"))
-    listed = listing(experiment, runs)
+    world = listed_world(experiment, runs)
     found = []
     for name, method in results.methods.items():
-        curves = [regrets(listed, beta, gold, kl) for gold, kl in curve(method)]
+        curves = [regrets(world, beta, gold, kl) for gold, kl in curve(method)]
         best = [min(values) for values in zip(*curves, strict=True)]
         found.append(Point(pairs, beta, name, seed_interval(curves[-1]), seed_interval(best)))
     return found
@@ -66,10 +68,10 @@ def curve(method: Method) -> list[tuple[Estimate, Estimate]]:
     return points or [(method.gold, method.kl)]
 
 
-def regrets(listed: Path, beta: float, gold: Estimate, kl: Estimate) -> list[float]:
+def regrets(world: World, beta: float, gold: Estimate, kl: Estimate) -> list[float]:
     """Each seed's."""
     values = zip(gold.per_seed, kl.per_seed, strict=True)
-    return [regret(listed, beta, g, k) for g, k in values if g is not None and k is not None]
+    return [world.regret(beta, g, k) for g, k in values if g is not None and k is not None]
 
 
 def at(base: Experiment, pairs: int, beta: float) -> Experiment:
@@ -108,13 +110,10 @@ def with_beta(arm: Arm, beta: float) -> Arm:
     return arm.model_copy(update={"settings": ({**arm.settings[0], **setting},)})
 
 
-def listing(experiment: Experiment, runs: Path) -> Path:
-    """The finished stage with all completions under the reference."""
-    from benchmarks.compare import prepare_common
-    from benchmarks.process import stage_context
-
+def listed_world(experiment: Experiment, runs: Path) -> World:
+    """All completions under the reference, from the finished run's stage."""
     stages = Stages(runs / ".stages", lambda *_: None, stage_context(), fill=False)
-    return prepare_common(experiment, stages.run).frontier_samples
+    return World(prepare_common(experiment, stages.run).frontier_samples)
 
 
 def picture(points: list[Point], fixed_beta: float, fixed_pairs: int):

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.compare import Compared, Trained, timed_seeds
-from benchmarks.exact import regret
+from benchmarks.exact import World
 from benchmarks.experiment import Experiment
 from benchmarks.frontier import (
     Frontier,
@@ -188,9 +188,9 @@ class Summary:
         beta = setting.get("beta", setting.get("kl_coef"))
         if self.log_ref is None or beta is None:
             return NOTHING
-        listed = self.compared.common.frontier_samples
+        world = World(self.compared.common.frontier_samples)
         columns = zip(gold[:, 0].tolist(), kl[:, 0].tolist(), strict=True)
-        return seed_interval([regret(listed, beta, g, k) for g, k in columns])
+        return seed_interval([world.regret(beta, g, k) for g, k in columns])
 
     def _displacement(self, final: list[Trained]) -> Estimate:
         files = [run.rows[1.0] / "displacement.json" for run in final if run.model]

@@ -6,6 +6,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+# exact.toml with a world of 85 completions a prompt and a small model
+SMALL_WORLD = {
+    "task.exact.words": 3, "task.exact.prompts": 4, "task.exact.cap": 3, "threads": 1,
+    "sampling.max_new_tokens": 3, "model.hidden_size": 32, "model.layers": 1, "workers": 1,
+    "ppo.episodes": 1024, "evaluation.prompts": 4, "evaluation.validation_prompts": 4,
+    "evaluation.scale_prompts": 4, "evaluation.scale_samples": 20,
+}  # fmt: skip
+
 
 def close(actual: Any, expected: Any, tolerance: float | None = None) -> None:
     """Numbers or tensors agree in shape and to an absolute `tolerance`.

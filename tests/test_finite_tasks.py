@@ -9,11 +9,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from checks import close
+from checks import SMALL_WORLD, close
 from torch import Tensor
 
 from benchmarks.evaluate import evaluate
-from benchmarks.exact import World, regret
+from benchmarks.exact import World
 from benchmarks.experiment import Experiment, load_experiment
 from benchmarks.results import Results
 from benchmarks.rows import Rows
@@ -114,13 +114,13 @@ def test_regret_is_what_the_objective_lacks_and_beta_times_the_kl_to_the_optimum
     lacks = objective(best, world.log_ref, world.gold, beta) - objective(
         logps, world.log_ref, world.gold, beta
     )
-    found = regret(listed, beta, gold, nats)
+    found = world.regret(beta, gold, nats)
     close(found, lacks.mean(), 1e-9)
     close(found, beta * kl(logps, best).mean(), 1e-9)
     assert found > 0.1
     at_best = world.expectations(best, None, eos_id=1)
     gold, nats = (float(np.mean([row[name] for row in at_best])) for name in ("gold", "kl"))
-    close(regret(listed, beta, gold, nats), 0.0, 1e-9)
+    close(world.regret(beta, gold, nats), 0.0, 1e-9)
 
 
 def test_exact_labels_carry_the_probability_and_listed_pairs_cover_the_world(
@@ -202,13 +202,14 @@ def test_ppo_on_gold_climbs_to_most_of_what_the_optimum_gains(
 def small(folder: Path, *overrides: str) -> Experiment:
     """exact.toml, with a small world and hardly any training."""
     sizes = {
-        "task.exact.words": 3, "task.exact.prompts": 4, "task.exact.cap": 3, "threads": 1,
-        "sampling.max_new_tokens": 3, "model.hidden_size": 32, "model.layers": 1, "workers": 1,
-        "seeds": "[0, 1]", "sft.examples": 1000, "preferences.pairs": 300, "ppo.episodes": 1024,
-        "evaluation.prompts": 4, "evaluation.validation_prompts": 4, "evaluation.scale_prompts": 4,
-        "evaluation.scale_samples": 20, "evaluation.reward_pairs": 100, "direct.epochs": 1,
+        **SMALL_WORLD,
+        "seeds": "[0, 1]",
+        "sft.examples": 1000,
+        "preferences.pairs": 300,
+        "direct.epochs": 1,
+        "evaluation.reward_pairs": 100,
         "evaluation.checkpoints": "[0.5]",
-    }  # fmt: skip
+    }
     words = [f"--{key}={value}" for key, value in sizes.items()]
     return load_experiment("exact", [*words, *overrides], quick=False)
 
@@ -247,7 +248,7 @@ def test_regret_in_the_results_is_that_of_the_rows(finished: Path):
     ):
         assert gold is not None
         assert nats is not None
-        assert found == pytest.approx(regret(listed, 0.5, gold, nats), abs=1e-9)
+        assert found == pytest.approx(World(listed).regret(0.5, gold, nats), abs=1e-9)
 
 
 def test_rows_of_a_finite_task_are_one_column_of_its_prompts(

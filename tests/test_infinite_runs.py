@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.exact import regret
+from benchmarks.exact import World
 from benchmarks.experiment import load_experiment
 from benchmarks.results import Method, Results
 from benchmarks.run import run_experiment
@@ -26,7 +26,7 @@ def attained(runs: Path, arm: str) -> float:
     results = Results.model_validate(read_json(runs / "infinite" / "results.json"))
     (listed,) = (runs / ".stages").glob("listing-*")
     method, sft = results.methods[arm], results.methods["sft"]
-    start = regret(listed, beta(method), sft.gold.mean or 0.0, 0.0)
+    start = World(listed).regret(beta(method), sft.gold.mean or 0.0, 0.0)
     assert method.regret.mean is not None
     return 1 - method.regret.mean / start
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from checks import close
+from checks import SMALL_WORLD, close
 
 from benchmarks.experiment import load_experiment
 from benchmarks.regret import STEPS, at, curve, markdown, measure, picture
@@ -16,13 +16,14 @@ from shared.stages import read_json
 
 EXACT = load_experiment("exact", [], quick=False)
 SMALL = {
-    "task.exact.words": 3, "task.exact.prompts": 4, "task.exact.cap": 3, "threads": 1,
-    "sampling.max_new_tokens": 3, "model.hidden_size": 32, "model.layers": 1, "workers": 1,
-    "seeds": "[0]", "sft.examples": 500, "ppo.episodes": 1024, "reward.batch_size": 64,
-    "evaluation.prompts": 4, "evaluation.validation_prompts": 4, "evaluation.scale_prompts": 4,
-    "evaluation.scale_samples": 20, "evaluation.reward_pairs": 50, "direct.batch_size": 64,
+    **SMALL_WORLD,
+    "seeds": "[0]",
+    "sft.examples": 500,
     "preferences.held_out_pairs": 16,
-}  # fmt: skip
+    "reward.batch_size": 64,
+    "direct.batch_size": 64,
+    "evaluation.reward_pairs": 50,
+}
 
 
 @pytest.mark.parametrize("beta", [0.1, 1.0])
