@@ -26,6 +26,7 @@ from rlhf.rollout import (
     score_rollout,
     token_entropy,
     value_model,
+    with_zero_head,
 )
 from shared.cost import Meter
 from shared.fit import OptimizerConfig
@@ -202,6 +203,10 @@ def test_the_value_model_starts_as_the_normalised_score(
     reward = load_scalar_model(reward_folder)
     raw = token_scalars(actors.value.model, batch) * stored["scale"] + stored["offset"]
     close(raw, token_scalars(reward, batch))
+
+
+def test_without_a_reward_model_the_value_model_starts_at_0(policy_folder: Path, rollout):
+    assert state_values(with_zero_head(policy_folder), rollout[0].sequences).abs().max() == 0.0
 
 
 def test_a_value_looks_at_the_tokens_before_its_own(actors: Actors, rollout):

@@ -87,6 +87,23 @@ def test_swapped_labels_teach_the_opposite(
     assert ((mine[:, 0] > mine[:, 1]) != (theirs[:, 0] > theirs[:, 1])).float().mean() > 0.9
 
 
+def test_a_pair_and_its_mirror_with_the_opposite_probability_teach_the_same(
+    tmp_path: Path, policy_folder: Path, preferences_folder: Path, references: Path
+):
+    pairs = read_pairs(preferences_folder / "train.jsonl")
+    swapped = [p._replace(chosen_ids=p.rejected_ids, rejected_ids=p.chosen_ids) for p in pairs]
+    scores = []
+    for name, rows, p in (("pairs", pairs, 0.8), ("mirrored", swapped, 0.2)):
+        (tmp_path / name).mkdir()
+        write_jsonl(tmp_path / name / "train.jsonl", [r._replace(p=p)._asdict() for r in rows])
+        model = trained(tmp_path / f"{name}-reward", policy_folder, tmp_path / name, references)
+        texts = [r.prompt_ids + c for r in pairs for c in (r.chosen_ids, r.rejected_ids)]
+        scores.append(plain_scores(model, texts))
+    close(*scores, 1e-3)
+    margin = (scores[0].view(-1, 2) @ torch.tensor([1.0, -1.0])).mean()
+    close(margin, torch.tensor(0.8).logit(), 0.4)
+
+
 def test_scores_of_sft_samples_have_mean_0_and_a_deviation_of_1_within_prompts(
     reward: Path, references: Path
 ):
