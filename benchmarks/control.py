@@ -24,7 +24,7 @@ from benchmarks.results import Estimate, Results
 from benchmarks.run import run_experiment
 from benchmarks.statistics import seed_interval
 from shared.config import InputError
-from shared.stages import read_json, write_json
+from shared.stages import output_folder, read_json, write_json
 
 LABELS = ("bradley-terry", "shuffled")
 KEYS = ("gain_true", "gain_shuffled", "gain_shuffled_simultaneous", "difference")
@@ -50,6 +50,7 @@ def control_with(overrides: list[str]) -> Callable[..., bool]:
             out: where the two files go.
         """
         name = load_experiment(file, overrides, quick=False).name
+        output_folder(out)
         gains = {labels: _gains(_labelled(file, overrides, labels), runs) for labels in LABELS}
         methods = compare_gains(gains["bradley-terry"], gains["shuffled"])
         command = shlex.join(["python", "-m", "benchmarks.control", file, *overrides])

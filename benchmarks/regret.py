@@ -29,7 +29,7 @@ from benchmarks.results import Estimate, Method, Results
 from benchmarks.run import run_experiment
 from benchmarks.statistics import seed_interval
 from shared.config import InputError
-from shared.stages import Stages, read_json, write_json
+from shared.stages import Stages, output_folder, read_json, write_json
 
 PAIRS = (100, 1_000, 10_000, 100_000)
 BETAS = (0.2, 0.5, 1.0)
@@ -214,6 +214,7 @@ def regret_with(overrides: list[str]):
             out: where the four files go.
         """
         base = load_experiment(file, overrides, quick=False)
+        output_folder(out)
         beta, many = betas[len(betas) // 2], pairs[max(0, len(pairs) - 2)]
         grid = [(n, beta) for n in pairs] + [(many, b) for b in betas if b != beta]
         points = [point for n, b in grid for point in measure(base, n, b, runs)]

@@ -15,9 +15,8 @@ from benchmarks.experiment import Experiment
 from benchmarks.process import run_side_by_side, set_up_process, stage_context
 from benchmarks.report.build import draw_report
 from benchmarks.summary import summarise
-from shared.config import InputError
 from shared.fit import checkpoint_steps, steps_of
-from shared.stages import Stages
+from shared.stages import Stages, output_folder
 
 OTHERS = ("experiment.json", "samples.json", "curves.json")
 
@@ -27,11 +26,7 @@ def run_experiment(experiment: Experiment, runs: Path) -> Path:
 
     Stages lie in `runs/.stages` and are shared by all runs below `runs`.
     """
-    folder = runs / experiment.name
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"{folder}: cannot make this folder: {error.strerror}") from error
+    folder = output_folder(runs / experiment.name)
     set_up_process(experiment.threads)
     with progress(stage_count(experiment)) as say:
         stages = Stages(runs / ".stages", say, stage_context())

@@ -22,6 +22,8 @@ from typing import Any
 
 from pydantic import BaseModel
 
+from shared.config import InputError
+
 PACKAGES = ("shared", "rlhf", "dpo", "benchmarks")
 
 
@@ -111,6 +113,15 @@ def code_hash(module: str) -> str:
                 found[str(beside.name)] = _sha256(beside)
         queue.extend(_project_imports(tree))
     return _digest(found)
+
+
+def output_folder(folder: Path) -> Path:
+    """`folder`, made if need be; InputError if it cannot be: before work starts, not after."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"{folder}: cannot make this folder: {error.strerror}") from error
+    return folder
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -1,9 +1,15 @@
 """The shuffled-label control's verdict."""
 
+from pathlib import Path
+
 import numpy as np
+import pytest
 from scipy import stats
 
-from benchmarks.control import compare_gains
+import benchmarks.control
+from benchmarks.control import compare_gains, control_with
+from shared.config import InputError
+from shared.stages import read_json
 
 NEAR_ZERO = [-0.02, 0.03, 0.01, -0.01, 0.02]
 ABOVE = [0.41, 0.39, 0.45, 0.40, 0.38]
@@ -47,3 +53,21 @@ def test_limits_for_many_methods_hold_together():
         verdicts = compare_gains(true, shuffled).values()
         failed += not all(v["holds"] for v in verdicts)
     assert 0.02 < failed / 400 < 0.09
+
+
+def test_the_tables_go_to_a_folder_that_is_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    gains = iter([{"dpo": ABOVE}, {"dpo": NEAR_ZERO}])
+    monkeypatch.setattr(benchmarks.control, "_gains", lambda experiment, runs: next(gains))
+    out = tmp_path / "a" / "new" / "one"
+    assert control_with(["--name", "mine"])(out=out)
+    assert read_json(out / "mine.json")["methods"]["dpo"]["gain_true"]["per_seed"] == ABOVE
+    assert "| dpo |" in (out / "mine.md").read_text()
+
+
+def test_a_folder_that_cannot_be_made_is_told_before_anything_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(benchmarks.control, "_gains", lambda *_: pytest.fail("it ran"))
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match=r"file.out: cannot make this folder: Not a directory"):
+        control_with([])(out=tmp_path / "file" / "out")
