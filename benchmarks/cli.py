@@ -3,17 +3,21 @@
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import tyro
 
 from benchmarks.doctor.examine import report as report_findings
 from benchmarks.doctor.patient import admit
 from benchmarks.experiment import Experiment, load_experiment
+from benchmarks.process import set_up_process
 from benchmarks.report.build import build_report
 from benchmarks.run import run_experiment
+from benchmarks.speed import measure, table
 from shared.config import InputError
 from shared.fit import Diverged
+from shared.generation.engine import Dtype, EngineLost, StaleEngine
+from shared.generation.server import become_server
 
 Argument = tyro.conf.Positional
 
@@ -28,12 +32,14 @@ def main() -> None:
             "compare": compare_with(overrides),
             "doctor": doctor_with(overrides),
             "report": report,
+            "serve": serve,
+            "speed": speed,
         }
         tyro.extras.subcommand_cli_from_dict(commands, args=words, prog="klash")
     except InputError as error:
         print(f"klash: {error}", file=sys.stderr)
         sys.exit(2)
-    except Diverged as error:
+    except (Diverged, EngineLost, StaleEngine) as error:
         print(f"klash: stopped: {error}", file=sys.stderr)
         sys.exit(1)
 
@@ -98,6 +104,45 @@ def report(run: Annotated[Path, Argument], /) -> None:
     if not (run / "results.json").is_file():
         raise InputError(f"{run}: no results.json here; `klash compare` writes it")
     print(f"report: {build_report(run)}")
+
+
+def serve(
+    model: Annotated[Path, Argument],
+    /,
+    host: str = "127.0.0.1",
+    port: int = 8000,
+    dtype: Dtype = "float32",
+    transfer: Literal["file", "nccl"] = "file",
+) -> None:
+    """A vLLM server for `--generation.server`: it samples, and takes the policy's weights over.
+
+    Args:
+        model: a transformers folder of the policy's architecture, such as the SFT model.
+        host: where it listens; whoever reaches it can replace its weights.
+        port: likewise.
+        dtype: of weights and arithmetic, as `generation.dtype`.
+        transfer: how weights come, as `generation.transfer`.
+    """
+    become_server(model, host=host, port=port, dtype=dtype, transfer=transfer)
+
+
+def speed(
+    work: Annotated[tuple[str, ...], Argument] = (),
+    /,
+    rounds: int = 4,
+    threads: int = 2,
+    runs: Path = Path("runs"),
+) -> None:
+    """Ours beside the peers', in turn in one run: RUNS/speed/speed.json and speed.md.
+
+    Args:
+        work: what to compare (generation); all if none is named.
+        rounds: measured turns of each side.
+        threads: of both sides.
+        runs: the folder of all runs.
+    """
+    set_up_process(threads)
+    print(table(measure(work, runs, rounds)))
 
 
 def split_overrides(words: list[str]) -> tuple[list[str], list[str]]:

@@ -9,6 +9,7 @@ Every line of it that starts with `run(` is a stage: skipped when its folder is 
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -113,14 +114,21 @@ def timed_seeds(experiment: Experiment) -> list[int]:
     return list(experiment.seeds if experiment.workers == 1 else experiment.seeds[:1])
 
 
+def drawing(experiment: Experiment) -> dict[str, Any]:
+    """What every stage that samples is told: at what temperature and length, with which engine."""
+    return {"sampling": experiment.sampling, "generation": experiment.generation}
+
+
 def prepare_start(experiment: Experiment, run: Run) -> tuple[Path, Path]:
     """(the SFT model, samples of it on which reward models are centred and scaled)."""
     e, seed = experiment.evaluation, experiment.task_seed
-    task, sampling = experiment.task, experiment.sampling
-    sft = run("sft", train_sft, task=task, model=experiment.model, sft=experiment.sft, seed=seed)
+    sft = run(
+        "sft", train_sft,
+        task=experiment.task, model=experiment.model, sft=experiment.sft, seed=seed,
+    )  # fmt: skip
     return sft, run(
         "reference-samples", sample_reference, label="samples for score scale",
-        task=task, policy=sft, sampling=sampling, seed=seed,
+        task=experiment.task, policy=sft, seed=seed, **drawing(experiment),
         split="validation", prompts=e.scale_prompts, per_prompt=e.scale_samples,
     )  # fmt: skip
 
@@ -129,22 +137,19 @@ def prepare_common(experiment: Experiment, run: Run) -> Common:
     """SFT, and the samples that scales, frontier and reward-model tests are read from."""
     e = experiment.evaluation
     sft, scale_samples = prepare_start(experiment, run)
-    of_sft = {
-        "task": experiment.task,
-        "policy": sft,
-        "sampling": experiment.sampling,
-        "seed": experiment.task_seed,
-    }
+    of_sft = {"task": experiment.task, "policy": sft, "seed": experiment.task_seed}
+    drawn = {**of_sft, **drawing(experiment)}
     return Common(
         sft=sft,
         scale_samples=scale_samples,
         frontier_samples=run(
-            "listing", list_reference, label="all completions", **of_sft
+            "listing", list_reference, label="all completions", **of_sft,
+            sampling=experiment.sampling,
         ) if experiment.task.finite else run(
-            "reference-samples", sample_reference, label="samples for frontier", **of_sft,
+            "reference-samples", sample_reference, label="samples for frontier", **drawn,
             split="test", prompts=e.near_prompts, per_prompt=e.frontier_samples,
         ),
-        reward_test=run("reward-test", make_reward_test, **of_sft, pairs=e.reward_pairs),
+        reward_test=run("reward-test", make_reward_test, **drawn, pairs=e.reward_pairs),
     )  # fmt: skip
 
 
@@ -154,8 +159,8 @@ def prepare_reward(
     """(preferences, reward model) of one seed."""
     preferences = run(
         "preferences", make_preferences, label=f"preferences, seed {seed}",
-        task=experiment.task, policy=sft, data=experiment.preferences,
-        sampling=experiment.sampling, seed=seed,
+        task=experiment.task, policy=sft, data=experiment.preferences, seed=seed,
+        **drawing(experiment),
     )  # fmt: skip
     return preferences, run(
         "reward", train_reward, label=f"reward model, seed {seed}",
@@ -246,7 +251,7 @@ def train(
         folder = run(
             "ppo", train_ppo, **inputs, reward_model=None if arm.gold else seed.reward,
             task=experiment.task, ppo=experiment.ppo, kl_coef=setting["kl_coef"],
-            sampling=experiment.sampling,
+            **drawing(experiment),
         )  # fmt: skip
         return folder, ((folder,) if arm.gold else (seed.reward, folder))
     data = {
@@ -259,7 +264,7 @@ def train(
         filtering = experiment.filtering.model_copy(update={"random": arm.random})
         folder = run(
             "filtered", train_filtered, **inputs, **data, reward_model=seed.reward,
-            filtering=filtering, sampling=experiment.sampling,
+            filtering=filtering, **drawing(experiment),
         )  # fmt: skip
         return folder, (seed.reward, seed.reference, folder)
     mismatched = seed.mismatched if arm.loss in UNPAIRED else None
@@ -312,7 +317,7 @@ def evaluate_model(
         preferences=preferences, task=experiment.task, split=split,
         prompts=e.prompts if split == "test" else e.validation_prompts,
         samples=e.samples if whole else e.checkpoint_samples,
-        sampling=experiment.sampling, prompt_seed=experiment.task_seed, seed=seed,
+        **drawing(experiment), prompt_seed=experiment.task_seed, seed=seed,
         listed=_listed(experiment, common, split),
     )  # fmt: skip
 
@@ -333,7 +338,7 @@ def evaluate_n(
         ref=common.sft, reward_model=seed.reward, n=int(setting["n"]), task=experiment.task,
         split=split, prompts=e.prompts if split == "test" else e.validation_prompts,
         samples=e.samples if split == "test" else e.checkpoint_samples,
-        sampling=experiment.sampling, prompt_seed=experiment.task_seed, seed=seed.seed,
+        **drawing(experiment), prompt_seed=experiment.task_seed, seed=seed.seed,
         listed=_listed(experiment, common, split),
     )  # fmt: skip
 

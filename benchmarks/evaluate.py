@@ -10,7 +10,7 @@ from benchmarks.exact import World
 from rlhf.best_of_n import best_of_n
 from shared.cost import Meter
 from shared.generation.engine import Completions, Sampling
-from shared.generation.hf import HFEngine
+from shared.generation.start import TRANSFORMERS, GenerationConfig, make_engine
 from shared.kl import exact_kl, k1, k3, masked_sum
 from shared.logprobs import completion_logits, gather_logprobs, score_logps
 from shared.models import Scorer, load_policy, load_tokenizer, special_ids
@@ -38,6 +38,7 @@ def evaluate(
     prompt_seed: int,
     seed: int,
     listed: Path | None,
+    generation: GenerationConfig = TRANSFORMERS,
 ) -> None:
     """Stage: `rows.jsonl`, and `displacement.json` where there are held-out `preferences`.
 
@@ -46,7 +47,7 @@ def evaluate(
     """
     tokenizer, source = load_tokenizer(ref), make_task(task)
     model, ref_model = load_policy(policy / checkpoint).eval(), load_policy(ref).eval()
-    engine = HFEngine(model, special_ids(tokenizer))
+    engine = make_engine(generation, model, special_ids(tokenizer), policy / checkpoint)
     texts = source.prompts(split, prompts, prompt_seed)
     ids = [tokenizer(text).input_ids for text in texts]
     many = [p for p in ids for _ in range(samples)]
@@ -84,13 +85,15 @@ def evaluate_best_of_n(
     prompt_seed: int,
     seed: int,
     listed: Path | None,
+    generation: GenerationConfig = TRANSFORMERS,
 ) -> None:
     """Stage: `rows.jsonl` of the reward model's favourites among `n` reference samples. No KL,
     unless all completions are `listed`: then it is exact, ties included.
 
     Its cost is that of answering the test prompts: this arm pays when it is used."""
     tokenizer, source, meter = load_tokenizer(ref), make_task(task), Meter()
-    engine, scorer = HFEngine(load_policy(ref), special_ids(tokenizer)), Scorer(reward_model)
+    model, scorer = load_policy(ref).eval(), Scorer(reward_model)
+    engine = make_engine(generation, model, special_ids(tokenizer), ref)
     meter.models_held = 2
     texts = source.prompts(split, prompts, prompt_seed)
     ids = [tokenizer(text).input_ids for text in texts]
@@ -167,12 +170,13 @@ def measure_kl(
     sums = {name: torch.zeros(len(prompts)) for name in ("kl", "k1", "k3")}
     for rows in by_length([len(c) for c in completions], batch_size):
         batch = collate([prompts[i] for i in rows], [completions[i] for i in rows], pad_id)
+        batch = batch.to(model.device)
         logits, ref_logits = (completion_logits(m, batch) for m in (model, ref_model))
         logprobs, ref_logprobs = (gather_logprobs(z, batch) for z in (logits, ref_logits))
         index = torch.tensor(rows)
-        sums["kl"][index] = batch.spread(exact_kl(logits, ref_logits)).sum(1)
-        sums["k1"][index] = masked_sum(k1(logprobs, ref_logprobs), batch.mask)
-        sums["k3"][index] = masked_sum(k3(logprobs, ref_logprobs), batch.mask)
+        sums["kl"][index] = batch.spread(exact_kl(logits, ref_logits)).sum(1).cpu()
+        sums["k1"][index] = masked_sum(k1(logprobs, ref_logprobs), batch.mask).cpu()
+        sums["k3"][index] = masked_sum(k3(logprobs, ref_logprobs), batch.mask).cpu()
     return {name: values.tolist() for name, values in sums.items()}
 
 

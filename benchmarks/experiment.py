@@ -11,6 +11,7 @@ from rlhf.ppo import PPOConfig
 from rlhf.reward import RewardConfig
 from shared.config import Config, InputError, load
 from shared.generation.engine import Sampling
+from shared.generation.start import GenerationConfig
 from shared.models import ModelConfig
 from shared.preferences import PreferenceConfig
 from shared.sft import SftConfig
@@ -105,6 +106,7 @@ class Experiment(Config):
     task: TaskConfig = TaskConfig()
     model: ModelConfig = ModelConfig()
     sampling: Sampling = Sampling()
+    generation: GenerationConfig = GenerationConfig()
     sft: SftConfig = SftConfig()
     preferences: PreferenceConfig = PreferenceConfig()
     reward: RewardConfig = RewardConfig()

@@ -16,8 +16,8 @@ from torch import Tensor
 from dpo.train import Dataset, DirectConfig, finish, with_setting
 from shared.config import Config
 from shared.fit import Diverged, prepare, steps_of
-from shared.generation.engine import Sampling
-from shared.generation.hf import HFEngine
+from shared.generation.engine import Engine, Sampling
+from shared.generation.start import TRANSFORMERS, GenerationConfig, make_engine
 from shared.models import Scorer, load_policy, save, special_ids
 from shared.stages import write_json, write_jsonl
 
@@ -43,6 +43,7 @@ def train_filtered(
     sampling: Sampling,
     checkpoints: Sequence[float],
     seed: int,
+    generation: GenerationConfig = TRANSFORMERS,
 ) -> None:
     """Stage: a policy trained by DPO on what the reward model keeps; `audit.jsonl` tells why.
 
@@ -53,7 +54,8 @@ def train_filtered(
     direct, micro_batch_size = with_setting(direct, setting), direct.micro_batch_size
     data = Dataset(policy, preferences, reference, None, "dpo", setting, micro_batch_size)
     model, scorer = load_policy(policy), Scorer(reward_model)
-    engine = HFEngine(model, special_ids(data.tokenizer))
+    special = special_ids(data.tokenizer)
+    engine = make_engine(generation, model, special, policy, sampling.temperature)
     data.meter.models_held = 2
     trainee = None
     kept = list(range(len(data.pairs)))
@@ -61,6 +63,7 @@ def train_filtered(
     for epoch in range(filtering.epochs):
         draw = sampling.model_copy(update={"seed": seed * 1000 + epoch})
         with data.meter.phase("filter"):
+            engine.sync()
             rows, floor_bound = judge(data, engine, scorer, kept, filtering, draw)
         kept = [row["pair"] for row in rows if row["kept"]]
         audit += [{"epoch": epoch, "id": data.pairs[row.pop("pair")].id, **row} for row in rows]
@@ -88,7 +91,7 @@ def train_filtered(
 
 def judge(
     data: Dataset,
-    engine: HFEngine,
+    engine: Engine,
     scorer: Scorer,
     pairs: list[int],
     filtering: FilterConfig,

@@ -4,13 +4,12 @@ import torch
 from torch import Tensor
 
 from shared.cost import Meter, forward_flops
-from shared.generation.engine import Completions, Sampling
-from shared.generation.hf import HFEngine
+from shared.generation.engine import Completions, Engine, Sampling
 from shared.models import Scorer
 
 
 def best_of_n(
-    engine: HFEngine,
+    engine: Engine,
     scorer: Scorer,
     prompts: list[list[int]],
     n: int,
@@ -29,4 +28,4 @@ def best_of_n(
     meter.generation(engine.model, *lengths)
     meter.flops += forward_flops(scorer.model, [sum(pair) for pair in zip(*lengths, strict=True)])
     best = scores.view(len(prompts), n).argmax(1) + n * torch.arange(len(prompts))
-    return Completions([drawn.ids[i] for i in best], [drawn.truncated[i] for i in best])
+    return drawn.rows(best.tolist())

@@ -68,13 +68,20 @@ def whiten(values: Tensor, mask: Tensor, *, shift_mean: bool = True) -> Tensor:
 
 
 def policy_loss(
-    logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, mask: Tensor, *, clip: float
+    logprobs: Tensor,
+    old_logprobs: Tensor,
+    advantages: Tensor,
+    mask: Tensor,
+    *,
+    clip: float,
+    weights: Tensor | None = None,
 ) -> tuple[Tensor, dict[str, float]]:
     """PPO's clipped objective, Schulman et al. 2017, eq. 7 (arXiv:1707.06347), token mean.
 
         loss = mean max(-A rho, -A clip(rho, 1 - clip, 1 + clip)),  rho = exp(logprob - old)
 
-    The gradient is 0 where A > 0 and rho > 1 + clip, or A < 0 and rho < 1 - clip.
+    The gradient is 0 where A > 0 and rho > 1 + clip, or A < 0 and rho < 1 - clip. `weights` (B, T)
+    multiply each token's term: importance weights where another distribution sampled.
     """
     log_ratio = (logprobs - old_logprobs).masked_fill(~mask, 0.0)
     ratio = log_ratio.exp()
@@ -86,7 +93,8 @@ def policy_loss(
             "ppo/policy/approxkl": masked_mean(torch.expm1(log_ratio) - log_ratio, mask).item(),
             "ppo/policy/ratio": masked_mean(ratio, mask).item(),
         }
-    return masked_mean(torch.maximum(unclipped, clipped), mask), numbers
+    losses = torch.maximum(unclipped, clipped)
+    return masked_mean(losses if weights is None else weights * losses, mask), numbers
 
 
 def value_loss(

@@ -8,6 +8,7 @@ make the sampled distribution differ from the one that is scored.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -16,11 +17,21 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from rlhf.losses import gae, policy_loss, shaped_rewards, value_loss, whiten
-from rlhf.rollout import Actors, GoldScorer, Rollout, make_actors, rollout_numbers, score_rollout
+from rlhf.pause import pause, take_up
+from rlhf.rollout import (
+    Actors,
+    GoldScorer,
+    Rollout,
+    compare_engine,
+    make_actors,
+    rollout_numbers,
+    score_rollout,
+)
 from shared.config import Config
 from shared.cost import Meter
 from shared.fit import Diverged, OptimizerConfig, batches, checkpoint_steps, step
-from shared.generation.engine import Sampling
+from shared.generation.engine import EngineLost, Sampling
+from shared.generation.start import TRANSFORMERS, GenerationConfig
 from shared.kl import k1
 from shared.logprobs import token_logprobs
 from shared.models import load_tokenizer, save, state_values
@@ -32,8 +43,9 @@ from shared.tasks.registry import TaskConfig, make_task
 class PPOConfig(Config):
     """`kl_coef` is in score units (SFT within-prompt deviations) per nat.
 
-    With `kl_target` (nats a sequence) the coefficient adapts, else it stays. `max_approx_kl` ends
-    one update's epochs early; `max_kl` ends the run.
+    With `kl_target` (nats a sequence) the coefficient adapts, else it stays. `importance_cap` turns
+    on truncated importance weights, for an engine that samples from slightly other probabilities
+    than the policy's. `max_approx_kl` ends one update's epochs early; `max_kl` ends the run.
     """
 
     episodes: int = Field(default=10240, gt=0)
@@ -53,6 +65,7 @@ class PPOConfig(Config):
     value_clip: float = Field(default=0.2, gt=0)
     whiten_rewards: bool = False
     missing_eos_penalty: float = Field(default=1.0, ge=0)
+    importance_cap: float | None = Field(default=None, gt=0)
     max_approx_kl: float = Field(default=0.1, gt=0)
     max_kl: float = Field(default=60.0, gt=0)
 
@@ -90,32 +103,43 @@ def train_ppo(
     sampling: Sampling,
     checkpoints: Sequence[float],
     seed: int,
+    generation: GenerationConfig = TRANSFORMERS,
 ) -> None:
     """Stage: the policy after PPO in `final`, on the way in `checkpoint-<update>`, and its log.
 
-    Without a `reward_model` the reward is the task's gold.
+    Without a `reward_model` the reward is the task's gold. If the engine is lost, the next attempt
+    goes on from the last update.
     """
     tokenizer, meter = load_tokenizer(policy), Meter()
     updates = max(1, ppo.episodes // ppo.rollout_size)
     steps = updates * ppo.epochs * -(-ppo.rollout_size // ppo.minibatch_size)
     optimizers = ppo.optimizer, ppo.value_optimizer
     judge = reward_model or GoldScorer(make_task(task), tokenizer)
-    actors = make_actors(policy, judge, *optimizers, steps, sampling.temperature, meter)
+    start = steps, sampling.temperature, meter, generation
+    actors = make_actors(policy, judge, *optimizers, *start)
+    kl_coef, log = take_up(folder, actors, kl_coef)
     controller = KLController(kl_coef, ppo.kl_target, ppo.kl_horizon)
-    prompts = prompt_stream(tokenizer, task, ppo, seed)
+    prompts = islice(prompt_stream(tokenizer, task, ppo, seed), len(log), None)
     save_after = checkpoint_steps(updates, checkpoints)
-    log, stopped, failure = [], False, ""
-    for update in range(1, updates + 1):
-        # 1. sample a completion for each prompt of the batch
+    stopped, failure = False, ""
+    for update in range(len(log) + 1, updates + 1):
+        # 1. sample a completion for each prompt of the batch, from the policy as it is now
         with meter.phase("generate"):
             draw = sampling.model_copy(update={"seed": seed * 100_000 + update})
             batch = next(prompts)
-            completions = actors.engine.generate(batch, draw)
+            try:
+                apart = {"generation/sync_difference": actors.engine.sync()}
+                completions = actors.engine.generate(batch, draw)
+            except EngineLost as error:
+                pause(folder, actors, controller.coef, log)
+                raise EngineLost(f"PPO, update {update} of {updates}: {error}") from error
             lengths = [*map(len, batch)], [*map(len, completions.ids)]
             meter.generation(actors.policy.model, *lengths)
         # 2. score it: reward model, reference, value model, and the policy that sampled
         with meter.phase("score"):
             rollout, scores, entropy = score_rollout(actors, batch, completions.ids)
+            cap = ppo.importance_cap
+            rollout, mismatch = compare_engine(rollout, completions.logprobs, cap)
         # 3. a completion without EOS pays for it
         truncated = torch.tensor(completions.truncated, device=scores.device)
         penalised = scores - ppo.missing_eos_penalty * truncated
@@ -141,7 +165,7 @@ def train_ppo(
         numbers["objective/rlhf_reward"] = (penalised - controller.coef * kl.sum(1)).mean().item()
         numbers["objective/entropy"] = entropy
         numbers["ppo/kl_coef"] = controller.coef
-        log.append({"episodes": update * ppo.rollout_size, **numbers})
+        log.append({"episodes": update * ppo.rollout_size, **numbers, **apart, **mismatch})
         controller.update(sequence_kl, ppo.rollout_size)
         if update in save_after:
             save(actors.policy.model, tokenizer, folder / f"checkpoint-{update}")
@@ -175,7 +199,8 @@ def update_models(actors: Actors, rollout: Rollout, ppo: PPOConfig, seed: int) -
         actors.meter.forward(model, part.sequences, backward=True)
         mask = part.sequences.mask
         logprobs = token_logprobs(model, part.sequences, actors.temperature)
-        return policy_loss(logprobs, part.logprobs, part.advantages, mask, clip=ppo.clip)
+        told = part.logprobs, part.advantages, mask
+        return policy_loss(logprobs, *told, clip=ppo.clip, weights=part.weights)
 
     def value(model: PreTrainedModel, part: Rollout) -> tuple[Tensor, dict[str, float]]:
         actors.meter.forward(model, part.sequences, backward=True)

@@ -11,8 +11,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from rlhf.losses import explained_variance
 from shared.cost import Meter
 from shared.fit import OptimizerConfig, Trainee, prepare
-from shared.generation.hf import HFEngine
-from shared.kl import k1, k3, masked_sum
+from shared.generation.engine import Engine
+from shared.generation.start import TRANSFORMERS, GenerationConfig, make_engine
+from shared.kl import k1, k3, masked_mean, masked_sum
 from shared.logprobs import completion_logits, gather_logprobs, token_logprobs
 from shared.models import (
     Scorer,
@@ -37,6 +38,7 @@ class Rollout(NamedTuple):
     values: Tensor  # (B, T)
     advantages: Tensor  # (B, T)
     returns: Tensor  # (B, T)
+    weights: Tensor  # (B, T) of importance: the policy against the engine that sampled for it
 
     def rows(self, index: Tensor) -> "Rollout":
         """Some episodes, cut to their longest prompt and completion."""
@@ -78,7 +80,7 @@ class Actors:
     value: Trainee
     ref: PreTrainedModel
     scorer: Scorer | GoldScorer
-    engine: HFEngine
+    engine: Engine
     pad_id: int
     temperature: float
     meter: Meter
@@ -92,6 +94,7 @@ def make_actors(
     steps: int,
     temperature: float,
     meter: Meter,
+    generation: GenerationConfig = TRANSFORMERS,
 ) -> Actors:
     """Policy and reference from the SFT model, value model and scorer from the reward model.
 
@@ -107,7 +110,7 @@ def make_actors(
         scorer = Scorer(reward_model, device)
         value = value_model(reward_model, scorer)
     meter.models_held = 3 if scorer.model is None else 4
-    engine = HFEngine(trainee.model, ids)
+    engine = make_engine(generation, trainee.model, ids, policy, temperature)
     return Actors(
         policy=trainee,
         value=prepare(value, value_optimizer, steps),
@@ -151,7 +154,7 @@ def score_rollout(
     device = actors.policy.model.device
     whole = collate(prompts, completions, actors.pad_id).to(device)
     blank = torch.zeros(whole.mask.shape, device=device)
-    rollout = Rollout(whole, *(blank.clone() for _ in range(5)))
+    rollout = Rollout(whole, *(blank.clone() for _ in range(5)), weights=torch.ones_like(blank))
     scores, entropy = actors.scorer.score_all(prompts, completions).to(device), 0.0
     for group in by_length([len(c) for c in completions], 256):
         index = torch.tensor(group)
@@ -168,6 +171,29 @@ def score_rollout(
             if model is not None:
                 actors.meter.forward(model, batch)
     return rollout, scores, entropy / int(whole.mask.sum())
+
+
+def compare_engine(
+    rollout: Rollout, sampled: list[list[float]], cap: float | None
+) -> tuple[Rollout, dict[str, float]]:
+    """(rollout with importance weights, how far policy and engine are apart), token by token.
+
+    `sampled`: the engine's log-probabilities. A weight is min(cap, p_policy / p_engine), Yao et al.
+    2025, "Your efficient RL framework secretly brings you off-policy RL training"; without `cap`
+    it is 1.
+    """
+    mask, device = rollout.sequences.mask, rollout.logprobs.device
+    width = mask.shape[1]
+    engine = torch.tensor([row + [0.0] * (width - len(row)) for row in sampled], device=device)
+    log_ratio = (rollout.logprobs - engine).masked_fill(~mask, 0.0)
+    numbers = {
+        "generation/logprob_difference": masked_mean(log_ratio.abs(), mask).item(),
+        "generation/logprob_difference_max": log_ratio.abs().max().item(),
+    }
+    if cap is None:
+        return rollout, numbers
+    weights = log_ratio.exp().clamp(max=cap)
+    return rollout._replace(weights=weights), numbers
 
 
 def token_entropy(logits: Tensor) -> Tensor:

@@ -64,6 +64,13 @@ class Meter:
         lengths = [p + c for p, c in zip(prompts, completions, strict=True)]
         self.flops += forward_flops(model, lengths)
 
+    def state(self) -> dict[str, Any]:
+        """What `restore` goes on from, in another process too."""
+        return {**vars(self), "_start": time.perf_counter() - self._start}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        vars(self).update(state, _start=time.perf_counter() - state["_start"])
+
     def summary(self) -> dict[str, float | int | dict[str, float]]:
         return {
             "wall_s": time.perf_counter() - self._start,

@@ -20,6 +20,7 @@ from transformers import PreTrainedModel, get_scheduler
 from shared.config import Config
 
 T = TypeVar("T")
+STATEFUL = ("model", "optimizer", "scheduler")
 Loss = Callable[[PreTrainedModel, T], tuple[Tensor, dict[str, float]]]
 
 
@@ -65,6 +66,17 @@ def prepare(model: PreTrainedModel, config: OptimizerConfig, steps: int) -> Trai
     scheduler = get_scheduler(name, optimizer, math.ceil(config.warmup_share * steps), steps)
     model, optimizer = accelerator.prepare(model.train(), optimizer)
     return Trainee(model, optimizer, scheduler, accelerator, config.max_grad_norm)
+
+
+def state_of(trainee: Trainee) -> dict[str, Any]:
+    """Tensors and plain values from which training goes on as if it had not stopped."""
+    return {name: getattr(trainee, name).state_dict() for name in STATEFUL}
+
+
+def restore(trainee: Trainee, state: dict[str, Any]) -> None:
+    """What `state_of` gave, into a trainee that was prepared in the same way."""
+    for name in STATEFUL:
+        getattr(trainee, name).load_state_dict(state[name])
 
 
 def step(

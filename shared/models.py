@@ -60,7 +60,7 @@ def new_policy(
 
 def load_policy(folder: Path) -> PreTrainedModel:
     """A causal language model from a transformers folder, float32, dropout off."""
-    _require_model(folder)
+    require_model(folder)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     return let_pack(without_dropout(model))
 
@@ -137,7 +137,7 @@ def new_scalar_model(policy_folder: Path, seed: int) -> PreTrainedModel:
 
 def load_scalar_model(folder: Path) -> PreTrainedModel:
     """A one-label sequence classifier, float32, dropout off: a reward model or a value model."""
-    _require_model(folder)
+    require_model(folder)
     model = AutoModelForSequenceClassification.from_pretrained(
         folder, num_labels=1, dtype=torch.float32
     )
@@ -176,6 +176,7 @@ def state_values(model: PreTrainedModel, batch: Sequences) -> Tensor:
 
 def sequence_scores(model: PreTrainedModel, batch: Sequences) -> Tensor:
     """The raw score at each row's last token (EOS unless it was cut), found by length, (B,)."""
+    batch = batch.to(model.device)
     prompt_columns = batch.ids.shape[1] - batch.mask.shape[1]
     last = prompt_columns + batch.lengths - 1
     return token_scalars(model, batch).gather(1, last.unsqueeze(1)).squeeze(1)
@@ -218,7 +219,7 @@ def save_normalisation(folder: Path, offset: float, scale: float) -> None:
 
 def require_reward_model(folder: Path) -> None:
     """InputError unless `folder` holds a one-label classifier: a policy would get a random head."""
-    _require_model(folder)
+    require_model(folder)
     about = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     names = about.get("architectures") or []
     if not any(name.endswith("ForSequenceClassification") for name in names):
@@ -228,6 +229,7 @@ def require_reward_model(folder: Path) -> None:
         )
 
 
-def _require_model(folder: Path) -> None:
+def require_model(folder: Path) -> None:
+    """InputError unless `folder` looks like a transformers folder."""
     if not (folder / "config.json").is_file():
         raise InputError(f"{folder}: no model here (config.json is missing)")

@@ -13,6 +13,7 @@ from pydantic import Field
 
 from shared.config import Config, InputError
 from shared.generation.engine import Sampling
+from shared.generation.start import TRANSFORMERS, GenerationConfig
 from shared.samples import draw_samples, list_samples
 from shared.stages import read_jsonl, write_json, write_jsonl
 from shared.tasks.registry import TaskConfig, make_task
@@ -57,6 +58,7 @@ def make_preferences(
     data: PreferenceConfig,
     sampling: Sampling,
     seed: int,
+    generation: GenerationConfig = TRANSFORMERS,
 ) -> None:
     """Stage: `train.jsonl` and `held_out.jsonl`, samples of `policy` in labelled pairs.
 
@@ -70,7 +72,9 @@ def make_preferences(
     if data.listed:
         drawn = list_pairs(task, policy, prompts, sampling, seed)
     else:
-        drawn = sample_pairs(task, policy, "preference", prompts, sampling, seed, data.per_prompt)
+        drawn = sample_pairs(
+            task, policy, "preference", prompts, sampling, seed, generation, data.per_prompt
+        )
     labelled = label(drawn, make_task(task), data.labels, rng)
     pairs, dropped = clean(labelled, repeats=task.finite)
     train = pairs[: data.pairs]
@@ -103,10 +107,16 @@ def label(drawn: Sequence[Pair], task: Task, labels: str, rng: np.random.Generat
 
 
 def make_reward_test(
-    folder: Path, task: TaskConfig, policy: Path, pairs: int, sampling: Sampling, seed: int
+    folder: Path,
+    task: TaskConfig,
+    policy: Path,
+    pairs: int,
+    sampling: Sampling,
+    seed: int,
+    generation: GenerationConfig = TRANSFORMERS,
 ) -> None:
     """Stage: `pairs.jsonl`, unlabelled pairs of other prompts, to examine reward models on."""
-    drawn = sample_pairs(task, policy, "reward-test", pairs, sampling, seed)
+    drawn = sample_pairs(task, policy, "reward-test", pairs, sampling, seed, generation)
     write_jsonl(folder / "pairs.jsonl", [p._asdict() for p in drawn])
 
 
@@ -117,10 +127,12 @@ def sample_pairs(
     prompts: int,
     sampling: Sampling,
     seed: int,
+    generation: GenerationConfig,
     per_prompt: int = 1,
 ) -> list[Pair]:
     """`per_prompt` pairs of samples for each prompt with their gold scores, in the order drawn."""
-    rows = draw_samples(task, policy, split, prompts, 2 * per_prompt, sampling, seed, seed)
+    counts = prompts, 2 * per_prompt
+    rows = draw_samples(task, policy, split, *counts, sampling, seed, seed, generation)
     return [
         Pair(
             id=f"{split}-{seed}-{number * per_prompt + first // 2}",

@@ -7,7 +7,7 @@ import torch
 
 from shared.config import InputError
 from shared.generation.engine import Sampling
-from shared.generation.hf import HFEngine
+from shared.generation.start import TRANSFORMERS, GenerationConfig, make_engine
 from shared.listing import Listing, list_completions, listed_logps
 from shared.models import load_policy, load_tokenizer, special_ids
 from shared.stages import read_json, read_jsonl, write_json, write_jsonl
@@ -33,12 +33,14 @@ def draw_samples(
     sampling: Sampling,
     seed: int,
     prompt_seed: int,
+    generation: GenerationConfig = TRANSFORMERS,
 ) -> list[PromptSamples]:
     """`per_prompt` samples of each of `prompts` prompts; `prompt_seed` chooses the prompts."""
     source, tokenizer = make_task(task), load_tokenizer(policy)
     texts = source.prompts(split, prompts, prompt_seed)
     ids = [tokenizer(text).input_ids for text in texts]
-    engine = HFEngine(load_policy(policy), special_ids(tokenizer))
+    model, special = load_policy(policy).eval(), special_ids(tokenizer)
+    engine = make_engine(generation, model, special, policy, sampling.temperature)
     many = [i for i in range(prompts) for _ in range(per_prompt)]
     sampling = sampling.model_copy(update={"seed": seed})
     drawn = engine.generate([ids[i] for i in many], sampling).ids
@@ -60,9 +62,11 @@ def sample_reference(
     per_prompt: int,
     sampling: Sampling,
     seed: int,
+    generation: GenerationConfig = TRANSFORMERS,
 ) -> None:
     """Stage: `samples.jsonl`, one `PromptSamples` a line."""
-    rows = draw_samples(task, policy, split, prompts, per_prompt, sampling, seed, seed)
+    counts = prompts, per_prompt
+    rows = draw_samples(task, policy, split, *counts, sampling, seed, seed, generation)
     write_jsonl(folder / "samples.jsonl", [row._asdict() for row in rows])
 
 

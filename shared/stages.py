@@ -31,6 +31,10 @@ class Missing(Exception):
     """A stage that is not there yet."""
 
 
+class Paused(Exception):
+    """Work stopped where it can go on: the stage's folder waits, as it is, for the next attempt."""
+
+
 @dataclass
 class Stages:
     """The store of finished stages below `root`; `report(name, state, seconds)` hears of each.
@@ -51,7 +55,8 @@ class Stages:
 
         `inputs` are plain values, configuration models and folders of earlier stages: what is
         hashed is exactly what `work` gets. A damaged folder is set aside and its stage runs again.
-        An error in `work` leaves no folder.
+        An error in `work` leaves no folder, but one that is Paused finds in its folder, the next
+        time, what it had written.
         """
         folder = self.root / stage_key(name, work, inputs, self.context)
         if folder not in self._checked:
@@ -176,10 +181,17 @@ def _appears_whole(folder: Path) -> Iterator[Path]:
         if owner == os.getpid() or not _alive(owner):
             shutil.rmtree(abandoned, ignore_errors=True)
     unfinished = folder.with_name(f".unfinished-{folder.name}-{os.getpid()}")
+    paused = folder.with_name(f".paused-{folder.name}")
     unfinished.mkdir(parents=True)
+    with suppress(FileNotFoundError):
+        paused.rename(unfinished)
     try:
         yield unfinished
         unfinished.rename(folder)
+    except Paused:
+        shutil.rmtree(paused, ignore_errors=True)
+        unfinished.rename(paused)
+        raise
     except OSError:
         if not intact(folder):
             raise

@@ -1,11 +1,15 @@
 """One way to sample, whatever runs underneath: `generate(prompts, sampling) -> Completions`."""
 
 from collections.abc import Sequence
-from typing import NamedTuple, Protocol
+from typing import Literal, NamedTuple, Protocol
 
 from pydantic import Field
+from transformers import PreTrainedModel
 
 from shared.config import Config
+from shared.stages import Paused
+
+Dtype = Literal["float32", "bfloat16", "float16"]
 
 
 class Sampling(Config):
@@ -21,9 +25,37 @@ class Completions(NamedTuple):
 
     ids: list[list[int]]
     truncated: list[bool]  # cut at the length cap, so without EOS
+    logprobs: list[list[float]]  # of each token where it was sampled, at the temperature
+
+    def rows(self, index: Sequence[int]) -> "Completions":
+        """Some of them, in the order of `index`."""
+        ids, truncated, logprobs = ([column[i] for i in index] for column in self)
+        return Completions(ids, truncated, logprobs)  # pyright: ignore[reportArgumentType]
+
+
+class StaleEngine(Exception):
+    """The engine does not sample from the policy's weights: nothing drawn from it can be used."""
+
+
+class EngineLost(Paused):
+    """The engine stopped answering: the stage waits until it is there again."""
 
 
 class Engine(Protocol):
+    """Samples from `model`, maybe from a copy of its weights."""
+
+    model: PreTrainedModel
+
     def generate(self, prompts: Sequence[Sequence[int]], sampling: Sampling) -> Completions:
         """One completion for each prompt (token ids), in order."""
         ...
+
+    def sync(self) -> float:
+        """Bring the copy to the model's weights; returns how far apart, in nats a token, it is."""
+        ...
+
+
+def require_tokens(prompts: Sequence[Sequence[int]]) -> None:
+    """ValueError if a prompt is empty."""
+    if any(len(p) == 0 for p in prompts):
+        raise ValueError("a prompt has no tokens: a completion's first token needs one before it")

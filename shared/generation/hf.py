@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
-from shared.generation.engine import Completions, Sampling
+from shared.generation.engine import Completions, Sampling, require_tokens
 from shared.models import SpecialIds
 from shared.sequences import by_length
 
@@ -28,25 +28,29 @@ class HFEngine:
     @torch.no_grad()
     def generate(self, prompts: Sequence[Sequence[int]], sampling: Sampling) -> Completions:
         """See `Engine.generate`. The same seed, weights and prompts give the same tokens."""
-        if any(len(p) == 0 for p in prompts):
-            raise ValueError(
-                "a prompt has no tokens: a completion's first token needs one before it"
-            )
+        require_tokens(prompts)
         ids: list[list[int]] = [[] for _ in prompts]
+        logprobs: list[list[float]] = [[] for _ in prompts]
         was_training = self.model.training
         self.model.eval()
         with torch.random.fork_rng():
             torch.manual_seed(sampling.seed)
             for rows in by_length([len(p) for p in prompts], self.batch_size):
-                outputs = self._generate_batch([prompts[i] for i in rows], sampling)
-                for row, tokens in zip(rows, outputs.tolist(), strict=True):
+                drawn = self._generate_batch([prompts[i] for i in rows], sampling)
+                for row, tokens, at in zip(rows, *(t.tolist() for t in drawn), strict=True):
                     end = tokens.index(self.eos_id) + 1 if self.eos_id in tokens else len(tokens)
-                    ids[row] = tokens[:end]
+                    ids[row], logprobs[row] = tokens[:end], at[:end]
         self.model.train(was_training)
-        return Completions(ids, [tokens[-1] != self.eos_id for tokens in ids])
+        return Completions(ids, [tokens[-1] != self.eos_id for tokens in ids], logprobs)
 
-    def _generate_batch(self, prompts: Sequence[Sequence[int]], sampling: Sampling) -> Tensor:
-        """(B, max_new_tokens); what follows an EOS is padding."""
+    def sync(self) -> float:
+        """The weights are the model's own."""
+        return 0.0
+
+    def _generate_batch(
+        self, prompts: Sequence[Sequence[int]], sampling: Sampling
+    ) -> tuple[Tensor, Tensor]:
+        """(tokens, their log-probabilities), (B, max_new_tokens); after an EOS comes padding."""
         device, width = self.model.device, max(map(len, prompts))
         padding = [width - len(p) for p in prompts]
         step = torch.tensor(
@@ -56,6 +60,7 @@ class HFEngine:
         positions = (attention.cumsum(1) - 1).clamp(min=0)
         step, cache = step.to(device), DynamicCache(config=self.model.config)
         output = step.new_full((len(prompts), sampling.max_new_tokens), self.pad_id)
+        logprobs = torch.zeros(output.shape, device=device)
         going = torch.arange(len(prompts), device=device)  # output rows of the cache's rows
         ended = torch.zeros(len(prompts), dtype=torch.bool, device=device)
         for t in range(sampling.max_new_tokens):
@@ -67,7 +72,7 @@ class HFEngine:
                 use_cache=True,
                 logits_to_keep=1,
             ).logits[:, -1]
-            tokens = _draw(logits.float(), sampling.temperature)
+            tokens, logprobs[going, t] = _draw(logits.float(), sampling.temperature)
             output[going, t] = tokens.masked_fill(ended, self.pad_id)
             ended = ended | (tokens == self.eos_id)
             if ended.all():
@@ -79,11 +84,17 @@ class HFEngine:
                 cache.batch_select_indices(stay)
                 going, ended, step = going[stay], ended[stay], step[stay]
                 attention, positions = attention[stay], positions[stay]
-        return output
+        return output, logprobs
 
 
-def _draw(logits: Tensor, temperature: float) -> Tensor:
-    """One token a row, (B, V) -> (B,); the most likely one at temperature 0."""
+def _draw(logits: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """One token a row and its log-probability, (B, V) -> (B,) each; at temperature 0 the likeliest.
+
+    Greedy tokens have the log-probability of temperature 1.
+    """
+    probabilities = (logits / (temperature or 1.0)).softmax(-1)
     if temperature == 0:
-        return logits.argmax(-1)
-    return torch.multinomial((logits / temperature).softmax(-1), 1).squeeze(1)
+        tokens = logits.argmax(-1, keepdim=True)
+    else:
+        tokens = torch.multinomial(probabilities, 1)
+    return tokens.squeeze(1), probabilities.gather(1, tokens).log().squeeze(1)

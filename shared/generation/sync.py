@@ -1,0 +1,87 @@
+"""Is the engine where the trainer is? What is sent to it, and what is compared afterwards."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from peft import PeftModel
+from peft.tuners.lora import LoraLayer
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from shared.config import InputError
+from shared.generation.engine import Engine, Sampling, StaleEngine
+from shared.logprobs import token_logprobs
+from shared.models import SpecialIds
+from shared.sequences import collate
+
+PROBES, PROBE_TOKENS = 4, 8  # fixed prompts, and the most tokens of each prompt and completion
+SHAPE = (
+    "model_type", "vocab_size", "hidden_size", "num_hidden_layers", "intermediate_size",
+    "num_attention_heads", "num_key_value_heads", "head_dim", "tie_word_embeddings",
+)  # fmt: skip
+
+
+def policy_weights(model: PreTrainedModel | PeftModel) -> Iterator[tuple[str, Tensor]]:
+    """The weights as a plain transformers folder would hold them, detached.
+
+    LoRA is added to copies, one matrix at a time: the base weights are read and never written.
+    Weights that two layers share are named once.
+    """
+    if not isinstance(model, PeftModel):
+        yield from ((name, weight.detach()) for name, weight in model.named_parameters())
+        return
+    base = model.get_base_model()
+    adapted = {name: m for name, m in base.named_modules() if isinstance(m, LoraLayer)}
+    for name, weight in base.named_parameters():
+        if ".lora_" in name:
+            continue
+        plain = name.replace(".base_layer.", ".")
+        layer, weight = adapted.get(plain.removesuffix(".weight")), weight.detach()
+        if layer is not None:
+            for adapter in layer.active_adapters:
+                weight = weight + layer.get_delta_weight(adapter).detach()  # pyright: ignore
+        yield plain, weight
+
+
+@torch.no_grad()
+def probe(engine: Engine, ids: SpecialIds, temperature: float) -> float:
+    """Largest difference, in nats a token, between `engine` and its model on fixed prompts.
+
+    The engine samples, the model says how likely each token was. Prompt and sampled tokens pass
+    through every layer, so that old weights show wherever they are.
+    """
+    model = engine.model
+    size = model.get_input_embeddings().weight.shape[0]  # pyright: ignore
+    words = [token for token in range(size) if token not in ids]
+    stride = max(1, len(words) // (PROBES * PROBE_TOKENS))
+    spread = words[::stride]
+    prompts = [spread[i::PROBES][:PROBE_TOKENS] for i in range(PROBES)]
+    drawn = engine.generate(prompts, Sampling(max_new_tokens=PROBE_TOKENS, temperature=temperature))
+    batch = collate(prompts, drawn.ids, ids.pad)
+    ours = token_logprobs(model, batch, temperature).cpu()[batch.mask]
+    theirs = torch.tensor([number for row in drawn.logprobs for number in row])
+    return (ours - theirs).abs().max().item()
+
+
+def require_fresh(engine: Engine, ids: SpecialIds, temperature: float, tolerance: float) -> float:
+    """The probe's difference; StaleEngine if it exceeds `tolerance`."""
+    difference = probe(engine, ids, temperature)
+    if not difference <= tolerance:
+        raise StaleEngine(
+            f"after the weight sync vLLM's log-probabilities differ from the policy's by "
+            f"{difference:.2g} nats a token (at most {tolerance:g} is allowed): it does not sample "
+            "from the policy; the run stops here"
+        )
+    return difference
+
+
+def require_same_architecture(model: PreTrainedModel, there: dict[str, Any], where: str) -> None:
+    """InputError if an engine was started from a model of another shape."""
+    here = model.config.to_dict()
+    for key in SHAPE:
+        if key in here and key in there and here[key] != there[key]:
+            raise InputError(
+                f"{where} holds another model: {key} is {there[key]} there and {here[key]} here; "
+                "start it from this policy's folder"
+            )
