@@ -3,34 +3,35 @@
 from pathlib import Path
 from typing import Any
 
-import torch
+from safetensors.torch import load_file, save_file
 
 from rlhf.rollout import Actors
 from shared.fit import restore, state_of
+from shared.stages import read_json, write_json
 
-STATE = "paused.pt"  # in the stage's folder
+TENSORS, PLAIN = "paused.safetensors", "paused.json"  # in the stage's folder
 
 
 def pause(folder: Path, actors: Actors, kl_coef: float, log: list[dict[str, Any]]) -> None:
     """Write what the next update needs: two models in training, the penalty, the log, the cost."""
-    state = {
-        "policy": state_of(actors.policy),
-        "value": state_of(actors.value),
-        "kl_coef": kl_coef,
-        "log": log,
-        "cost": actors.meter.state(),
-    }
-    torch.save(state, folder / STATE)
+    tensors, plain = {}, {"kl_coef": kl_coef, "log": log, "cost": actors.meter.state()}
+    for name in ("policy", "value"):
+        found, plain[name] = state_of(getattr(actors, name))
+        tensors |= {f"{name}.{key}": tensor.contiguous() for key, tensor in found.items()}
+    save_file(tensors, folder / TENSORS)
+    write_json(folder / PLAIN, plain)
 
 
 def take_up(folder: Path, actors: Actors, kl_coef: float) -> tuple[float, list[dict[str, Any]]]:
     """(the penalty's coefficient, the log so far): of a paused run, or those of a new one."""
-    path = folder / STATE
-    if not path.is_file():
+    if not (folder / PLAIN).is_file():
         return kl_coef, []
-    state = torch.load(path, weights_only=True, map_location="cpu")
-    path.unlink()
-    restore(actors.policy, state["policy"])
-    restore(actors.value, state["value"])
-    actors.meter.restore(state["cost"])
-    return state["kl_coef"], state["log"]
+    tensors, plain = load_file(folder / TENSORS), read_json(folder / PLAIN)
+    for name in ("policy", "value"):
+        start = f"{name}."
+        own = {k.removeprefix(start): t for k, t in tensors.items() if k.startswith(start)}
+        restore(getattr(actors, name), own, plain[name])
+    actors.meter.restore(plain["cost"])
+    for file in (TENSORS, PLAIN):
+        (folder / file).unlink()
+    return plain["kl_coef"], plain["log"]

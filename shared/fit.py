@@ -20,7 +20,6 @@ from transformers import PreTrainedModel, get_scheduler
 from shared.config import Config
 
 T = TypeVar("T")
-STATEFUL = ("model", "optimizer", "scheduler")
 Loss = Callable[[PreTrainedModel, T], tuple[Tensor, dict[str, float]]]
 
 
@@ -68,15 +67,28 @@ def prepare(model: PreTrainedModel, config: OptimizerConfig, steps: int) -> Trai
     return Trainee(model, optimizer, scheduler, accelerator, config.max_grad_norm)
 
 
-def state_of(trainee: Trainee) -> dict[str, Any]:
-    """Tensors and plain values from which training goes on as if it had not stopped."""
-    return {name: getattr(trainee, name).state_dict() for name in STATEFUL}
+def state_of(trainee: Trainee) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """(tensors, plain values) from which training goes on as if it had not stopped."""
+    optimizer = trainee.optimizer.state_dict()
+    tensors = {f"model.{name}": p.detach() for name, p in trainee.model.named_parameters()}
+    for number, moments in optimizer["state"].items():
+        tensors |= {f"optimizer.{number}.{key}": moment for key, moment in moments.items()}
+    plain = {"groups": optimizer["param_groups"], "scheduler": trainee.scheduler.state_dict()}
+    return tensors, plain
 
 
-def restore(trainee: Trainee, state: dict[str, Any]) -> None:
+@torch.no_grad()
+def restore(trainee: Trainee, tensors: dict[str, Tensor], plain: dict[str, Any]) -> None:
     """What `state_of` gave, into a trainee that was prepared in the same way."""
-    for name in STATEFUL:
-        getattr(trainee, name).load_state_dict(state[name])
+    state: dict[int, dict[str, Tensor]] = {}
+    for name, p in trainee.model.named_parameters():
+        p.copy_(tensors[f"model.{name}"])
+    for name, tensor in tensors.items():
+        if name.startswith("optimizer."):
+            _, number, key = name.split(".")
+            state.setdefault(int(number), {})[key] = tensor
+    trainee.optimizer.load_state_dict({"state": state, "param_groups": plain["groups"]})
+    trainee.scheduler.load_state_dict(plain["scheduler"])
 
 
 def step(

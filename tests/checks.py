@@ -14,6 +14,30 @@ SMALL_WORLD = {
     "evaluation.scale_prompts": 4, "evaluation.scale_samples": 20,
 }  # fmt: skip
 
+# an experiment of seconds, to which arms are added; its numbers mean nothing
+TINY = """
+name = "tiny"
+seeds = [0, 1]
+threads = 1
+model = { hidden_size = 32, layers = 1, intermediate_size = 64 }
+sft = { examples = 256, epochs = 1 }
+preferences = { pairs = 64, held_out_pairs = 16 }
+reward = { epochs = 1 }
+ppo = { episodes = 64, rollout_size = 32, minibatch_size = 16 }
+direct = { batch_size = 16, optimizer = { learning_rate = 5e-3 } }
+
+[evaluation]
+prompts = 16
+samples = 2
+validation_prompts = 8
+reward_pairs = 64
+scale_prompts = 8
+scale_samples = 4
+frontier_prompts = 8
+frontier_samples = 32
+reward_limit_samples = 16
+"""
+
 
 def close(actual: Any, expected: Any, tolerance: float | None = None) -> None:
     """Numbers or tensors agree in shape and to an absolute `tolerance`.

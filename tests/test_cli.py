@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.cli import main, split_overrides
+from shared.generation.engine import EngineLost
 
 ROOT = Path(__file__).parents[1]
 ARM = '[arms.dpo]\nkind = "direct"\nsettings = [{ beta = 0.2 }]\n'
@@ -217,3 +218,46 @@ def test_the_installed_command_ends_with_the_same_code(tmp_path: Path):
     assert result.stderr.startswith("klash: ")
     assert "nosuch.toml" in result.stderr
     assert list(tmp_path.iterdir()) == []
+
+
+# --- engines ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--generation.engine", "vlm"], ["generation.engine", "vllm"]),
+        (["--generation.server", "http://a:1"], ["`server` needs `engine` to be vllm"]),
+        (["--generation.engine", "vllm", "--generation.server", "a:1"], ["generation.server"]),
+        (["--generation.memory_share", "1.5"], ["generation.memory_share"]),
+        (["--sampling.top_p", "0.9"], ["sampling", "`top_p` cuts the distribution off"]),
+        (["--sampling.top_k", "5"], ["sampling", "`top_k` cuts the distribution off"]),
+    ],
+)
+def test_what_no_engine_can_do_is_named(klash: Klash, words: list[str], said: list[str]):
+    code, _, err = klash("compare", "reviews", *words)
+    assert code == 2
+    assert all(text in err for text in said), err
+
+
+def test_a_server_of_a_folder_without_a_model(klash: Klash):
+    code, _, err = klash("serve", "nosuch")
+    assert code == 2
+    assert "nosuch: no model here" in err
+
+
+def test_an_unknown_work_of_speed_is_named_with_the_known_ones(klash: Klash, tmp_path: Path):
+    code, _, err = klash("speed", "sampling")
+    assert code == 2
+    assert "['generation'], not 'sampling'" in err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_lost_engine_ends_the_run_with_1_and_no_traceback(
+    klash: Klash, monkeypatch: pytest.MonkeyPatch
+):
+    def lost(*_: object) -> Path:
+        raise EngineLost("the server went away")
+
+    monkeypatch.setattr("benchmarks.cli.run_experiment", lost)
+    assert klash("compare") == (1, "", "klash: stopped: the server went away\n")

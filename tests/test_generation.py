@@ -131,7 +131,7 @@ def test_sampling_changes_no_weight_and_keeps_no_gradient(
 def test_a_completion_ends_at_its_eos_or_at_the_cap(
     engine: HFEngine, prompts: list[list[int]], tokenizer: PreTrainedTokenizerBase
 ):
-    ids, truncated = draw(engine, prompts * 4, seed=2)
+    ids, truncated, _ = draw(engine, prompts * 4, seed=2)
     eos = tokenizer.eos_token_id
     assert 0.1 < sum(truncated) / len(truncated) < 0.9  # both happen
     for tokens, cut in zip(ids, truncated, strict=True):
@@ -143,14 +143,14 @@ def test_a_completion_ends_at_its_eos_or_at_the_cap(
 def test_an_eos_at_the_cap_is_an_end_and_no_cut(
     engine: HFEngine, prompts: list[list[int]], tokenizer: PreTrainedTokenizerBase
 ):
-    ids, truncated = draw(engine, prompts * 20, max_new_tokens=1)
+    ids, truncated, _ = draw(engine, prompts * 20, max_new_tokens=1)
     ended = [tokens == [tokenizer.eos_token_id] for tokens in ids]
     assert any(ended)
     assert truncated == [not end for end in ended]
 
 
 def test_no_prompts_no_completions(engine: HFEngine):
-    assert draw(engine, []) == Completions([], [])
+    assert draw(engine, []) == Completions([], [], [])
 
 
 def test_an_empty_prompt_is_refused(engine: HFEngine):
@@ -282,7 +282,7 @@ def test_long_completions_are_no_more_surprising_than_the_model_expects(
 ):
     """E[-log p(token)] is the entropy at each step, also after other rows have ended and left."""
     many = prompts * 20
-    ids, truncated = draw(engine, many, seed=9)
+    ids, truncated, _ = draw(engine, many, seed=9)
     assert 0.2 < sum(truncated) / len(truncated) < 0.8
     batch = collate(many, ids, engine.pad_id)
     logits = completion_logits(engine.model, batch).double()
@@ -317,3 +317,21 @@ def test_a_generation_config_beside_the_weights_does_not_leak_in(
     assert greedy[0] == greedy[1]
     sampled = [draw(e, prompts[:8], seed=1) for e in (plain, shipped)]
     assert sampled[0] == sampled[1]
+
+
+# --- what is said of each token ---------------------------------------------------------------
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.6, 0.0])
+def test_each_token_comes_with_the_log_probability_it_was_drawn_with(
+    engine: HFEngine, prompts: list[list[int]], temperature: float
+):
+    """At temperature 0 that of temperature 1."""
+    drawn = draw(engine, prompts, temperature=temperature)
+    batch = collate(prompts, drawn.ids, engine.pad_id)
+    with torch.no_grad():
+        expected = gather_logprobs(
+            completion_logits(engine.model, batch, temperature or 1.0), batch
+        )
+    for row, logprobs in zip(expected, drawn.logprobs, strict=True):
+        assert logprobs == pytest.approx(row[: len(logprobs)].tolist(), abs=1e-4)

@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from checks import TINY
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
 
@@ -30,28 +31,6 @@ from benchmarks.results import Results
 from benchmarks.run import run_experiment, stage_count
 from shared.stages import read_json, read_jsonl
 
-TINY = """
-name = "tiny"
-seeds = [0, 1]
-threads = 1
-model = { hidden_size = 32, layers = 1, intermediate_size = 64 }
-sft = { examples = 256, epochs = 1 }
-preferences = { pairs = 64, held_out_pairs = 16 }
-reward = { epochs = 1 }
-ppo = { episodes = 64, rollout_size = 32, minibatch_size = 16 }
-direct = { batch_size = 16, optimizer = { learning_rate = 5e-3 } }
-
-[evaluation]
-prompts = 16
-samples = 2
-validation_prompts = 8
-reward_pairs = 64
-scale_prompts = 8
-scale_samples = 4
-frontier_prompts = 8
-frontier_samples = 32
-reward_limit_samples = 16
-"""
 ARMS = ["best-of-n", "ppo", "dpo", "ipo", "ipo-token", "kto", "fdpo", "fdpo-random"]
 LINE = re.compile(r"\[(\d+)/(\d+)\] (.*): (done|cached)")
 
@@ -103,7 +82,7 @@ class Run:
 
 
 def tiny(folder: Path, *overrides: str) -> Experiment:
-    """The sizes above with the arms of `reviews`."""
+    """TINY with the arms of `reviews`."""
     reviews = (EXPERIMENTS / "reviews.toml").read_text(encoding="utf-8")
     path = folder / "tiny.toml"
     path.write_text(TINY + reviews[reviews.index("[arms.") :], encoding="utf-8")

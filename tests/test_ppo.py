@@ -22,6 +22,7 @@ from rlhf.ppo import KLController, PPOConfig, prompt_stream, train_ppo, update_m
 from rlhf.rollout import (
     Actors,
     Rollout,
+    compare_engine,
     make_actors,
     score_rollout,
     token_entropy,
@@ -30,7 +31,8 @@ from rlhf.rollout import (
 )
 from shared.cost import Meter
 from shared.fit import OptimizerConfig
-from shared.generation.engine import Completions, Sampling
+from shared.generation.engine import Completions, EngineLost, Sampling
+from shared.generation.hf import HFEngine
 from shared.logprobs import sequence_logps, token_logprobs
 from shared.models import (
     load_policy,
@@ -615,3 +617,55 @@ def test_ppo_learns_a_reward_that_is_easy_to_earn(
     assert last["objective/scores"] > first["objective/scores"] + 0.5
     assert last["ppo/missing_eos"] < first["ppo/missing_eos"] / 2
     assert last["objective/kl"] > 0.1
+
+
+# The engine that sampled
+
+
+def test_the_engines_log_probabilities_are_compared_token_by_token(
+    actors: Actors, rollout, completions: Completions
+):
+    """The engine is ours here: no difference. Where it is off by a number, that number."""
+    found, _, _ = rollout
+    same, numbers = compare_engine(found, completions.logprobs, cap=None)
+    assert same is found
+    assert numbers["generation/logprob_difference_max"] < 1e-4
+    off = [[x - 0.5 for x in row] for row in completions.logprobs]
+    off[0][0] += 1.0
+    weighed, numbers = compare_engine(found, off, cap=1.2)
+    assert numbers["generation/logprob_difference"] == pytest.approx(0.5, abs=1e-4)
+    assert numbers["generation/logprob_difference_max"] == pytest.approx(0.5, abs=1e-4)
+    mask = found.sequences.mask.clone()
+    close(weighed.weights[0, 0], math.exp(-0.5), 1e-4)  # the policy finds it less likely
+    mask[0, 0] = False
+    close(weighed.weights[mask], torch.full((int(mask.sum()),), 1.2), 1e-4)  # exp(0.5), capped
+
+
+def test_a_run_that_was_paused_ends_as_one_that_was_not(
+    policy_folder: Path, reward_folder: Path, task_config: TaskConfig, tmp_path: Path
+):
+    """Weights, log and cost, to the bit; seconds and memory aside."""
+    ppo = SMALL.model_copy(update={"episodes": 64, "kl_target": 0.5})
+    inputs = policy_folder, reward_folder, task_config, ppo, 0.1, SAMPLING, (0.25,), 0
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    train_ppo(whole, *inputs)
+    sync, calls = HFEngine.sync, []
+
+    def lost_once(self: HFEngine) -> float:
+        calls.append(1)
+        if len(calls) == 3:
+            raise EngineLost("gone")
+        return sync(self)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(HFEngine, "sync", lost_once)
+        with pytest.raises(EngineLost, match="PPO, update 3 of 4: gone"):
+            train_ppo(broken, *inputs)
+        train_ppo(broken, *inputs)
+    assert len(calls) == 3 + 2
+    ends, others = digest(whole), digest(broken)
+    assert {n for n in {*ends, *others} if ends.get(n) != others.get(n)} == {"cost.json"}
+    costs = [json.loads((folder / "cost.json").read_text()) for folder in (whole, broken)]
+    for key in ("generated_tokens", "train_tokens", "flops"):
+        assert costs[0][key] == costs[1][key]
+    assert costs[1]["phases"].keys() == costs[0]["phases"].keys()

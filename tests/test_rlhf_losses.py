@@ -427,3 +427,19 @@ def test_a_step_that_is_not_finite_raises_before_any_weight_changes(broken):
     assert torch.equal(model.weight, before)
     step(trained, [(False, 1.0)], loss)  # and nothing of the broken step is left behind
     close(before - model.weight, torch.full((2, 3), 0.1), 1e-6)
+
+
+def test_importance_weights_turn_another_samplers_tokens_into_the_policys_gradient():
+    """Tokens drawn evenly, weighted by p / q: the gradient of E_p[A], summed over all tokens."""
+    logits = torch.tensor([0.5, -1.0, 2.0, 0.0], dtype=torch.float64, requires_grad=True)
+    advantages = torch.tensor([1.0, -2.0, 0.5, 3.0], dtype=torch.float64)
+    logprobs = logits.log_softmax(0)
+    (logprobs.exp() * advantages).sum().backward()
+    expected, logits.grad = logits.grad.clone(), None
+    column = logits.log_softmax(0).unsqueeze(1)  # four rows of one token, each token once
+    weights = (column.detach() - math.log(1 / 4)).exp()
+    mask = torch.ones(4, 1, dtype=torch.bool)
+    rows = column.detach(), advantages.unsqueeze(1), mask
+    loss, _ = policy_loss(column, *rows, clip=0.2, weights=weights)
+    loss.backward()
+    close(-logits.grad, expected)

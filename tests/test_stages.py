@@ -23,6 +23,7 @@ import shared
 from shared.config import Config
 from shared.stages import (
     Missing,
+    Paused,
     Stages,
     code_hash,
     read_json,
@@ -338,6 +339,25 @@ def test_an_error_leaves_nothing_behind(store: Store):
     with pytest.raises(ArithmeticError):
         store.run("fail", fail)
     assert list(store.root.iterdir()) == []
+
+
+def test_paused_work_finds_what_it_had_written_and_others_see_no_stage(store: Store):
+    tries = []
+
+    def slow(folder: Path) -> None:
+        tries.append(sorted(p.name for p in folder.iterdir()))
+        (folder / f"{len(tries)}.txt").write_text("")
+        if len(tries) < 3:
+            raise Paused("not now")
+
+    for _ in range(2):
+        with pytest.raises(Paused, match="not now"):
+            store.run("slow", slow)
+        assert store.folders == []
+    done = store.run("slow", slow)
+    assert tries == [[], ["1.txt"], ["1.txt", "2.txt"]]
+    assert contents(done).keys() == {"1.txt", "2.txt", "3.txt", "manifest.json"}
+    assert [p.name for p in store.root.iterdir()] == [done.name]
 
 
 KILLED = """

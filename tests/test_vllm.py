@@ -1,6 +1,8 @@
 """The real vLLM in this process: it says what the policy says, or the run stops."""
 
+import contextlib
 import copy
+import io
 import sys
 from collections import Counter
 from collections.abc import Iterator
@@ -8,11 +10,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from checks import close, weights
+from checks import TINY, close, weights
 from peft import LoraConfig, get_peft_model
 from scipy import stats
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from benchmarks.experiment import load_experiment
+from benchmarks.results import Results
+from benchmarks.run import run_experiment
 from benchmarks.smollm2 import convert
 from rlhf.ppo import PPOConfig, train_ppo
 from shared.config import InputError
@@ -30,6 +35,15 @@ from shared.stages import read_json
 from shared.tasks.registry import TaskConfig, make_task
 
 CAP = 12
+FILTERED_AND_PPO = """
+[arms.ppo]
+kind = "ppo"
+settings = [{ kl_coef = 0.1 }]
+
+[arms.fdpo]
+kind = "filtered"
+settings = [{ beta = 0.2 }]
+"""
 VLLM = GenerationConfig(engine="vllm")
 
 
@@ -326,3 +340,21 @@ def test_ppo_samples_from_the_weights_that_the_last_update_left(
         assert row["generation/logprob_difference_max"] <= 1e-4
         assert row["ppo/first_ratio"] == pytest.approx(1.0, abs=1e-5)
     assert abs(log[-1]["objective/kl"]) > 0.05  # the policy did move
+
+
+def test_a_head_to_head_samples_with_vllm_and_reports_as_ever(tmp_path: Path):
+    """Two arms, tiny: rollouts, filtering, pairs and evaluation all come from the engine."""
+    (tmp_path / "tiny.toml").write_text(TINY + FILTERED_AND_PPO)
+    overrides = ["--generation.engine", "vllm", "--seeds", "[0]"]
+    experiment = load_experiment(str(tmp_path / "tiny.toml"), overrides, quick=False)
+    before = torch.are_deterministic_algorithms_enabled()
+    with contextlib.redirect_stdout(io.StringIO()):
+        run = run_experiment(experiment, tmp_path / "runs")
+    torch.use_deterministic_algorithms(before)
+    results = Results.model_validate(read_json(run / "results.json"))
+    assert set(results.methods) == {"sft", "ppo", "fdpo"}
+    for stage in (tmp_path / "runs" / ".stages").iterdir():
+        inputs = read_json(stage / "manifest.json")["inputs"]
+        assert inputs.get("generation", {"engine": "vllm"})["engine"] == "vllm"
+    (log,) = (tmp_path / "runs" / ".stages").glob("ppo-*/log.json")
+    assert 0 < read_json(log)[0]["generation/logprob_difference_max"] < 1e-4

@@ -1,14 +1,15 @@
 """One way to sample, whatever runs underneath: `generate(prompts, sampling) -> Completions`."""
 
 from collections.abc import Sequence
-from typing import Literal, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
-from pydantic import Field
+from pydantic import Field, model_validator
 from transformers import PreTrainedModel
 
 from shared.config import Config
 from shared.stages import Paused
 
+TRUNCATING = ("top_p", "top_k", "min_p", "typical_p")
 Dtype = Literal["float32", "bfloat16", "float16"]
 
 
@@ -18,6 +19,17 @@ class Sampling(Config):
     max_new_tokens: int = Field(default=16, gt=0)
     temperature: float = Field(default=1.0, ge=0)
     seed: int = 0
+
+    @model_validator(mode="before")
+    @classmethod
+    def nothing_is_cut_off(cls, values: Any) -> Any:
+        for key in TRUNCATING:
+            if isinstance(values, dict) and key in values:
+                raise ValueError(
+                    f"`{key}` cuts the distribution off: what is sampled would not be what "
+                    "log-probabilities, KL and PPO's ratio are computed of; leave it out"
+                )
+        return values
 
 
 class Completions(NamedTuple):
