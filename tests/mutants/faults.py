@@ -217,9 +217,14 @@ FAULTS = (
     ),
     Fault(
         "policy loss: minimum for maximum", "rlhf/losses.py",
-        "return masked_mean(torch.maximum(unclipped, clipped), mask), numbers",
-        "return masked_mean(torch.minimum(unclipped, clipped), mask), numbers",
+        "losses = torch.maximum(unclipped, clipped)",
+        "losses = torch.minimum(unclipped, clipped)",
         "the clip is optimistic", RLHF,
+    ),
+    Fault(
+        "policy loss: importance weights forgotten", "rlhf/losses.py",
+        "losses if weights is None else weights * losses", "losses",
+        "another sampler's tokens count as the policy's", RLHF,
     ),
     Fault(
         "policy loss: ratio turned over", "rlhf/losses.py",
@@ -228,8 +233,8 @@ FAULTS = (
     ),
     Fault(
         "policy loss: mean over padding too", "rlhf/losses.py",
-        "return masked_mean(torch.maximum(unclipped, clipped), mask), numbers",
-        "return torch.maximum(unclipped, clipped).mean(), numbers",
+        "return masked_mean(losses if weights is None else weights * losses, mask), numbers",
+        "return losses.mean(), numbers",
         "padding counts as tokens", RLHF,
     ),
     Fault(
@@ -282,6 +287,16 @@ FAULTS = (
         "token_logprobs(model, part.sequences, actors.temperature)",
         "token_logprobs(model, part.sequences)",
         "the first ratio is not 1", PPO,
+    ),
+    Fault(
+        "ppo: importance weights turned over", "rlhf/rollout.py",
+        "log_ratio = (rollout.logprobs - engine)", "log_ratio = (engine - rollout.logprobs)",
+        "the engine's rare tokens count less instead of more", PPO,
+    ),
+    Fault(
+        "ppo: a paused run forgets the optimiser's moments", "shared/fit.py",
+        'if name.startswith("optimizer."):', 'if name.startswith("optimiser."):',
+        "it goes on as if it were new", PPO,
     ),
     Fault(
         "ppo: the controller reads token means", "rlhf/ppo.py",
@@ -412,8 +427,8 @@ FAULTS = (
     ),
     Fault(
         "generation: temperature forgotten", "shared/generation/hf.py",
-        "torch.multinomial((logits / temperature).softmax(-1), 1)",
-        "torch.multinomial(logits.softmax(-1), 1)",
+        "probabilities = (logits / (temperature or 1.0)).softmax(-1)",
+        "probabilities = logits.softmax(-1)",
         "always temperature 1", SAMPLER,
     ),
     Fault(
