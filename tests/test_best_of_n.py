@@ -66,7 +66,8 @@ class Dice:
     def generate(self, prompts: list[list[int]], sampling: Sampling) -> Completions:
         generator = torch.Generator().manual_seed(sampling.seed)
         drawn = torch.multinomial(self.weights, len(prompts), True, generator=generator)
-        return Completions([[int(token)] for token in drawn], [False] * len(prompts))
+        logprobs = [[p] for p in self.weights[drawn].log().tolist()]
+        return Completions([[int(token)] for token in drawn], [False] * len(prompts), logprobs)
 
 
 class Taste:
