@@ -10,7 +10,7 @@ from benchmarks.results import Method, Results
 from benchmarks.run import run_experiment
 from shared.stages import read_json
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
 
 
 @pytest.fixture(scope="module")
