@@ -176,6 +176,19 @@ def test_gold_as_a_reward_is_the_tasks_score_of_the_tokens(models: tuple[Path, .
     close(GoldScorer(task, tokenizer).score_all(ids, drawn), expected, 1e-5)
 
 
+def test_gold_as_a_reward_reads_words_and_no_special_tokens(models: tuple[Path, ...]):
+    class CountsWords:
+        def gold(self, prompts: list[str], completions: list[str]) -> list[float]:
+            counts = [[len(text.split()) for text in texts] for texts in (prompts, completions)]
+            return [c - 10.0 * p for p, c in zip(*counts, strict=True)]
+
+    tokenizer = make_task(TASK).tokenizer()
+    scorer = GoldScorer(CountsWords(), tokenizer)
+    pad, eos = special_ids(tokenizer)
+    found = scorer.score_all([[2], [2, 3]], [[2, 3, eos], [pad, 2, 2]])
+    close(found, torch.tensor([2.0 - 10, 2.0 - 20]))
+
+
 def test_ppo_on_gold_climbs_to_most_of_what_the_optimum_gains(
     models: tuple[Path, ...], listed: Path, tmp_path: Path
 ):

@@ -1,5 +1,6 @@
 """The optimiser step and the loop around it: schedules, AdamW's settings, batches, checkpoints."""
 
+import json
 import math
 
 import pytest
@@ -9,7 +10,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from shared.fit import OptimizerConfig, batches, checkpoint_steps, prepare, step, steps_of
+from shared.fit import (
+    OptimizerConfig,
+    batches,
+    checkpoint_steps,
+    prepare,
+    restore,
+    state_of,
+    step,
+    steps_of,
+)
 
 
 def line() -> nn.Linear:
@@ -115,3 +125,20 @@ def test_checkpoints_are_taken_at_the_nearest_step_and_never_before_the_first():
     assert checkpoint_steps(10, [0.26, 0.34]) == {3: 0.34}  # both round to 3: the last names it
     assert checkpoint_steps(3, [0.01]) == {1: 0.01}
     assert checkpoint_steps(3, []) == {}
+
+
+@pytest.mark.parametrize("schedule", ["linear", "cosine"])
+def test_training_goes_on_from_a_saved_state_as_if_it_had_not_stopped(schedule: str):
+    """To the bit: weights, moments, and a rate that is in the middle of its schedule."""
+    config = OptimizerConfig(learning_rate=0.1, schedule=schedule, warmup_share=0.3)
+    whole = prepare(line(), config, steps=8)
+    rates = [step(whole, [(inputs(4 + i), 4.0 + i)], squares)["learning_rate"] for i in range(4)]
+    tensors, plain = state_of(whole)
+    tensors = {name: tensor.clone() for name, tensor in tensors.items()}
+    later = prepare(line(), config, steps=8)
+    restore(later, tensors, json.loads(json.dumps(plain)))
+    for i in range(4, 8):
+        logs = [step(t, [(inputs(4 + i), 4.0 + i)], squares) for t in (whole, later)]
+        assert logs[0] == logs[1]
+        assert logs[0]["learning_rate"] not in rates[-1:]
+        assert torch.equal(weights(whole.model), weights(later.model))
