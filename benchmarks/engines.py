@@ -55,7 +55,7 @@ def engines(
     folders: dict[str, list[Path]] = {name: [] for name in ENGINES}
     logs: list[Path] = []
     with progress(4 + len(seeds) * (7 + 2 * len(ENGINES))) as say:
-        run = Stages(runs / ".stages", say, stage_context()).run
+        run = Stages(runs / ".stages", say, stage_context(ENGINES["vllm"])).run
         common = prepare_common(experiment, run)
         for number in seeds:
             seed = prepare_seed(experiment, run, common, number)

