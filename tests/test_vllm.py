@@ -29,7 +29,7 @@ from shared.generation.start import GenerationConfig, make_engine
 from shared.generation.sync import policy_weights, probe
 from shared.generation.vllm import VLLMEngine
 from shared.logprobs import completion_logits, token_logprobs
-from shared.models import load_policy, load_tokenizer, save, special_ids
+from shared.models import load_policy, load_tokenizer, new_scalar_model, save, special_ids
 from shared.sequences import collate
 from shared.stages import read_json
 from shared.tasks.registry import TaskConfig, make_task
@@ -359,3 +359,28 @@ def test_a_head_to_head_samples_with_vllm_and_reports_as_ever(tmp_path: Path):
         assert inputs.get("generation", {"engine": "vllm"})["engine"] == "vllm"
     (log,) = (tmp_path / "runs" / ".stages").glob("ppo-*/log.json")
     assert 0 < read_json(log)[0]["generation/logprob_difference_max"] < 1e-4
+
+
+@pytest.mark.slow  # four models of 135M parameters
+@pytest.mark.timeout(1800)
+def test_ten_updates_of_ppo_on_smollm2_end_to_end(
+    smollm2: Path, task_config: TaskConfig, tmp_path: Path
+):
+    """A small reward model's worth aside: every rollout is the policy's, and the policy moves."""
+    torch.set_num_threads(2)
+    save(new_scalar_model(smollm2, seed=0), load_tokenizer(smollm2), tmp_path / "reward")
+    rates = OptimizerConfig(learning_rate=1e-5, schedule="constant", warmup_share=0.0)
+    ppo = PPOConfig(
+        episodes=80, rollout_size=8, minibatch_size=8, epochs=1, optimizer=rates,
+        value_learning_rate=1e-5, missing_eos_penalty=0.0,
+    )  # fmt: skip
+    inputs = smollm2, tmp_path / "reward", task_config, ppo, 0.05, Sampling(), (), 0
+    train_ppo(tmp_path / "ppo", *inputs, VLLM)
+    torch.set_num_threads(1)
+    log = read_json(tmp_path / "ppo" / "log.json")
+    assert len(log) == 10
+    assert max(row["generation/sync_difference"] for row in log) <= 1e-4
+    assert max(row["generation/logprob_difference_max"] for row in log) <= 1e-4
+    assert read_json(tmp_path / "ppo" / "stopped.json") == {"failed": "", "stopped_early": False}
+    start, end = (weights(load_policy(f)) for f in (smollm2, tmp_path / "ppo" / "final"))
+    assert not torch.equal(start, end)
