@@ -9,14 +9,14 @@ import tyro
 
 from benchmarks.doctor.examine import report as report_findings
 from benchmarks.doctor.patient import admit
+from benchmarks.exits import exit_codes
 from benchmarks.experiment import Experiment, load_experiment
 from benchmarks.process import set_up_process
 from benchmarks.report.build import build_report
 from benchmarks.run import run_experiment
 from benchmarks.speed import measure, table
 from shared.config import InputError
-from shared.fit import Diverged
-from shared.generation.engine import Dtype, EngineLost, StaleEngine
+from shared.generation.engine import Dtype
 from shared.generation.server import become_server
 
 Argument = tyro.conf.Positional
@@ -25,7 +25,7 @@ Argument = tyro.conf.Positional
 def main() -> None:
     """Exit codes: 0 done, 1 a check failed or a guard stopped the run, 2 the input is wrong."""
     words, overrides = split_overrides(sys.argv[1:])
-    try:
+    with exit_codes("klash"):
         if overrides and words[:1] not in (["compare"], ["doctor"]):
             raise InputError(f"only `compare` and `doctor` change keys (found {overrides[0]})")
         commands = {
@@ -36,12 +36,6 @@ def main() -> None:
             "speed": speed,
         }
         tyro.extras.subcommand_cli_from_dict(commands, args=words, prog="klash")
-    except InputError as error:
-        print(f"klash: {error}", file=sys.stderr)
-        sys.exit(2)
-    except (Diverged, EngineLost, StaleEngine) as error:
-        print(f"klash: stopped: {error}", file=sys.stderr)
-        sys.exit(1)
 
 
 def compare_with(overrides: list[str]) -> Callable[..., None]:

@@ -19,6 +19,7 @@ from typing import Annotated, Any
 import tyro
 
 from benchmarks.cli import split_overrides
+from benchmarks.exits import exit_codes
 from benchmarks.experiment import Experiment, load_experiment
 from benchmarks.results import Estimate, Results
 from benchmarks.run import run_experiment
@@ -130,11 +131,8 @@ def _text(e: dict[str, Any]) -> str:
 def main() -> None:
     """Exit codes as `klash`'s."""
     words, overrides = split_overrides(sys.argv[1:])
-    try:
+    with exit_codes("control"):
         held = tyro.cli(control_with(overrides), args=words, prog="python -m benchmarks.control")
-    except InputError as error:
-        print(f"control: {error}", file=sys.stderr)
-        sys.exit(2)
     sys.exit(0 if held else 1)
 
 

@@ -15,6 +15,7 @@ import numpy as np
 import tyro
 
 from benchmarks.compare import evaluate_model, prepare_common, prepare_seed, train
+from benchmarks.exits import exit_codes
 from benchmarks.experiment import load_experiment
 from benchmarks.process import set_up_process, stage_context
 from benchmarks.results import Estimate
@@ -67,11 +68,16 @@ def engines(
                 folders[name].append(evaluate_model(experiment, run, common, *inputs))
                 logs += [model / "log.json"] if name == "vllm" else []
     rows = {name: Rows(found) for name, found in folders.items()}
+    mismatch = max(row["generation/logprob_difference_max"] for f in logs for row in read_json(f))
+    return compare_ends(rows, seeds, mismatch, out)
+
+
+def compare_ends(rows: dict[str, Rows], seeds: tuple[int, ...], mismatch: float, out: Path) -> bool:
+    """Write both ends and their differences; whether they agree."""
     gold = paired_difference(rows["vllm"].mean("gold"), rows["transformers"].mean("gold"))
     kls = {name: r.mean("kl") for name, r in rows.items()}
     kl = paired_difference(kls["vllm"], kls["transformers"])
     share = (kl.mean or 0.0) / float(kls["transformers"].mean())
-    mismatch = max(row["generation/logprob_difference_max"] for f in logs for row in read_json(f))
     held = abs(gold.mean or 0.0) <= GOLD and abs(share) <= KL
     write_json(
         out / "engines.json",
@@ -120,11 +126,8 @@ def _said(estimate: Estimate) -> str:
 
 def main() -> None:
     """Exit codes as `klash`'s."""
-    try:
+    with exit_codes("engines"):
         sys.exit(0 if tyro.cli(engines, prog="python -m benchmarks.engines") else 1)
-    except InputError as error:
-        print(f"engines: {error}", file=sys.stderr)
-        sys.exit(2)
 
 
 if __name__ == "__main__":

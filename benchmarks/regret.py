@@ -22,6 +22,7 @@ from matplotlib.ticker import FuncFormatter, NullLocator
 from benchmarks.cli import split_overrides
 from benchmarks.compare import prepare_common
 from benchmarks.exact import World
+from benchmarks.exits import exit_codes
 from benchmarks.experiment import Arm, Experiment, load_experiment
 from benchmarks.process import stage_context
 from benchmarks.report.style import MUTED, draw, look
@@ -241,11 +242,8 @@ def _plain(point: Point) -> dict:
 def main() -> None:
     """Exit codes as `klash`'s."""
     words, overrides = split_overrides(sys.argv[1:])
-    try:
+    with exit_codes("regret"):
         tyro.cli(regret_with(overrides), args=words, prog="python -m benchmarks.regret")
-    except InputError as error:
-        print(f"regret: {error}", file=sys.stderr)
-        sys.exit(2)
 
 
 if __name__ == "__main__":

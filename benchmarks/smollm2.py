@@ -12,7 +12,6 @@ model that it loaded from GGUF: the weights move into a new one.
 """
 
 import importlib.util
-import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -20,6 +19,7 @@ import torch
 import tyro
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
+from benchmarks.exits import exit_codes
 from shared.config import InputError
 from shared.models import save
 
@@ -61,11 +61,8 @@ def packaged_folder() -> Path:
 
 def main() -> None:
     """Exit codes as `klash`'s."""
-    try:
+    with exit_codes("smollm2"):
         tyro.cli(convert, prog="python -m benchmarks.smollm2")
-    except InputError as error:
-        print(f"smollm2: {error}", file=sys.stderr)
-        sys.exit(2)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Is the engine where the trainer is? What is sent to it, and what is compared afterwards."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -45,23 +45,30 @@ def policy_weights(model: PreTrainedModel | PeftModel) -> Iterator[tuple[str, Te
 
 
 @torch.no_grad()
+def largest_difference(
+    engine: Engine, prompts: Sequence[Sequence[int]], draw: Sampling, pad_id: int
+) -> float:
+    """Between the log-probabilities of `engine` and of its model, of sampled tokens, in nats."""
+    drawn = engine.generate(prompts, draw)
+    batch = collate(prompts, drawn.ids, pad_id)
+    ours = token_logprobs(engine.model, batch, draw.temperature).cpu()[batch.mask]
+    theirs = torch.tensor([number for row in drawn.logprobs for number in row])
+    return (ours - theirs).abs().max().item()
+
+
 def probe(engine: Engine, ids: SpecialIds, temperature: float) -> float:
     """Largest difference, in nats a token, between `engine` and its model on fixed prompts.
 
     The engine samples, the model says how likely each token was. Prompt and sampled tokens pass
     through every layer, so that old weights show wherever they are.
     """
-    model = engine.model
-    size = model.get_input_embeddings().weight.shape[0]  # pyright: ignore
+    size = engine.model.get_input_embeddings().weight.shape[0]  # pyright: ignore
     words = [token for token in range(size) if token not in ids]
     stride = max(1, len(words) // (PROBES * PROBE_TOKENS))
     spread = words[::stride]
     prompts = [spread[i::PROBES][:PROBE_TOKENS] for i in range(PROBES)]
-    drawn = engine.generate(prompts, Sampling(max_new_tokens=PROBE_TOKENS, temperature=temperature))
-    batch = collate(prompts, drawn.ids, ids.pad)
-    ours = token_logprobs(model, batch, temperature).cpu()[batch.mask]
-    theirs = torch.tensor([number for row in drawn.logprobs for number in row])
-    return (ours - theirs).abs().max().item()
+    draw = Sampling(max_new_tokens=PROBE_TOKENS, temperature=temperature)
+    return largest_difference(engine, prompts, draw, ids.pad)
 
 
 def require_fresh(engine: Engine, ids: SpecialIds, temperature: float, tolerance: float) -> float:

@@ -139,7 +139,7 @@ def _start(architecture: str, folder: str, dtype: Dtype, memory_share: float) ->
         return _running[key]
     for other in list(_running):
         _running.pop(other).llm_engine.engine_core.shutdown()
-    os.environ.update({key: os.environ.get(key, value) for key, value in ENVIRONMENT.items()})
+    os.environ.update({name: os.environ.get(name, value) for name, value in ENVIRONMENT.items()})
     try:
         from vllm import LLM
     except ImportError as error:
