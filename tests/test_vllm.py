@@ -201,6 +201,16 @@ def test_a_sync_that_leaves_the_tied_head_packed_as_it_was_is_caught(
     assert engine.sync() <= 1e-4
 
 
+def test_what_was_computed_for_a_prompt_before_a_sync_is_not_used_after_it(engine: VLLMEngine):
+    """The prompt is longer than a block of the prefix cache, so that it would be found there."""
+    block = engine.llm.llm_engine.vllm_config.cache_config.block_size
+    prompt = [5 + i % 40 for i in range(block + 20)]
+    assert largest_difference(engine, [prompt], 1.0) <= 1e-4
+    train(engine.model, [[5, 17, 30], [8, 9]], steps=5, rate=1e-3)
+    engine.sync()
+    assert largest_difference(engine, [prompt], 1.0) <= 1e-4
+
+
 def test_one_engine_serves_policies_of_one_architecture_in_turn(
     engine: VLLMEngine, policy_folder: Path, tmp_path: Path, tokenizer: PreTrainedTokenizerBase
 ):
@@ -211,7 +221,11 @@ def test_one_engine_serves_policies_of_one_architecture_in_turn(
     assert probe(other, other.ids, 1.0) <= 1e-4
     again = started(policy_folder)
     assert probe(again, again.ids, 1.0) <= 1e-4
-    assert probe(other, other.ids, 1.0) > 1e-3  # the last one moved in
+    with pytest.raises(StaleEngine, match="another policy's weights"):
+        draw(other, [[5, 17, 30]])
+    assert other.sync() <= 1e-4
+    with pytest.raises(StaleEngine):
+        draw(again, [[5, 17, 30]])
 
 
 # --- what is drawn ----------------------------------------------------------------------------

@@ -7,16 +7,17 @@ sleeps while nothing is sampled.
 
 import json
 import os
+import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from transformers import PreTrainedModel
 
 from shared.config import InputError
-from shared.generation.engine import Completions, Dtype, Sampling, require_tokens
+from shared.generation.engine import Completions, Dtype, Sampling, StaleEngine, require_tokens
 from shared.generation.sync import policy_weights, require_fresh
 from shared.models import SpecialIds
 
@@ -33,7 +34,12 @@ INSTALL = "pip install vllm==0.33.0 on a CUDA machine, `make vllm` for a CPU"
 
 
 class VLLMEngine:
-    """Samples from a copy of `model`'s weights; `sync()` after every change of them."""
+    """Samples from a copy of `model`'s weights; `sync()` after every change of them.
+
+    Of all objects of this class in a process, the one whose `sync()` came last can sample.
+    """
+
+    tenant: ClassVar["weakref.ref[VLLMEngine] | None"] = None
 
     def __init__(
         self,
@@ -57,6 +63,8 @@ class VLLMEngine:
 
     def generate(self, prompts: Sequence[Sequence[int]], sampling: Sampling) -> Completions:
         """See `Engine.generate`. The same seed, weights and prompts give the same tokens."""
+        if self.tenant is None or self.tenant() is not self:
+            raise StaleEngine("the engine holds another policy's weights: `sync()` comes first")
         require_tokens(prompts)
         require_room(prompts, sampling, self.llm.model_config.max_model_len)
         from vllm import SamplingParams
@@ -81,6 +89,7 @@ class VLLMEngine:
 
     def sync(self) -> float:
         """See `Engine.sync`. StaleEngine if the engine does not come to the model's weights."""
+        VLLMEngine.tenant = weakref.ref(self)
         with _awake(self.llm), torch.no_grad():
             self.llm.collective_rpc("klash_load", args=(policy_weights(self.model),))
             self.llm.reset_prefix_cache()
