@@ -172,6 +172,7 @@ def prepare_reward(
 def prepare_seed(experiment: Experiment, run: Run, common: Common, seed: int) -> Seed:
     """Preferences, reward model and reference log-probabilities of one seed."""
     sft, task = common.sft, experiment.task
+    precision = experiment.direct.optimizer.precision
     preferences, reward = prepare_reward(experiment, run, sft, common.scale_samples, seed)
     return Seed(
         seed=seed,
@@ -188,11 +189,11 @@ def prepare_seed(experiment: Experiment, run: Run, common: Common, seed: int) ->
         ),
         reference=run(
             "reference", score_reference, label=f"reference log-probabilities, seed {seed}",
-            policy=sft, preferences=preferences,
+            policy=sft, preferences=preferences, precision=precision,
         ),
         mismatched=run(
             "mismatched", score_mismatched, label=f"mismatched completions, seed {seed}",
-            policy=sft, preferences=preferences, seed=seed,
+            policy=sft, preferences=preferences, seed=seed, precision=precision,
         ) if unpaired(experiment) else None,
         sft_rows=evaluate_model(
             experiment, run, common, reward, preferences, seed, sft, ".", f"sft, seed {seed}"

@@ -12,7 +12,7 @@ from shared.cost import Meter
 from shared.generation.engine import Completions, Sampling
 from shared.generation.start import TRANSFORMERS, GenerationConfig, make_engine
 from shared.kl import exact_kl, k1, k3, masked_sum
-from shared.logprobs import completion_logits, gather_logprobs, score_logps
+from shared.logprobs import BLOCK, completion_logits, gather_logprobs, score_logps
 from shared.models import Scorer, load_policy, load_tokenizer, special_ids
 from shared.optimum import best_of_n_logps
 from shared.preferences import read_pairs
@@ -168,7 +168,8 @@ def measure_kl(
 ) -> dict[str, list[Any]]:
     """Nats per sequence: the exact KL summed over positions, and the sums of k1 and k3."""
     sums = {name: torch.zeros(len(prompts)) for name in ("kl", "k1", "k3")}
-    for rows in by_length([len(c) for c in completions], batch_size):
+    row = model.config.get_text_config().vocab_size * max(map(len, completions))
+    for rows in by_length([len(c) for c in completions], max(1, min(batch_size, BLOCK // row))):
         batch = collate([prompts[i] for i in rows], [completions[i] for i in rows], pad_id)
         batch = batch.to(model.device)
         logits, ref_logits = (completion_logits(m, batch) for m in (model, ref_model))

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from shared.config import InputError
 from shared.cost import Meter
+from shared.fit import Precision, arithmetic
 from shared.logprobs import score_logps
 from shared.models import load_policy, load_tokenizer, special_ids
 from shared.preferences import Pair, read_pairs
@@ -23,26 +24,34 @@ class Mismatched(NamedTuple):
     logps: Tensor  # (2 N,) log ref of it
 
 
-def score_reference(folder: Path, policy: Path, preferences: Path) -> None:
+def score_reference(
+    folder: Path, policy: Path, preferences: Path, precision: Precision = "float32"
+) -> None:
     """Stage: log ref(y|x) of the 2 N completions, chosen first, in `reference.safetensors`.
 
-    Depends on weights, tokens and code; on no beta, rate or seed of a training.
+    Depends on weights, tokens, code and `precision`, which must be the training's: then policy and
+    reference round alike. Not on any beta, rate or seed of a training.
     """
     meter = Meter()
     prompts, completions = unpaired_rows(read_pairs(preferences / "train.jsonl"))
     model, pad_id = load_policy(policy).eval(), special_ids(load_tokenizer(policy)).pad
-    logps = score_logps(model, prompts, completions, pad_id, meter=meter)
+    with arithmetic(precision, model.device):
+        logps = score_logps(model, prompts, completions, pad_id, meter=meter)
     save_file({"logps": logps}, folder / "reference.safetensors")
     write_json(folder / "cost.json", meter.summary())
 
 
-def score_mismatched(folder: Path, policy: Path, preferences: Path, seed: int) -> None:
+def score_mismatched(
+    folder: Path, policy: Path, preferences: Path, seed: int, precision: Precision = "float32"
+) -> None:
     """Stage: one derangement across prompts and its log ref, in `mismatched.safetensors`."""
     meter = Meter()
     prompts, completions = unpaired_rows(read_pairs(preferences / "train.jsonl"))
     model, pad_id = load_policy(policy).eval(), special_ids(load_tokenizer(policy)).pad
     partner = mismatch([tuple(p) for p in prompts], seed)
-    logps = score_logps(model, prompts, [completions[j] for j in partner], pad_id, meter=meter)
+    others = [completions[j] for j in partner]
+    with arithmetic(precision, model.device):
+        logps = score_logps(model, prompts, others, pad_id, meter=meter)
     mismatched = Mismatched(torch.tensor(partner), logps)
     save_file(mismatched._asdict(), folder / "mismatched.safetensors")
     write_json(folder / "cost.json", meter.summary())

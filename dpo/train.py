@@ -18,6 +18,7 @@ from shared.fit import (
     Diverged,
     OptimizerConfig,
     Trainee,
+    arithmetic,
     batches,
     checkpoint_steps,
     prepare,
@@ -172,7 +173,10 @@ class Dataset:
 
     def step(self, trainee: Trainee, rows: list[int]) -> dict[str, float]:
         """One optimiser step on `rows`."""
-        mismatched = self.mismatched_ratios(trainee.model, rows) if self.unpaired else None
+        mismatched = None
+        if self.unpaired:
+            with arithmetic(trainee.precision, trainee.model.device):
+                mismatched = self.mismatched_ratios(trainee.model, rows)
         micro_batches = []
         for group in self.groups(rows):
             chosen = sum(row < len(self.pairs) for row in group)

@@ -10,11 +10,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rlhf.losses import explained_variance
 from shared.cost import Meter
-from shared.fit import OptimizerConfig, Trainee, prepare
+from shared.fit import OptimizerConfig, Trainee, arithmetic, prepare
 from shared.generation.engine import Engine
 from shared.generation.start import TRANSFORMERS, GenerationConfig, make_engine
 from shared.kl import k1, k3, masked_mean, masked_sum
-from shared.logprobs import completion_logits, gather_logprobs, token_logprobs
+from shared.logprobs import of_tokens, picked, token_logprobs
 from shared.models import (
     Scorer,
     frozen,
@@ -160,12 +160,13 @@ def score_rollout(
         index = torch.tensor(group)
         batch = rollout.rows(index).sequences
         columns = batch.mask.shape[1]
-        logits = completion_logits(actors.policy.model, batch, actors.temperature)
-        rollout.logprobs[index, :columns] = gather_logprobs(logits, batch)
-        entropy += token_entropy(logits).sum().item()
-        ref_logprobs = token_logprobs(actors.ref, batch, actors.temperature)
+        with arithmetic(actors.policy.precision, device):  # as in the update
+            both = of_tokens(actors.policy.model, batch, picked_and_entropy, actors.temperature)
+            ref_logprobs = token_logprobs(actors.ref, batch, actors.temperature)
+            values = state_values(actors.value.model, batch)
+        rollout.logprobs[index, :columns] = batch.spread(both[:, 0])
         rollout.ref_logprobs[index, :columns] = ref_logprobs
-        values = state_values(actors.value.model, batch)
+        entropy += both[:, 1].sum().item()
         rollout.values[index, :columns] = values.masked_fill(~batch.mask, 0.0)
         for model in (actors.policy.model, actors.ref, actors.value.model, actors.scorer.model):
             if model is not None:
@@ -194,6 +195,11 @@ def compare_engine(
         return rollout, numbers
     weights = log_ratio.exp().clamp(max=cap)
     return rollout._replace(weights=weights), numbers
+
+
+def picked_and_entropy(logits: Tensor, tokens: Tensor) -> Tensor:
+    """Log-probability of each token and entropy of its distribution, (M, V), (M,) -> (M, 2)."""
+    return torch.stack([picked(logits, tokens), token_entropy(logits)], 1)
 
 
 def token_entropy(logits: Tensor) -> Tensor:

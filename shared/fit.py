@@ -20,6 +20,7 @@ from transformers import PreTrainedModel, get_scheduler
 from shared.config import Config
 
 T = TypeVar("T")
+Precision = Literal["float32", "bfloat16"]
 Loss = Callable[[PreTrainedModel, T], tuple[Tensor, dict[str, float]]]
 
 
@@ -28,7 +29,10 @@ class Diverged(Exception):
 
 
 class OptimizerConfig(Config):
-    """AdamW, linear warm-up, then the schedule."""
+    """AdamW, linear warm-up, then the schedule.
+
+    `precision`: of the matrix products; weights, optimiser and losses are float32 in any case.
+    """
 
     learning_rate: float = Field(gt=0)
     schedule: Literal["linear", "cosine", "constant"] = "cosine"
@@ -37,6 +41,7 @@ class OptimizerConfig(Config):
     weight_decay: float = Field(default=0.0, ge=0)
     adam_epsilon: float = Field(default=1e-8, gt=0)
     adam_beta2: float = Field(default=0.999, gt=0, lt=1)
+    precision: Precision = "float32"
 
 
 @dataclass
@@ -48,6 +53,7 @@ class Trainee:
     scheduler: Any
     accelerator: Accelerator
     max_grad_norm: float
+    precision: Precision = "float32"
 
 
 def prepare(model: PreTrainedModel, config: OptimizerConfig, steps: int) -> Trainee:
@@ -64,7 +70,16 @@ def prepare(model: PreTrainedModel, config: OptimizerConfig, steps: int) -> Trai
     name = "constant_with_warmup" if config.schedule == "constant" else config.schedule
     scheduler = get_scheduler(name, optimizer, math.ceil(config.warmup_share * steps), steps)
     model, optimizer = accelerator.prepare(model.train(), optimizer)
-    return Trainee(model, optimizer, scheduler, accelerator, config.max_grad_norm)
+    limits = config.max_grad_norm, config.precision
+    return Trainee(model, optimizer, scheduler, accelerator, *limits)
+
+
+def arithmetic(precision: Precision, device: torch.device) -> torch.autocast:
+    """Within it matrix products run at `precision`, on float32 weights.
+
+    Accelerate's own mixed precision is one for a whole process, and here stages differ.
+    """
+    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16")
 
 
 def state_of(trainee: Trainee) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -101,7 +116,8 @@ def step(
     total = sum(items for _, items in micro_batches)
     log = {"loss": 0.0}
     for micro_batch, items in micro_batches:
-        value, numbers = loss(trainee.model, micro_batch)
+        with arithmetic(trainee.precision, trainee.accelerator.device):
+            value, numbers = loss(trainee.model, micro_batch)
         trainee.accelerator.backward(value * (items / total))
         for key, number in {"loss": value.item(), **numbers}.items():
             log[key] = log.get(key, 0.0) + number * items / total

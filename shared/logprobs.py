@@ -1,14 +1,18 @@
 """Log-probabilities of completions: the one place where any method gets them."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from shared.cost import Meter
+from shared.models import trunk
 from shared.packing import pack, packed_inputs, packs
 from shared.sequences import Sequences, by_length, collate
+
+BLOCK = 2**26  # logits held at once: 256 MiB in float32
 
 
 def completion_logits(model: PreTrainedModel, batch: Sequences, temperature: float = 1.0) -> Tensor:
@@ -18,31 +22,80 @@ def completion_logits(model: PreTrainedModel, batch: Sequences, temperature: flo
     """
     batch = batch.to(model.device)
     if packs(model):
-        packed, width = pack(batch), batch.prompt_width
-        predicting = packed.place[:, width - 1 : -1][batch.mask]
-        logits = model(**packed_inputs(packed), logits_to_keep=predicting).logits[0]
-    else:
-        length = batch.mask.shape[1]
-        logits = model(
-            input_ids=batch.ids,
-            attention_mask=batch.attention,
-            position_ids=batch.positions,
-            use_cache=False,
-            logits_to_keep=length + 1,
-        ).logits[:, -length - 1 : -1][batch.mask]
-    return logits.float() / temperature
+        return _logits(output_head(model), predicting_states(model, batch), temperature)
+    length = batch.mask.shape[1]
+    logits = model(
+        input_ids=batch.ids,
+        attention_mask=batch.attention,
+        position_ids=batch.positions,
+        use_cache=False,
+        logits_to_keep=length + 1,
+    ).logits[:, -length - 1 : -1][batch.mask]
+    return logits.float() if temperature == 1 else logits.float() / temperature
+
+
+def predicting_states(model: PreTrainedModel, batch: Sequences) -> Tensor:
+    """Of a model that packs: the last hidden states that predict the M completion tokens, (M, H).
+
+    The output head sees these only, and no prompt.
+    """
+    packed = pack(batch)
+    predicting = packed.place[:, batch.prompt_width - 1 : -1][batch.mask]
+    return trunk(model)(**packed_inputs(packed)).last_hidden_state[0, predicting]
+
+
+def output_head(model: PreTrainedModel) -> nn.Module:
+    """What makes logits of hidden states; the families that pack do nothing else to them."""
+    return model.get_output_embeddings()  # pyright: ignore[reportReturnType]
+
+
+def of_tokens(
+    model: PreTrainedModel,
+    batch: Sequences,
+    measure: Callable[[Tensor, Tensor], Tensor],
+    temperature: float = 1.0,
+) -> Tensor:
+    """`measure(logits (m, V), tokens (m,)) -> (m, ...)` of all M completion tokens, (M, ...).
+
+    At most BLOCK logits exist at once: where there are more, each block is computed again for its
+    gradient.
+    """
+    batch = batch.to(model.device)
+    tokens = batch.completion_ids[batch.mask]
+    if not packs(model):
+        return measure(completion_logits(model, batch, temperature), tokens)
+    head, states = output_head(model), predicting_states(model, batch)
+    rows = max(1, BLOCK // model.get_input_embeddings().weight.shape[0])  # pyright: ignore
+
+    def block(states: Tensor, tokens: Tensor) -> Tensor:
+        return measure(_logits(head, states, temperature), tokens)
+
+    if len(tokens) <= rows:
+        return block(states, tokens)
+    parts = zip(states.split(rows), tokens.split(rows), strict=True)
+    again = {"use_reentrant": False, "preserve_rng_state": False}
+    return torch.cat([checkpoint(block, *part, **again) for part in parts])  # pyright: ignore
+
+
+def _logits(head: nn.Module, states: Tensor, temperature: float) -> Tensor:
+    logits = head(states).float()
+    return logits if temperature == 1 else logits / temperature
 
 
 def token_logprobs(model: PreTrainedModel, batch: Sequences, temperature: float = 1.0) -> Tensor:
     """log p(token | before) of the completion, in nats, (B, T); 0 where `mask` is False."""
-    return gather_logprobs(completion_logits(model, batch, temperature), batch)
+    return batch.to(model.device).spread(of_tokens(model, batch, picked, temperature))
 
 
 def gather_logprobs(logits: Tensor, batch: Sequences) -> Tensor:
     """Pick the completion's tokens out of `logits` (M, V): (B, T), 0 where `mask` is False."""
     batch = batch.to(logits.device)
-    chosen = logits.gather(-1, batch.completion_ids[batch.mask].unsqueeze(-1)).squeeze(-1)
-    return batch.spread(chosen - logits.logsumexp(-1))
+    return batch.spread(picked(logits, batch.completion_ids[batch.mask]))
+
+
+def picked(logits: Tensor, tokens: Tensor) -> Tensor:
+    """log p(token) of each row, (M, V), (M,) -> (M,)."""
+    return logits.gather(-1, tokens.unsqueeze(-1)).squeeze(-1) - logits.logsumexp(-1)
 
 
 def sequence_logps(model: PreTrainedModel, batch: Sequences) -> Tensor:

@@ -152,14 +152,21 @@ def scalar_head(model: PreTrainedModel) -> nn.Linear:
     return head
 
 
+def trunk(model: PreTrainedModel) -> nn.Module:
+    """Everything below the head, of a LoRA model with the adapters in it."""
+    base = getattr(model, "get_base_model", None)  # peft's; it takes seconds to import
+    below = model if base is None else base()
+    return getattr(below, below.base_model_prefix)
+
+
 def token_scalars(model: PreTrainedModel, batch: Sequences) -> Tensor:
     """The head's output at every position, (B, P + T); anything where there is padding."""
-    batch, trunk = batch.to(model.device), getattr(model, model.base_model_prefix)
+    batch = batch.to(model.device)
     if packs(model):
         packed = pack(batch)
-        hidden = trunk(**packed_inputs(packed)).last_hidden_state
+        hidden = trunk(model)(**packed_inputs(packed)).last_hidden_state
         return scalar_head(model)(hidden).flatten().float()[packed.place]
-    hidden = trunk(
+    hidden = trunk(model)(
         input_ids=batch.ids,
         attention_mask=batch.attention,
         position_ids=batch.positions,

@@ -26,7 +26,7 @@ from dpo.reference import (
 from dpo.train import Dataset, DirectConfig, check_setting, train_direct
 from shared.config import InputError
 from shared.cost import forward_flops
-from shared.fit import OptimizerConfig, Trainee
+from shared.fit import OptimizerConfig, Trainee, prepare
 from shared.logprobs import sequence_logps
 from shared.models import frozen, load_policy
 from shared.preferences import read_pairs
@@ -155,6 +155,29 @@ def test_scoring_the_reference_is_paid_for(
         lengths = [len(p) + len(c) for p, c in zip(prompts, of, strict=True)]
         assert cost["flops"] == pytest.approx(forward_flops(model, lengths, tokens))
         assert cost["train_tokens"] == 0
+
+
+@pytest.mark.parametrize("loss", ["dpo", "kto"])
+def test_in_bfloat16_policy_and_reference_round_alike(
+    policy_folder: Path, preferences_folder: Path, tmp_path: Path, loss: str
+):
+    """So a log-ratio at the start is 0, and not the rounding error of 20 tokens."""
+    folders = tmp_path / "reference", tmp_path / "mismatched"
+    for folder in folders:
+        folder.mkdir()
+    score_reference(folders[0], policy_folder, preferences_folder, "bfloat16")
+    score_mismatched(folders[1], policy_folder, preferences_folder, 0, "bfloat16")
+    data = Dataset(policy_folder, preferences_folder, *folders, loss, {"beta": 50.0}, 32)
+    half = OptimizerConfig(learning_rate=1e-3, precision="bfloat16", warmup_share=0.0)
+    trainee = prepare(load_policy(policy_folder), half, 1)
+    exact = tmp_path / "exact"
+    exact.mkdir()
+    score_reference(exact, policy_folder, preferences_folder)
+    assert (read_reference(exact) - read_reference(folders[0])).abs().max() > 1e-3
+    log = data.step(trainee, next(data.batches(range(N), 32, 1, 0)))
+    assert log["loss"] == pytest.approx({"dpo": math.log(2), "kto": 0.5}[loss], abs=1e-4)
+    assert {p.dtype for p in trainee.model.parameters()} == {torch.float32}
+    assert log["grad_norm"] > 0
 
 
 def test_the_frozen_copy_neither_trains_nor_follows_the_policy(policy_folder: Path):

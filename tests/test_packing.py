@@ -19,6 +19,7 @@ from transformers import (
     Qwen3Config,
 )
 
+from shared import logprobs
 from shared.generation.engine import Sampling
 from shared.generation.hf import HFEngine
 from shared.logprobs import token_logprobs
@@ -94,6 +95,32 @@ def test_gradients_are_those_of_padded_rows(config: PreTrainedConfig):
         let_pack(model)
     for padded, packed in zip(*gradients, strict=True):
         torch.testing.assert_close(packed, padded, atol=2e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("logits_at_once", [SIZE["vocab_size"], 7 * SIZE["vocab_size"] + 3, 1])
+def test_logits_in_blocks_give_the_same_numbers_and_gradients(
+    config: PreTrainedConfig, monkeypatch: pytest.MonkeyPatch, logits_at_once: int
+):
+    model = let_pack(policy(config))
+    weights = torch.rand(batch_of().mask.shape, generator=torch.Generator().manual_seed(0))
+    heads: list[int] = []
+    hook = model.get_output_embeddings().register_forward_hook(
+        lambda _, __, logits: heads.append(logits.shape[0])
+    )
+    found = []
+    for most in (logprobs.BLOCK, logits_at_once):
+        monkeypatch.setattr(logprobs, "BLOCK", most)
+        model.zero_grad()
+        numbers = token_logprobs(model, batch_of(), 0.7)
+        (numbers * weights).sum().backward()
+        found.append([numbers.detach(), *(p.grad.clone() for p in model.parameters())])
+    hook.remove()
+    tokens = sum(map(len, COMPLETIONS))
+    assert heads[0] == tokens
+    assert max(heads[1:]) == max(1, logits_at_once // SIZE["vocab_size"])
+    assert sum(heads[1:]) == 2 * tokens  # once more for the gradient
+    for whole, blocks in zip(*found, strict=True):
+        torch.testing.assert_close(blocks, whole, atol=2e-5, rtol=1e-4)
 
 
 @torch.no_grad()

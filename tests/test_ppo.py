@@ -166,6 +166,25 @@ def test_rollout_and_update_are_read_at_the_sampling_temperature(
     assert update_models(actors, found, SMALL, 0)["ppo/first_ratio"] == pytest.approx(1, abs=1e-6)
 
 
+def test_in_bfloat16_rollout_and_update_round_alike(
+    policy_folder: Path, reward_folder: Path, prompts: list[list[int]], completions: Completions
+):
+    half = OptimizerConfig(**{**SMALL.optimizer.model_dump(), "precision": "bfloat16"})
+    rounded = SMALL.model_copy(update={"optimizer": half})
+    actors = four_models(policy_folder, reward_folder, rounded, SAMPLING, 3)
+    exact = four_models(policy_folder, reward_folder, SMALL, SAMPLING, 3)
+    found, scores, _ = score_rollout(actors, prompts, completions.ids)
+    other, other_scores, _ = score_rollout(exact, prompts, completions.ids)
+    apart = (found.logprobs - other.logprobs).abs().max()
+    assert 1e-4 < apart < 0.1
+    assert (found.ref_logprobs - found.logprobs).abs().max() < 1e-5
+    assert 1e-4 < (found.values - other.values).abs().max() < 0.1
+    assert torch.equal(scores, other_scores)  # a measurement: float32
+    found = found._replace(advantages=torch.ones_like(found.values), returns=found.values)
+    assert update_models(actors, found, rounded, 0)["ppo/first_ratio"] == pytest.approx(1, abs=1e-4)
+    assert {p.dtype for p in actors.policy.model.parameters()} == {torch.float32}
+
+
 def test_entropy_is_that_of_the_next_token_distributions(rollout):
     uniform = torch.zeros(3, 8)
     close(token_entropy(uniform), torch.full((3,), 8.0).log())

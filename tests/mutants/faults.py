@@ -35,6 +35,8 @@ METRICS = ("test_metrics.py",)
 FRONTIER = ("test_frontier.py",)
 OPTIMUM = ("test_optimum.py",)
 FINITE = ("test_finite_tasks.py",)
+VLLM = ("test_vllm.py",)
+SERVER = ("test_vllm_server.py",)
 FIT = ("test_fit.py", "test_rlhf_losses.py", "test_direct.py")
 
 FAULTS = (
@@ -344,18 +346,37 @@ FAULTS = (
     ),
     Fault(
         "logprobs: off by one, packed rows", "shared/logprobs.py",
-        "packed.place[:, width - 1 : -1][batch.mask]", "packed.place[:, width:][batch.mask]",
+        "packed.place[:, batch.prompt_width - 1 : -1][batch.mask]",
+        "packed.place[:, batch.prompt_width :][batch.mask]",
         "each token is read from the logits behind it", PACKING,
     ),
     Fault(
         "logprobs: attention mask dropped", "shared/logprobs.py",
-        "            attention_mask=batch.attention,\n", "",
+        "        attention_mask=batch.attention,\n", "",
         "padding on the left is attended to", PACKING,
     ),
     Fault(
         "logprobs: temperature forgotten", "shared/logprobs.py",
-        "return logits.float() / temperature", "return logits.float()",
+        "return logits if temperature == 1 else logits / temperature", "return logits",
         "another distribution than the one sampled from", METER,
+    ),
+    Fault(
+        "logprobs: blocks out of step", "shared/logprobs.py",
+        "tokens.split(rows), strict=True)", "tokens.roll(1).split(rows), strict=True)",
+        "where there are many logits each token is read in another's place", PACKING,
+    ),
+    Fault(
+        "precision: the update rounds and the rollout does not", "rlhf/rollout.py",
+        "with arithmetic(actors.policy.precision, device):", 'with arithmetic("float32", device):',
+        "the first ratio is not 1 in bfloat16", PPO,
+    ),
+    Fault(
+        "precision: the policy rounds and its reference does not", "dpo/reference.py",
+        "    with arithmetic(precision, model.device):\n"
+        "        logps = score_logps(model, prompts, completions,",
+        "    with arithmetic(\"float32\", model.device):\n"
+        "        logps = score_logps(model, prompts, completions,",
+        "log-ratios begin at the rounding error", TRAIN,
     ),
     Fault(
         "logprobs: mean over tokens", "shared/logprobs.py",
@@ -644,6 +665,74 @@ FAULTS = (
         "elif pair.chosen_ids == pair.rejected_ids:",
         "elif not repeats and pair.chosen_ids == pair.rejected_ids:",
         "pairs that teach nothing count as labels", FINITE,
+    ),
+    # vLLM
+    Fault(
+        "vllm: the prefix cache outlives a sync", "shared/generation/vllm.py",
+        "            self.llm.reset_prefix_cache()\n", "",
+        "prompts are read with the weights of before", VLLM,
+    ),
+    Fault(
+        "vllm: no weights are sent", "shared/generation/vllm.py",
+        'self.llm.collective_rpc("klash_load", args=(policy_weights(self.model),))', "pass",
+        "every rollout is the first policy's", VLLM,
+    ),
+    Fault(
+        "vllm: any engine object samples", "shared/generation/vllm.py",
+        "if self.tenant is None or self.tenant() is not self:", "if self.tenant is None:",
+        "one policy samples with the weights of another", VLLM,
+    ),
+    Fault(
+        "vllm: log-probabilities before the temperature", "shared/generation/vllm.py",
+        'logprobs_mode="processed_logprobs"', 'logprobs_mode="raw_logprobs"',
+        "they belong to another distribution than the one sampled from", VLLM,
+    ),
+    Fault(
+        "vllm: only the 20 likeliest tokens", "shared/generation/vllm.py",
+        '"top_k": 0', '"top_k": 20',
+        "rare tokens are never sampled", VLLM,
+    ),
+    Fault(
+        "vllm: one seed for all prompts", "shared/generation/vllm.py",
+        '{**common, "seed": seed} for seed in seeds', '{**common, "seed": seeds[0]} for _ in seeds',
+        "equal prompts get equal completions", VLLM,
+    ),
+    Fault(
+        "vllm: nothing ends a completion", "shared/generation/vllm.py",
+        '"stop_token_ids": [eos_id]', '"stop_token_ids": []',
+        "every completion has the full length", VLLM,
+    ),
+    Fault(
+        "sync: the adapter stays at home", "shared/generation/sync.py",
+        "weight = weight + layer.get_delta_weight(adapter).detach()", "pass",
+        "a LoRA policy's samples are its base's", VLLM,
+    ),
+    Fault(
+        "sync: a stale engine goes on", "shared/generation/sync.py",
+        "if not difference <= tolerance:", "if not difference <= 1e9:",
+        "nothing says that old weights sample", VLLM,
+    ),
+    Fault(
+        "sync: the tied head stays packed", "shared/generation/worker.py",
+        "        dispatch_cpu_unquantized_gemm(head, remove_weight=False)", "        pass",
+        "the last layer keeps the old weights", VLLM,
+    ),
+    Fault(
+        "server: no weights are sent", "shared/generation/server.py",
+        '            self._post("/collective_rpc", {"method": "klash_load_file", '
+        '"args": [str(path)]})\n', "",
+        "every rollout is the first policy's", SERVER,
+    ),
+    Fault(
+        "server: answers in the order they come", "shared/generation/server.py",
+        'answers = list(pool.map(lambda body: self._post("/v1/completions", body), bodies))',
+        'answers = [self._post("/v1/completions", body) for body in bodies[::-1]]',
+        "completions go to other prompts", SERVER,
+    ),
+    Fault(
+        "server: every row counts as cut", "shared/generation/server.py",
+        '[d["finish_reason"] == "length" for d in drawn]', "[True for d in drawn]",
+        "completions that ended pay for it", SERVER,
     ),
 )  # fmt: skip
 
