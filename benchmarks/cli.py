@@ -14,7 +14,7 @@ from benchmarks.experiment import Experiment, load_experiment
 from benchmarks.process import set_up_process
 from benchmarks.report.build import build_report
 from benchmarks.run import run_experiment
-from benchmarks.speed import measure, table
+from benchmarks.speed.measure import measure, table
 from shared.config import InputError
 from shared.generation.engine import Dtype
 from shared.generation.server import become_server

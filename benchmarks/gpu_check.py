@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 from benchmarks.exits import exit_codes
 from benchmarks.process import quiet_libraries
 from benchmarks.smollm2 import convert
-from benchmarks.speed import chat_prompts
+from benchmarks.speed.generation import chat_prompts
 from rlhf.ppo import PPOConfig, train_ppo
 from shared.config import InputError
 from shared.fit import OptimizerConfig

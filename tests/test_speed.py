@@ -6,7 +6,8 @@ import pytest
 from scipy import stats
 
 from benchmarks.results import Estimate
-from benchmarks.speed import Speed, side_by_side, table
+from benchmarks.speed.measure import table
+from benchmarks.speed.sides import Speed, side_by_side
 
 
 def test_each_side_warms_up_and_then_they_take_turns():

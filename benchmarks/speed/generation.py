@@ -1,64 +1,17 @@
-"""Ours beside a peer's: the same work, in turn, in one run; ratios, since seconds do not travel.
+"""Sampling: vLLM, as we call it, beside transformers' `generate`."""
 
-    klash speed generation
-
-Each side runs once unmeasured and then in rounds, A B A B, so that a machine that slows down slows
-both. The interval of the ratio is Student's t over the rounds' log ratios.
-"""
-
-import math
-import platform
-from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from pathlib import Path
-from statistics import mean
 from time import perf_counter
 
 import torch
-from pydantic import Field
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from benchmarks.results import Estimate
 from benchmarks.smollm2 import convert
-from benchmarks.statistics import seed_interval
-from shared.config import Config, InputError
+from benchmarks.speed.sides import Side, Speed, side_by_side
 from shared.generation.engine import Sampling
 from shared.generation.vllm import VLLMEngine
 from shared.models import SpecialIds, load_policy, load_tokenizer, special_ids
-from shared.stages import output_folder, write_json
-
-Side = Callable[[], float]  # does the work once, returns units a second
-
-
-class Speed(Config):
-    """One comparison. `ratio`: ours / peer. Null: not measured, or of no meaning for this work."""
-
-    work: str
-    model: str
-    dtype: str
-    shape: str
-    unit: str
-    ours: float
-    peer: float
-    peer_name: str
-    ratio: Estimate
-    loss_difference: float | None = None
-    memory_ratio: float | None = None
-    mfu: float | None = None
-    setting: dict[str, float] = Field(default_factory=dict)
-
-
-def side_by_side(ours: Side, peer: Side, rounds: int) -> tuple[float, float, Estimate]:
-    """(ours, peer, ours / peer): mean rates, and the ratio's geometric mean over the rounds."""
-    ours()
-    peer()
-    pairs = [(ours(), peer()) for _ in range(rounds)]
-    logs = seed_interval([math.log(a / b) for a, b in pairs])
-    low, middle, high = (
-        None if x is None else math.exp(x) for x in (logs.low, logs.mean, logs.high)
-    )
-    ratio = Estimate(mean=middle, low=low, high=high, per_seed=[a / b for a, b in pairs])
-    return mean(a for a, _ in pairs), mean(b for _, b in pairs), ratio
 
 
 def speed_generation(runs: Path, rounds: int) -> list[Speed]:
@@ -155,35 +108,3 @@ def chat_prompts(folder: Path, count: int) -> list[list[int]]:
         tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=False)
         for chat in chats
     ]
-
-
-WORKS: dict[str, Callable[[Path, int], list[Speed]]] = {"generation": speed_generation}
-
-
-def measure(works: Sequence[str], runs: Path, rounds: int) -> list[Speed]:
-    """Run the comparisons named, or all; writes `runs/speed/speed.json` and `speed.md`."""
-    for work in works:
-        if work not in WORKS:
-            raise InputError(f"`klash speed` knows {sorted(WORKS)}, not {work!r}")
-    out = output_folder(runs / "speed")
-    found = [row for work in works or WORKS for row in WORKS[work](runs, rounds)]
-    write_json(out / "speed.json", [row.model_dump(mode="json") for row in found])
-    (out / "speed.md").write_text(table(found), encoding="utf-8")
-    return found
-
-
-def table(rows: Sequence[Speed]) -> str:
-    """Markdown: ratios with their 95 % intervals over rounds."""
-    machine = f"{torch.get_num_threads()} threads, {platform.machine()}, torch {torch.__version__}"
-    lines = [
-        f"Ours / peer, each in turn in one run; 95 % over rounds ({machine}).",
-        "",
-        "| work | model | dtype | shape | peer | ratio |",
-        "|---|---|---|---|---|---|",
-    ]
-    for row in rows:
-        ratio = row.ratio
-        limits = f" [{ratio.low:.2f}, {ratio.high:.2f}]" if ratio.low and ratio.high else ""
-        what = f"| {row.work} | {row.model} | {row.dtype} | {row.shape} | {row.peer_name} "
-        lines.append(f"{what}| {ratio.mean:.2f}{limits} |")
-    return "\n".join(lines) + "\n"
