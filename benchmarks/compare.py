@@ -8,8 +8,9 @@ Every line of it that starts with `run(` is a stage: skipped when its folder is 
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -75,6 +76,14 @@ class Compared:
     runs: dict[str, list[Trained]]
 
 
+class ArmDone(NamedTuple):
+    """One arm's part of `Compared`."""
+
+    tuned: dict[str, float]
+    validation: list[float | None]
+    runs: list[Trained]
+
+
 def compare(
     experiment: Experiment, stages: Stages, only: tuple[int, ...] | None = None
 ) -> Compared:
@@ -83,35 +92,78 @@ def compare(
     Settings are chosen on validation prompts of the first seeds, never on test prompts.
     """
     run, wanted = stages.run, experiment.seeds if only is None else only
+    needed = [s for s in experiment.seeds if s in {*wanted, *first_seeds(experiment)}]
+    start = prepare_start(experiment, run)
+    parts = [partial(prepare_common, experiment, run)]
+    parts += [partial(prepare_reward, experiment, run, *start, seed) for seed in needed]
+    stages.each(lambda part: part(), parts)
     common = prepare_common(experiment, run)
-    needed = {*wanted, *experiment.seeds[: experiment.tuning_seeds]}
-    seeds = {
-        seed: prepare_seed(experiment, run, common, seed)
-        for seed in experiment.seeds
-        if seed in needed
-    }
-    tuned, validation, runs = {}, {}, {}
+    prepared = stages.each(partial(prepare_seed, experiment, run, common), needed)
+    seeds = dict(zip(needed, prepared, strict=True))
+
+    finish = partial(finish_arm, experiment, stages, common, seeds, wanted)
+    done = dict(zip(experiment.arms, stages.each(finish, experiment.arms), strict=True))
+    return Compared(
+        common,
+        seeds,
+        {name: arm.tuned for name, arm in done.items()},
+        {name: arm.validation for name, arm in done.items()},
+        {name: arm.runs for name, arm in done.items()},
+    )
+
+
+def finish_arm(
+    experiment: Experiment,
+    stages: Stages,
+    common: Common,
+    seeds: dict[int, Seed],
+    wanted: tuple[int, ...],
+    name: str,
+) -> ArmDone:
+    """Choose one arm's setting, and train and evaluate it on the `wanted` seeds."""
+    arm = experiment.arms[name]
+    best, scores = tune(experiment, stages, common, seeds, name, arm)
+    runs = [
+        (setting, seed)
+        for setting in arm.settings
+        for seed in wanted
+        if setting == best or seed in tuning_seeds(experiment, arm)
+    ]
+
+    def evaluated(at: tuple[dict[str, float], int]) -> Trained:
+        setting, seed = at
+        return evaluate_arm(experiment, stages.run, common, seeds[seed], name, arm, setting)
+
+    return ArmDone(best, scores, stages.each(evaluated, runs))
+
+
+def train_alone(experiment: Experiment, stages: Stages, seed: int) -> None:
+    """What the report gives seconds of: each arm at its setting, of one seed, one after another."""
+    run = stages.run
+    common = prepare_common(experiment, run)
+    needed = {*first_seeds(experiment), seed}
+    seeds = {s: prepare_seed(experiment, run, common, s) for s in experiment.seeds if s in needed}
     for name, arm in experiment.arms.items():
-        scores = tune(experiment, run, common, seeds, name, arm)
-        best = max(range(len(scores)), key=lambda i, s=scores: s[i] or 0.0)
-        tuned[name], validation[name] = arm.settings[best], scores
-        runs[name] = [
-            evaluate_arm(experiment, run, common, seeds[seed], name, arm, setting)
-            for setting in arm.settings
-            for seed in wanted
-            if setting == tuned[name] or seed in tuning_seeds(experiment, arm)
-        ]
-    return Compared(common, seeds, tuned, validation, runs)
+        best, _ = tune(experiment, stages, common, seeds, name, arm)
+        if arm.kind == "best-of-n":
+            evaluate_n(experiment, run, common, seeds[seed], best, "test")
+        else:
+            train(experiment, run, common, seeds[seed], name, arm, best)
+
+
+def first_seeds(experiment: Experiment) -> tuple[int, ...]:
+    """Those that settings are chosen on."""
+    return experiment.seeds[: experiment.tuning_seeds]
 
 
 def tuning_seeds(experiment: Experiment, arm: Arm) -> tuple[int, ...]:
     """Seeds on which every setting runs; none if there is nothing to choose."""
-    return experiment.seeds[: experiment.tuning_seeds] if len(arm.settings) > 1 else ()
+    return first_seeds(experiment) if len(arm.settings) > 1 else ()
 
 
 def timed_seeds(experiment: Experiment) -> list[int]:
-    """Seeds that run with nothing beside them: all, or where seeds run side by side the first."""
-    return list(experiment.seeds if experiment.workers == 1 else experiment.seeds[:1])
+    """Seeds that train with nothing beside them: all, or where stages run side by side the last."""
+    return list(experiment.seeds if experiment.workers == 1 else experiment.seeds[-1:])
 
 
 def drawing(experiment: Experiment) -> dict[str, Any]:
@@ -208,28 +260,33 @@ def unpaired(experiment: Experiment) -> bool:
 
 def tune(
     experiment: Experiment,
-    run: Run,
+    stages: Stages,
     common: Common,
     seeds: dict[int, Seed],
     name: str,
     arm: Arm,
-) -> list[float | None]:
-    """Mean gold of each setting on validation prompts; None where there is nothing to choose."""
-    scores: list[float | None] = [None] * len(arm.settings)
-    for number, setting in enumerate(arm.settings):
-        golds = []
-        for seed in tuning_seeds(experiment, arm):
-            if arm.kind == "best-of-n":
-                rows = evaluate_n(experiment, run, common, seeds[seed], setting, "validation")
-            else:
-                model = train(experiment, run, common, seeds[seed], name, arm, setting)[0]
-                rows = evaluate_model(
-                    experiment, run, common, None, None, seed, model, "final",
-                    f"{name} {_text(setting)}, seed {seed}", "validation",
-                )  # fmt: skip
-            golds.append(np.mean([row["gold"] for row in read_jsonl(rows / "rows.jsonl")]))
-        scores[number] = float(np.mean(golds)) if golds else None
-    return scores
+) -> tuple[dict[str, float], list[float | None]]:
+    """(the best setting, mean gold of each on validation prompts): None if there is no choice."""
+    run = stages.run
+
+    def gold(at: tuple[dict[str, float], int]) -> float:
+        setting, seed = at
+        if arm.kind == "best-of-n":
+            rows = evaluate_n(experiment, run, common, seeds[seed], setting, "validation")
+        else:
+            model = train(experiment, run, common, seeds[seed], name, arm, setting)[0]
+            rows = evaluate_model(
+                experiment, run, common, None, None, seed, model, "final",
+                f"{name} {_text(setting)}, seed {seed}", "validation",
+            )  # fmt: skip
+        return float(np.mean([row["gold"] for row in read_jsonl(rows / "rows.jsonl")]))
+
+    trials = [(setting, seed) for setting in arm.settings for seed in tuning_seeds(experiment, arm)]
+    if not trials:
+        return arm.settings[0], [None] * len(arm.settings)
+    golds = stages.each(gold, trials)
+    scores = np.array(golds).reshape(len(arm.settings), -1).mean(1)
+    return arm.settings[int(scores.argmax())], scores.tolist()
 
 
 def train(

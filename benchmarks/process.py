@@ -1,29 +1,31 @@
-"""What a process that runs stages starts with, and seeds in processes of their own."""
+"""What a process that runs stages starts with, and stages in processes of their own."""
 
 import contextlib
 import ctypes
 import multiprocessing
 import os
-import signal
 import sys
-from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
-from dataclasses import replace
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
+from dataclasses import dataclass, field, fields
 from pathlib import Path
-from queue import Empty
-from typing import Any
+from threading import Lock, Thread
+from typing import Any, TypeVar
 
 import torch
 from transformers.utils import logging as transformers_logging
 
-from benchmarks.compare import compare
-from benchmarks.experiment import Experiment
 from shared.cost import versions
 from shared.generation.start import TRANSFORMERS, GenerationConfig, engine_version
-from shared.stages import Missing, Stages
+from shared.stages import Stages, fill_stage, stage_key
 
+A = TypeVar("A")
+B = TypeVar("B")
+THREADS = 64  # that wait for processes
 TRIM_THRESHOLD, MMAP_THRESHOLD = -1, -3  # of mallopt(3)
-PARENT_DEATH_SIGNAL = 1  # of prctl(2)
+WATCH = 0.2  # seconds between looks at the parent
 
 
 def set_up_process(threads: int) -> None:
@@ -59,51 +61,63 @@ def stage_context(generation: GenerationConfig = TRANSFORMERS) -> dict[str, Any]
     return {**versions(), **engine_version(generation), "threads": torch.get_num_threads()}
 
 
-def run_side_by_side(experiment: Experiment, stages: Stages) -> None:
-    """Fill the stages of all seeds but the first, `experiment.workers` seeds at a time.
+@dataclass
+class SideBySide(Stages):
+    """Stages that run in processes of their own, several at a time.
 
-    Each process has as many threads as one alone, so that its results are the same to the bit;
-    waiting threads sleep, or two processes on two cores would spin. If a seed fails, the others
-    are finished before its error is raised.
+    Each process has as many threads as one alone, so that results are the same to the bit. If one
+    of `each` items fails, the others are finished before its error is raised.
     """
-    seeds = [seed for seed in experiment.seeds[1:] if not finished(experiment, stages, seed)]
-    if not seeds:
-        return
+
+    pool: Executor = field(kw_only=True)
+    _filling: defaultdict[str, Lock] = field(default_factory=lambda: defaultdict(Lock))
+    _alone: Lock = field(default_factory=Lock)
+
+    def run(self, name: str, work: Callable[..., None], *, label: str = "", **inputs: Any) -> Path:
+        """See `Stages.run`: who comes second for a stage waits until the first one has it."""
+        with self._alone:  # Python 3.11 parses code, which the key needs, in one thread at a time
+            filling = self._filling[stage_key(name, work, inputs, self.context)]
+        with filling:
+            return super().run(name, work, label=label, **inputs)
+
+    def fill_one(
+        self, folder: Path, name: str, work: Callable[..., None], inputs: dict[str, Any]
+    ) -> float:
+        """In the next process that is free."""
+        return self.pool.submit(fill_stage, folder, name, work, inputs).result()
+
+    def each(self, function: Callable[[A], B], items: Iterable[A]) -> list[B]:
+        """In threads, which wait for the processes."""
+        with ThreadPoolExecutor(THREADS) as threads:
+            futures = [threads.submit(function, item) for item in items]
+        return [future.result() for future in futures]
+
+
+@contextlib.contextmanager
+def side_by_side(stages: Stages, workers: int, threads: int) -> Iterator[SideBySide]:
+    """`stages` with `workers` processes of `threads` threads; they start when there is work."""
     context = multiprocessing.get_context("spawn")
-    with (
-        sleeping_threads(),
-        context.Manager() as manager,
-        ProcessPoolExecutor(experiment.workers, context, start_worker, (os.getpid(),)) as pool,
-    ):
-        messages = manager.Queue()
-        work = experiment.model_dump_json(), stages.root, messages
-        futures = [pool.submit(run_seed, *work, seed) for seed in seeds]
-        while any(not future.done() for future in futures) or not messages.empty():
-            with contextlib.suppress(Empty):
-                stages.report(*messages.get(timeout=0.2))
-        for future in futures:
-            future.result()
+    start = context, start_worker, (os.getpid(), threads)
+    with sleeping_threads(), ProcessPoolExecutor(workers, *start) as pool:
+        about = {f.name: getattr(stages, f.name) for f in fields(Stages)}
+        yield SideBySide(**about, pool=pool)
 
 
-def run_seed(experiment: str, root: Path, messages: Any, seed: int) -> None:
-    """In a process of its own: all stages of one seed; tells of those that it ran."""
-
-    def tell(label: str, state: str, seconds: float) -> None:
-        if state != "cached":
-            messages.put((label, state, seconds))
-
-    whole = Experiment.model_validate_json(experiment)
-    set_up_process(whole.threads)
-    stages = Stages(root, tell, stage_context(whole.generation))
-    compare(whole, stages, only=(seed,))
+def start_worker(parent: int, threads: int) -> None:
+    """A process that runs stages."""
+    end_with(parent)
+    set_up_process(threads)
 
 
-def start_worker(parent: int) -> None:
-    """A process that ends when the one that started it is killed."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(PARENT_DEATH_SIGNAL, signal.SIGKILL)
-    if os.getppid() != parent:
-        sys.exit(1)
+def end_with(parent: int) -> None:
+    """Let this process end when the one that started it is gone, killed or not."""
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(WATCH)
+        os._exit(1)
+
+    Thread(target=watch, daemon=True).start()
 
 
 @contextlib.contextmanager
@@ -118,12 +132,3 @@ def sleeping_threads() -> Iterator[None]:
             del os.environ["OMP_WAIT_POLICY"]
         else:
             os.environ["OMP_WAIT_POLICY"] = before
-
-
-def finished(experiment: Experiment, stages: Stages, seed: int) -> bool:
-    """Whether nothing of this seed is left to do."""
-    try:
-        compare(experiment, replace(stages, fill=False), only=(seed,))
-    except Missing:
-        return False
-    return True

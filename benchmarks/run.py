@@ -10,9 +10,16 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from benchmarks.compare import compare, tuning_seeds, unpaired
+from benchmarks.compare import (
+    compare,
+    prepare_common,
+    timed_seeds,
+    train_alone,
+    tuning_seeds,
+    unpaired,
+)
 from benchmarks.experiment import Experiment
-from benchmarks.process import run_side_by_side, set_up_process, stage_context
+from benchmarks.process import set_up_process, side_by_side, stage_context
 from benchmarks.report.build import draw_report
 from benchmarks.summary import summarise
 from shared.fit import checkpoint_steps, steps_of
@@ -31,7 +38,6 @@ def run_experiment(experiment: Experiment, runs: Path) -> Path:
     with progress(stage_count(experiment)) as say:
         stages = Stages(runs / ".stages", say, stage_context(experiment.generation))
         if experiment.workers > 1:
-            compare(experiment, stages, only=experiment.seeds[:1])
             run_side_by_side(experiment, stages)
         compared = compare(experiment, stages)
         summary = stages.run("summary", summarise, experiment=experiment, compared=compared)
@@ -43,6 +49,22 @@ def run_experiment(experiment: Experiment, runs: Path) -> Path:
         shutil.copytree(report / part, folder / "report" / part)
     put(report / "index.html", folder / "report" / "index.html")
     return folder
+
+
+def run_side_by_side(experiment: Experiment, stages: Stages) -> None:
+    """All stages, `experiment.workers` at a time, but what a report gives seconds of: that alone.
+
+    Only the last seed is timed: what is chosen on the first ones is known by then.
+    """
+    timed = timed_seeds(experiment)
+    others = tuple(seed for seed in experiment.seeds if seed not in timed)
+    with side_by_side(stages, experiment.workers, experiment.threads) as beside:
+        prepare_common(experiment, beside.run)
+        if not set(timed) & set(experiment.seeds[: experiment.tuning_seeds]):
+            compare(experiment, beside, only=others)
+        for seed in timed:
+            train_alone(experiment, stages, seed)
+        compare(experiment, beside)
 
 
 def put(source: Path, target: Path) -> None:

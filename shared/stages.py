@@ -13,17 +13,19 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, is_dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from pydantic import BaseModel
 
 from shared.config import InputError
 
+A = TypeVar("A")
+B = TypeVar("B")
 PACKAGES = ("shared", "rlhf", "dpo", "benchmarks")
 
 
@@ -60,26 +62,37 @@ class Stages:
         """
         folder = self.root / stage_key(name, work, inputs, self.context)
         if folder not in self._checked:
-            if not intact(folder):
-                if not self.fill:
-                    raise Missing(label or name)
-                self._fill(folder, name, work, label or name, inputs)
-            else:
+            if intact(folder):
                 self.report(label or name, "cached", 0.0)
+            elif not self.fill:
+                raise Missing(label or name)
+            else:
+                self.report(label or name, "running", 0.0)
+                seconds = self.fill_one(folder, name, work, inputs)
+                self.report(label or name, "done", seconds)
             self._checked.add(folder)
         return folder
 
-    def _fill(
-        self, folder: Path, name: str, work: Callable[..., None], label: str, inputs: dict[str, Any]
-    ) -> None:
-        with suppress(FileNotFoundError):  # not there, or another process was first
-            folder.rename(self.root / f".damaged-{folder.name}-{time.time_ns()}")
-        self.report(label, "running", 0.0)
-        start = time.perf_counter()
-        with _appears_whole(folder) as unfinished:
-            work(unfinished, **inputs)
-            write_manifest(unfinished, {"stage": name, "inputs": _plain(inputs)})
-        self.report(label, "done", time.perf_counter() - start)
+    def fill_one(
+        self, folder: Path, name: str, work: Callable[..., None], inputs: dict[str, Any]
+    ) -> float:
+        """Do the work of one stage here and now; seconds."""
+        return fill_stage(folder, name, work, inputs)
+
+    def each(self, function: Callable[[A], B], items: Iterable[A]) -> list[B]:
+        """`function` of each item: the items are independent, so that their order is free."""
+        return [function(item) for item in items]
+
+
+def fill_stage(folder: Path, name: str, work: Callable[..., None], inputs: dict[str, Any]) -> float:
+    """Set a damaged `folder` aside, and let `work` fill it; seconds."""
+    with suppress(FileNotFoundError):  # not there, or another process was first
+        folder.rename(folder.with_name(f".damaged-{folder.name}-{time.time_ns()}"))
+    start = time.perf_counter()
+    with _appears_whole(folder) as unfinished:
+        work(unfinished, **inputs)
+        write_manifest(unfinished, {"stage": name, "inputs": _plain(inputs)})
+    return time.perf_counter() - start
 
 
 def stage_key(

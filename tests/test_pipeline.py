@@ -10,11 +10,13 @@ import io
 import itertools
 import json
 import math
+import os
 import random
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +28,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
 
 from benchmarks.experiment import EXPERIMENTS, Experiment, load_experiment
+from benchmarks.process import side_by_side
 from benchmarks.report.build import build_report
 from benchmarks.results import Results
-from benchmarks.run import run_experiment, stage_count
-from shared.stages import read_json, read_jsonl
+from benchmarks.run import progress, run_experiment, stage_count
+from shared.stages import Stages, read_json, read_jsonl
 
 ARMS = ["best-of-n", "ppo", "dpo", "ipo", "ipo-token", "kto", "fdpo", "fdpo-random"]
 LINE = re.compile(r"\[(\d+)/(\d+)\] (.*): (done|cached)")
@@ -429,10 +432,20 @@ def test_other_seeds_differ_and_share_what_does_not_depend_on_them(first: Run, t
     assert second.results["methods"]["ppo"]["gold"]["low"] is None  # one seed, no interval
 
 
-def test_seeds_side_by_side_come_to_the_same_results(first: Run, tmp_path: Path):
-    """Seed 0 alone, the others in two processes: the same to the bit, and no seconds of theirs."""
+def test_stages_side_by_side_come_to_the_same_results(
+    first: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """To the bit, two at a time; the last seed's training, whose seconds are told, is alone."""
     changes = ["--name", "side", "--seeds", "[0, 1, 3]", *some_arms("dpo")]
     alone = run(tiny(tmp_path, *changes), first.folder.parent)
+    heard: list[tuple[str, str]] = []
+
+    @contextlib.contextmanager
+    def hearing(total: int) -> Iterator[Callable[[str, str, float], None]]:
+        with progress(total) as say:
+            yield lambda *told: (heard.append(told[:2]), say(*told))[1]
+
+    monkeypatch.setattr("benchmarks.run.progress", hearing)
     side = run(tiny(tmp_path, *changes, "--workers", "2"), tmp_path / "runs")
     assert set(side.states) == {"done"}
     assert [line[0] for line in side.lines] == [str(i + 1) for i in range(len(side.lines))]
@@ -441,10 +454,50 @@ def test_seeds_side_by_side_come_to_the_same_results(first: Run, tmp_path: Path)
     for method in (*found["methods"].values(), *expected["methods"].values()):
         del method["cost"]["timed_seeds"]
     assert found == expected
-    assert side.results["methods"]["dpo"]["cost"]["timed_seeds"] == [0]
+    assert side.results["methods"]["dpo"]["cost"]["timed_seeds"] == [3]
     assert alone.results["methods"]["dpo"]["cost"]["timed_seeds"] == [0, 1, 3]
+    together = [running for _, running in beside(heard)]
+    assert max(map(len, together)) >= 2
+    timed = {"dpo beta=0.2, seed 3", "reward model, seed 3", "reference log-probabilities, seed 3"}
+    for label in timed:
+        assert {tuple(running) for one, running in beside(heard) if one == label} == {(label,)}
     again = run(side.experiment, tmp_path / "runs")
     assert set(again.states) == {"cached"}
+
+
+def beside(heard: list[tuple[str, str]]) -> list[tuple[str, list[str]]]:
+    """Each stage that started or ended, with all that were under way at that moment."""
+    running: list[str] = []
+    moments = []
+    for label, state in heard:
+        if state == "running":
+            running.append(label)
+        moments.append((label, sorted(running)))
+        if state == "done":
+            running.remove(label)
+    return moments
+
+
+def double(folder: Path, number: int, fail: bool = False) -> None:
+    if fail:
+        raise ValueError(f"{number} cannot be doubled")
+    (folder / "process").write_text(str(os.getpid()))
+    (folder / "double").write_text(str(2 * number))
+
+
+def test_a_stage_that_two_arms_need_runs_once_and_a_failure_waits_for_the_others(tmp_path: Path):
+    heard: list[tuple[str, str]] = []
+    stages = Stages(tmp_path, lambda label, state, _: heard.append((label, state)))
+    with side_by_side(stages, workers=1, threads=1) as beside:
+        run = partial(beside.run, "double", double)
+        folders = beside.each(lambda n: run(number=n % 2), range(6))
+        assert len(set(folders)) == 2
+        assert sorted(heard) == 2 * [("double", "done")] + 2 * [("double", "running")]
+        assert [(f / "double").read_text() for f in folders] == ["0", "2"] * 3
+        assert all((f / "process").read_text() != str(os.getpid()) for f in folders)
+        with pytest.raises(ValueError, match="5 cannot be doubled"):
+            beside.each(lambda n: run(number=n, fail=n == 5), range(5, 9))
+    assert sorted(f.read_text() for f in tmp_path.glob("*/double")) == ["0", "12", "14", "16", "2"]
 
 
 @pytest.mark.parametrize("arm", ["ppo", "dpo", "kto", "fdpo"])

@@ -15,10 +15,10 @@ import torch
 from pydantic import Field
 
 from benchmarks.process import (
+    end_with,
     keep_freed_memory,
     quiet_libraries,
     sleeping_threads,
-    start_worker,
 )
 from benchmarks.results import Estimate
 from benchmarks.statistics import seed_interval
@@ -106,7 +106,7 @@ class Worker:
 
 
 def _serve(parent: int, pipe: Any, threads: int, make: Callable[..., Work], inputs: Any) -> None:
-    start_worker(parent)
+    end_with(parent)
     torch.set_num_threads(threads)
     keep_freed_memory()
     quiet_libraries()
