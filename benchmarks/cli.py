@@ -15,6 +15,7 @@ from benchmarks.process import set_up_process
 from benchmarks.report.build import build_report
 from benchmarks.run import run_experiment
 from benchmarks.speed.measure import measure, table
+from benchmarks.speed.sides import Choice
 from shared.config import InputError
 from shared.generation.engine import Dtype
 from shared.generation.server import become_server
@@ -126,29 +127,36 @@ def speed(
     rounds: int = 4,
     threads: int = 2,
     runs: Path = Path("runs"),
+    models: tuple[str, ...] = (),
+    dtypes: tuple[str, ...] = (),
+    shapes: tuple[str, ...] = (),
 ) -> None:
     """Ours beside the peers', in turn in one run: RUNS/speed/speed.json and speed.md.
 
     Args:
-        work: what to compare (generation); all if none is named.
+        work: what to compare (generation, dpo, ipo, kto, reward); all if none is named.
         rounds: measured turns of each side.
         threads: of both sides.
         runs: the folder of all runs.
+        models: only on these (smollm2-135m, reviews).
+        dtypes: only in these (float32, bfloat16).
+        shapes: only of these (prompt-heavy, equal, completion-heavy; generation: 64 x 64, mixed).
     """
     set_up_process(threads)
-    print(table(measure(work, runs, rounds)))
+    print(table(measure(work, Choice(runs, rounds, models, dtypes, shapes))))
 
 
 def split_overrides(words: list[str]) -> tuple[list[str], list[str]]:
     """(the command's own words, the configuration keys and values among them)."""
     own: list[str] = []
     overrides: list[str] = []
+    mine = {"quick", "threads"} if words[:1] == ["speed"] else {"quick"}
     rest = list(words)
     while rest:
         word = rest.pop(0)
         key, equals, _ = word.removeprefix("--").partition("=")
         field = key.replace("-", "_")
-        is_key = "." in key or (field in Experiment.model_fields and field != "quick")
+        is_key = "." in key or (field in Experiment.model_fields and field not in mine)
         if not (word.startswith("--") and is_key):
             own.append(word)
             continue

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from rlhf.losses import bradley_terry_loss
 from shared.config import Config
 from shared.cost import Meter
-from shared.fit import Diverged, OptimizerConfig, batches, prepare, step, steps_of
+from shared.fit import Diverged, Loss, OptimizerConfig, batches, prepare, step, steps_of
 from shared.models import (
     Scorer,
     load_tokenizer,
@@ -56,18 +56,7 @@ def train_reward(
     model = new_scalar_model(policy, seed)
     steps = steps_of(len(pairs), reward.batch_size, reward.epochs)
     trainee = prepare(model, reward.optimizer, steps)
-    pad_id = special_ids(tokenizer).pad
-
-    def loss(model: PreTrainedModel, part: Part) -> tuple[Tensor, dict[str, float]]:
-        meter.forward(model, part.sequences, backward=True)
-        chosen, rejected = sequence_scores(model, part.sequences).chunk(2)
-        accuracy = (chosen > rejected).float().mean().item()
-        p, center = part.p.to(chosen.device), reward.center
-        losses = p * bradley_terry_loss(chosen, rejected, center=center)
-        if (p < 1).any():  # labels with their probability
-            losses = losses + (1 - p) * bradley_terry_loss(rejected, chosen, center=center)
-        return losses.mean(), {"accuracy": accuracy, "margin": (chosen - rejected).mean().item()}
-
+    pad_id, loss = special_ids(tokenizer).pad, reward_loss(meter, reward.center)
     log = []
     with meter.phase("train"):
         for rows in batches(len(pairs), reward.batch_size, reward.epochs, seed):
@@ -89,6 +78,22 @@ class Part(NamedTuple):
 
     sequences: Sequences  # (2 B) rows: the chosen completions, then the rejected ones
     p: Tensor  # (B,) the labels: P(the chosen one wins)
+
+
+def reward_loss(meter: Meter, center: float) -> Loss[Part]:
+    """Bradley-Terry on raw scores, for `step`; `meter` counts its passes."""
+
+    def loss(model: PreTrainedModel, part: Part) -> tuple[Tensor, dict[str, float]]:
+        meter.forward(model, part.sequences, backward=True)
+        chosen, rejected = sequence_scores(model, part.sequences).chunk(2)
+        accuracy = (chosen > rejected).float().mean().item()
+        p = part.p.to(chosen.device)
+        losses = p * bradley_terry_loss(chosen, rejected, center=center)
+        if (p < 1).any():  # labels with their probability
+            losses = losses + (1 - p) * bradley_terry_loss(rejected, chosen, center=center)
+        return losses.mean(), {"accuracy": accuracy, "margin": (chosen - rejected).mean().item()}
+
+    return loss
 
 
 def pair_batches(pairs: list[Pair], pad_id: int, micro_batch_size: int) -> list[tuple[Part, float]]:

@@ -33,7 +33,7 @@ class Meter:
         self.generated_tokens = 0
         self.flops = 0.0
         self.models_held = 1
-        _reset_peak_memory()
+        reset_peak_memory()
         self._start = time.perf_counter()
 
     @contextmanager
@@ -96,9 +96,9 @@ def forward_flops(model: PreTrainedModel, lengths: list[int], tokens: int | None
     return 2.0 * through * matrices + sum(2.0 * n * n * causal for n in lengths)
 
 
-def matmul_rate(seconds: float = 0.5) -> float:
-    """FLOP/s of a plain float32 matrix product, measured now: what `mfu` is a share of."""
-    a = torch.randn(1024, 1024)
+def matmul_rate(seconds: float = 0.5, dtype: torch.dtype = torch.float32) -> float:
+    """FLOP/s of a plain matrix product on the CPU, measured now: what `mfu` is a share of."""
+    a = torch.randn(1024, 1024, dtype=dtype)
     torch.mm(a, a)
     start, count = time.perf_counter(), 0
     while (spent := time.perf_counter() - start) < seconds:
@@ -137,7 +137,8 @@ def peak_memory_bytes() -> int:
     return int(line.split()[1]) * 1024
 
 
-def _reset_peak_memory() -> None:
+def reset_peak_memory() -> None:
+    """`peak_memory_bytes` forgets what was held before."""
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
     elif os.access(clear := Path("/proc/self/clear_refs"), os.W_OK):

@@ -59,6 +59,7 @@ def klash(
         ("compare --arms.best-of-n.settings x", "compare", "--arms.best-of-n.settings x"),
         ("compare --nosuch 3", "compare --nosuch 3", ""),
         ("report runs/a.b", "report runs/a.b", ""),
+        ("speed dpo --threads 1", "speed dpo --threads 1", ""),
         ("--help", "--help", ""),
         ("", "", ""),
     ],
@@ -249,7 +250,7 @@ def test_a_server_of_a_folder_without_a_model(klash: Klash):
 def test_an_unknown_work_of_speed_is_named_with_the_known_ones(klash: Klash, tmp_path: Path):
     code, _, err = klash("speed", "sampling")
     assert code == 2
-    assert "['generation'], not 'sampling'" in err
+    assert "['dpo', 'generation', 'ipo', 'kto', 'reward'], not 'sampling'" in err
     assert list(tmp_path.iterdir()) == []
 
 

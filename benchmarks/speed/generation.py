@@ -8,19 +8,22 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from benchmarks.smollm2 import convert
-from benchmarks.speed.sides import Side, Speed, side_by_side
+from benchmarks.speed.sides import Choice, Side, Speed, side_by_side
 from shared.generation.engine import Sampling
 from shared.generation.vllm import VLLMEngine
 from shared.models import SpecialIds, load_policy, load_tokenizer, special_ids
 
 
-def speed_generation(runs: Path, rounds: int) -> list[Speed]:
+def speed_generation(choice: Choice) -> list[Speed]:
     """vLLM, as we call it, beside transformers' `generate`, bfloat16, SmolLM2-135M.
 
     `64 x 64`: 64 prompts, all completions 64 tokens long. `mixed`: 64 prompts, completions end by
     themselves, 96 tokens at most. transformers runs at the best of three batch sizes, vLLM on all.
     """
-    folder = runs / "speed" / "smollm2-135m"
+    shapes = [s for s in ("64 x 64", "mixed") if choice.takes("smollm2-135m", "bfloat16", s)]
+    if not shapes:
+        return []
+    folder = choice.runs / "speed" / "smollm2-135m"
     convert(folder)
     tokenizer, prompts = load_tokenizer(folder), chat_prompts(folder, 64)
     pad, eos = special_ids(tokenizer)
@@ -30,7 +33,8 @@ def speed_generation(runs: Path, rounds: int) -> list[Speed]:
     engine.sync()
     plain = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).eval()
     found = []
-    for shape, tokens, end in (("64 x 64", 64, pad), ("mixed", 96, eos)):
+    for shape in shapes:
+        tokens, end = (64, pad) if shape == "64 x 64" else (96, eos)
         sampling = Sampling(max_new_tokens=tokens)
         engine.ids = SpecialIds(pad, end)
 
@@ -43,7 +47,7 @@ def speed_generation(runs: Path, rounds: int) -> list[Speed]:
             size: generate_with(plain, prompts, tokens, pad, end, size) for size in (16, 32, 64)
         }
         best = max(sides, key=lambda size: sides[size]())
-        mine, theirs, ratio = side_by_side(ours, sides[best], rounds)
+        mine, theirs, ratio = side_by_side(ours, sides[best], choice.rounds)
         found.append(
             Speed(
                 work="generation",

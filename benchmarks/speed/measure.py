@@ -2,42 +2,59 @@
 
 import platform
 from collections.abc import Callable, Sequence
-from pathlib import Path
+from functools import partial
 
 import torch
 
+from benchmarks.speed.direct import speed_steps
 from benchmarks.speed.generation import speed_generation
-from benchmarks.speed.sides import Speed
+from benchmarks.speed.sides import Choice, Speed
 from shared.config import InputError
 from shared.stages import output_folder, write_json
 
-WORKS: dict[str, Callable[[Path, int], list[Speed]]] = {"generation": speed_generation}
+WORKS: dict[str, Callable[[Choice], list[Speed]]] = {
+    "generation": speed_generation,
+    "dpo": partial(speed_steps, "dpo"),
+    "ipo": partial(speed_steps, "ipo"),
+    "kto": partial(speed_steps, "kto"),
+    "reward": partial(speed_steps, "reward"),
+}
 
 
-def measure(works: Sequence[str], runs: Path, rounds: int) -> list[Speed]:
+def measure(works: Sequence[str], choice: Choice) -> list[Speed]:
     """Run the comparisons named, or all; writes `runs/speed/speed.json` and `speed.md`."""
     for work in works:
         if work not in WORKS:
             raise InputError(f"`klash speed` knows {sorted(WORKS)}, not {work!r}")
-    out = output_folder(runs / "speed")
-    found = [row for work in works or WORKS for row in WORKS[work](runs, rounds)]
+    out = output_folder(choice.runs / "speed")
+    found = [row for work in works or WORKS for row in WORKS[work](choice)]
+    if not found:
+        raise InputError("`klash speed`: no comparison has these --models, --dtypes and --shapes")
     write_json(out / "speed.json", [row.model_dump(mode="json") for row in found])
     (out / "speed.md").write_text(table(found), encoding="utf-8")
     return found
 
 
 def table(rows: Sequence[Speed]) -> str:
-    """Markdown: ratios with their 95 % intervals over rounds."""
+    """Markdown: ratios ours / peer with their 95 % intervals over rounds; "-": not measured."""
     machine = f"{torch.get_num_threads()} threads, {platform.machine()}, torch {torch.__version__}"
     lines = [
         f"Ours / peer, each in turn in one run; 95 % over rounds ({machine}).",
         "",
-        "| work | model | dtype | shape | peer | ratio |",
-        "|---|---|---|---|---|---|",
+        "| work | model | dtype | shape | peer | ratio | loss difference | memory | mfu |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:
         ratio = row.ratio
         limits = f" [{ratio.low:.2f}, {ratio.high:.2f}]" if ratio.low and ratio.high else ""
-        what = f"| {row.work} | {row.model} | {row.dtype} | {row.shape} | {row.peer_name} "
-        lines.append(f"{what}| {ratio.mean:.2f}{limits} |")
+        cells = [
+            *(row.work, row.model, row.dtype, row.shape, row.peer_name),
+            f"{ratio.mean:.2f}{limits}",
+            *(cell(row.loss_difference, ".1e"), cell(row.memory_ratio), cell(row.mfu)),
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
+
+
+def cell(number: float | None, form: str = ".2f") -> str:
+    return "-" if number is None else format(number, form)

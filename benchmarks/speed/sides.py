@@ -7,8 +7,10 @@ both. The interval of the ratio is Student's t over the rounds' log ratios.
 import math
 import multiprocessing
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from statistics import mean
+from time import perf_counter
 from typing import Any, NamedTuple
 
 import torch
@@ -23,7 +25,7 @@ from benchmarks.process import (
 from benchmarks.results import Estimate
 from benchmarks.statistics import seed_interval
 from shared.config import Config
-from shared.cost import peak_memory_bytes
+from shared.cost import peak_memory_bytes, reset_peak_memory
 
 Side = Callable[[], float]  # does the work once, returns units a second
 
@@ -46,6 +48,20 @@ class Speed(Config):
     setting: dict[str, float] = Field(default_factory=dict)
 
 
+class Choice(NamedTuple):
+    """Which comparisons are wanted, how often each side is measured, and where models lie."""
+
+    runs: Path
+    rounds: int
+    models: Sequence[str] = ()  # empty: all, and likewise below
+    dtypes: Sequence[str] = ()
+    shapes: Sequence[str] = ()
+
+    def takes(self, model: str, dtype: str, shape: str) -> bool:
+        wanted = (model, self.models), (dtype, self.dtypes), (shape, self.shapes)
+        return all(name in names for name, names in wanted if names)
+
+
 def side_by_side(ours: Side, peer: Side, rounds: int) -> tuple[float, float, Estimate]:
     """(ours, peer, ours / peer): mean rates, and the ratio's geometric mean over the rounds."""
     ours()
@@ -60,11 +76,13 @@ def side_by_side(ours: Side, peer: Side, rounds: int) -> tuple[float, float, Est
 
 
 class Done(NamedTuple):
-    """One round of one side."""
+    """One round of one side; of a side that trains, one optimiser step."""
 
     units: float  # of work
     seconds: float
-    loss: float | None = None  # the first optimiser step's, for comparison with the other side's
+    loss: float | None = None  # that step's, for comparison with the other side's
+    tokens: float | None = None  # real tokens trained on up to here, padding left out; likewise
+    flops: float | None = None
 
 
 Work = Callable[[], Done]
@@ -73,13 +91,17 @@ Work = Callable[[], Done]
 class Worker:
     """A side in a process of its own: its memory and threads are its own, and it waits its turn.
 
-    `make(*inputs)`, a function of a module, sets up there and returns the work of one round.
+    `make(*inputs)`, a function of a module, sets up there and returns the work of one round. Where
+    the loop is not ours to write, as a trainer's is not, it `loops`: `make(turns, *inputs)` sets
+    up, goes through the rounds with `turns`, and returns when they are over.
     """
 
-    def __init__(self, make: Callable[..., Work], *inputs: Any, threads: int):
+    def __init__(
+        self, make: Callable[..., Work | None], *inputs: Any, threads: int, loops: bool = False
+    ):
         context = multiprocessing.get_context("spawn")
         self.pipe, theirs = context.Pipe()
-        arguments = os.getpid(), theirs, threads, make, inputs
+        arguments = os.getpid(), theirs, threads, make, inputs, loops
         self.process = context.Process(target=_serve, args=arguments, daemon=True)
         with sleeping_threads():  # while the other side works
             self.process.start()
@@ -92,25 +114,56 @@ class Worker:
         return self.rounds[-1].units / self.rounds[-1].seconds
 
     def end(self) -> int:
-        """Stop; the most memory that the process ever held, in bytes."""
+        """Stop; the most memory that the process held from its first round on, in bytes."""
         peak = self._ask("end")
         self.process.join()
         return peak
 
     def _ask(self, word: str) -> Any:
-        self.pipe.send(word)
         try:
+            self.pipe.send(word)
             return self.pipe.recv()
-        except EOFError as error:
+        except (EOFError, ConnectionError) as error:
             raise RuntimeError("a side of the comparison failed; its error is above") from error
 
 
-def _serve(parent: int, pipe: Any, threads: int, make: Callable[..., Work], inputs: Any) -> None:
+class Turns:
+    """A side's end of the pipe: when a round is due, and what came of it."""
+
+    def __init__(self, pipe: Any):
+        self._pipe = pipe
+        self._begun = False
+
+    def wait(self) -> bool:
+        """Sleep until the next round is due; False if there is none."""
+        if not self._begun:
+            self._begun = True
+            reset_peak_memory()  # of setting up
+        return self._pipe.recv() == "round"
+
+    def done(self, result: Done) -> None:
+        self._pipe.send(result)
+
+
+def seconds_since(start: float) -> float:
+    """Since `start` (a `perf_counter`), a GPU's queue of work included."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return perf_counter() - start
+
+
+def _serve(
+    parent: int, pipe: Any, threads: int, make: Callable[..., Any], inputs: Any, loops: bool
+) -> None:
     end_with(parent)
     torch.set_num_threads(threads)
     keep_freed_memory()
     quiet_libraries()
-    work = make(*inputs)
-    while pipe.recv() == "round":
-        pipe.send(work())
+    turns = Turns(pipe)
+    if loops:
+        make(turns, *inputs)
+    else:
+        work = make(*inputs)
+        while turns.wait():
+            turns.done(work())
     pipe.send(peak_memory_bytes())

@@ -1,0 +1,124 @@
+"""What training steps are compared on: models, shapes, and pairs of tokens drawn at random."""
+
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+from benchmarks.smollm2 import convert
+from dpo.losses import UNPAIRED
+from dpo.reference import score_mismatched, score_reference
+from shared.fit import Precision
+from shared.models import (
+    ModelConfig,
+    load_tokenizer,
+    new_policy,
+    new_scalar_model,
+    save,
+    special_ids,
+)
+from shared.preferences import Pair
+from shared.stages import output_folder, write_jsonl
+from shared.tasks.registry import TaskConfig, make_task
+
+LOSSES = {  # work: our loss and its setting
+    "dpo": ("dpo", {"beta": 0.1}),
+    "ipo": ("ipo-token", {"tau": 0.5}),
+    "kto": ("kto", {"beta": 0.1}),
+}
+
+
+class Load(NamedTuple):
+    """What one model trains on: so large a rate that the second step's loss says something."""
+
+    batch: int  # pairs a step
+    learning_rate: float
+    precisions: tuple[Precision, ...]
+    completion_tokens: tuple[int, int]  # least and most, EOS included
+    shapes: dict[str, float]  # prompt tokens for each completion token
+
+
+LOADS = {
+    "smollm2-135m": Load(
+        batch=4,
+        learning_rate=1e-5,
+        precisions=("float32", "bfloat16"),
+        completion_tokens=(24, 48),
+        shapes={"prompt-heavy": 2.0, "equal": 1.0, "completion-heavy": 0.25},
+    ),
+    "reviews": Load(
+        batch=64,
+        learning_rate=5e-4,
+        precisions=("float32",),
+        completion_tokens=(5, 16),
+        shapes={"equal": 1.15},  # prompts of some 12 tokens
+    ),
+}
+
+
+class Case(NamedTuple):
+    """One comparison's material, the same for both sides."""
+
+    work: str
+    precision: Precision
+    batch: int  # pairs a step
+    learning_rate: float
+    model: Path  # a policy; for `reward` a reward model with an untrained head
+    data: Path  # train.jsonl; where the loss asks for them reference and mismatched.safetensors
+
+
+def policy_folder(name: str, runs: Path) -> Path:
+    """SmolLM2, or a model of the size that `reviews` trains, with random weights."""
+    folder = runs / "speed" / name
+    if name == "smollm2-135m":
+        convert(folder)
+    else:
+        tokenizer = make_task(TaskConfig()).tokenizer()
+        save(new_policy(ModelConfig(), tokenizer, seed=0), tokenizer, folder)
+    return folder
+
+
+def make_case(
+    work: str, precision: Precision, load: Load, shape: str, steps: int, policy: Path, folder: Path
+) -> Case:
+    """Lay out in `folder` what `steps` steps of both sides need: pairs, and what the loss reads."""
+    tokenizer, model, data = load_tokenizer(policy), policy, output_folder(folder / "data")
+    ratio = load.shapes[shape]
+    pairs = draw_pairs(steps * load.batch, load.completion_tokens, ratio, tokenizer, seed=0)
+    write_jsonl(data / "train.jsonl", [pair._asdict() for pair in pairs])
+    if work == "reward":
+        model = folder / "model"
+        save(new_scalar_model(policy, seed=0), tokenizer, model)
+    else:
+        score_reference(data, policy, data, precision)
+        if LOSSES[work][0] in UNPAIRED:
+            score_mismatched(data, policy, data, 0, precision)
+    return Case(work, precision, load.batch, load.learning_rate, model, data)
+
+
+def draw_pairs(
+    count: int,
+    completion_tokens: tuple[int, int],
+    ratio: float,
+    tokenizer: PreTrainedTokenizerBase,
+    seed: int,
+) -> list[Pair]:
+    """Pairs of random ordinary tokens; completions end with EOS, their lengths lie evenly within
+    `completion_tokens`; a prompt is `ratio` times as long as its completions are on average."""
+    rng = np.random.default_rng(seed)
+    special = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
+    ordinary = [i for i in range(len(tokenizer)) if i not in special]
+    eos = special_ids(tokenizer).eos
+    low, high = completion_tokens
+
+    def text(tokens: int) -> list[int]:
+        return rng.choice(ordinary, tokens).tolist()
+
+    pairs = []
+    for number in range(count):
+        a, b = rng.integers(low, high + 1, 2)
+        prompt = text(max(1, round(ratio * (a + b) / 2)))
+        pair = Pair(str(number), "", prompt, [*text(a - 1), eos], [*text(b - 1), eos], 0.0, 0.0)
+        pairs.append(pair)
+    return pairs

@@ -1,0 +1,158 @@
+"""One optimiser step of DPO, IPO, KTO and the reward model, beside TRL's trainers.
+
+Both sides start from one folder and see the same pairs in the same batches, in the same precision
+and under the same AdamW. All losses can be compared: IPO is the form per token, the one that TRL
+has, and TRL's KTO is handed our mismatched completions.
+"""
+
+from collections.abc import Callable
+from importlib.metadata import version
+from itertools import count, product
+from pathlib import Path
+from statistics import mean, median
+from tempfile import TemporaryDirectory
+from time import perf_counter
+
+import torch
+from transformers import PreTrainedModel
+
+from benchmarks.speed.cases import LOADS, LOSSES, Case, make_case, policy_folder
+from benchmarks.speed.peers import train_in_turn
+from benchmarks.speed.sides import Choice, Done, Speed, Work, Worker, seconds_since, side_by_side
+from dpo.losses import UNPAIRED
+from dpo.train import Dataset
+from rlhf.reward import pair_batches, reward_loss
+from shared.cost import Meter, matmul_rate
+from shared.fit import OptimizerConfig, Trainee, prepare, step
+from shared.models import load_policy, load_scalar_model, load_tokenizer, special_ids
+from shared.preferences import read_pairs
+
+TRAINERS = {
+    "dpo": "DPOTrainer",
+    "ipo": "DPOTrainer",
+    "kto": "KTOTrainer",
+    "reward": "RewardTrainer",
+}
+
+
+def speed_steps(work: str, choice: Choice) -> list[Speed]:
+    """All chosen comparisons of `work`."""
+    found = []
+    for name, load in LOADS.items():
+        for shape, precision in product(load.shapes, load.precisions):
+            if not choice.takes(name, precision, shape):
+                continue
+            policy = policy_folder(name, choice.runs)
+            with TemporaryDirectory() as scratch:
+                steps = choice.rounds + 1
+                case = make_case(work, precision, load, shape, steps, policy, Path(scratch))
+                found.append(compare(case, name, shape, choice.rounds))
+    return found
+
+
+def compare(case: Case, model: str, shape: str, rounds: int) -> Speed:
+    """Ours and TRL's in turn, `rounds` steps after a first one.
+
+    `mfu` is ours': the median round's FLOP/s over the best matrix-product rate of those measured
+    before each round (others on the machine only ever lower one). Null where there is a GPU, since
+    that rate is the CPU's.
+    """
+    threads, rates = torch.get_num_threads(), []
+    ours = Worker(our_steps, case, threads=threads)
+    peer = Worker(train_in_turn, case, threads=threads, loops=True)
+
+    def ours_after_rate() -> float:
+        rates.append(matmul_rate(dtype=getattr(torch, case.precision)))
+        return ours()
+
+    mine, theirs, ratio = side_by_side(ours_after_rate, peer, rounds)
+    memory = ours.end() / peer.end()
+    both = list(zip(ours.rounds, peer.rounds, strict=True))
+    if any(a.tokens != b.tokens for a, b in both):
+        raise RuntimeError(f"klash speed {case.work}: the sides trained on different tokens")
+    differences = [
+        abs(a.loss - b.loss) for a, b in both if a.loss is not None and b.loss is not None
+    ]
+    flops = median(done.flops / done.seconds for done in ours.rounds[1:] if done.flops)
+    return Speed(
+        work=case.work,
+        model=model,
+        dtype=case.precision,
+        shape=shape,
+        unit="pairs/s",
+        ours=mine,
+        peer=theirs,
+        peer_name=f"trl {version('trl')} {TRAINERS[case.work]}",
+        ratio=ratio,
+        loss_difference=max(differences),
+        memory_ratio=memory,
+        mfu=None if torch.cuda.is_available() else flops / max(rates),
+        setting=setting(case, rounds),
+    )
+
+
+def setting(case: Case, rounds: int) -> dict[str, float]:
+    """Mean lengths are in tokens."""
+    pairs = read_pairs(case.data / "train.jsonl")
+    sides = [side for pair in pairs for side in (pair.chosen_ids, pair.rejected_ids)]
+    return {
+        "batch": case.batch,
+        "steps": rounds + 1,
+        "prompt_tokens": mean(len(pair.prompt_ids) for pair in pairs),
+        "completion_tokens": mean(map(len, sides)),
+        "learning_rate": case.learning_rate,
+        **(LOSSES[case.work][1] if case.work in LOSSES else {}),
+    }
+
+
+def our_steps(case: Case) -> Work:
+    """A round is the next batch's step, as `klash compare` trains."""
+    meter, take = reward_steps(case) if case.work == "reward" else direct_steps(case)
+    firsts = count(0, case.batch)
+
+    def work() -> Done:
+        start, before, first = perf_counter(), meter.flops, next(firsts)
+        log = take(range(first, first + case.batch))
+        seconds, flops = seconds_since(start), meter.flops - before
+        return Done(case.batch, seconds, log["loss"], meter.train_tokens, flops)
+
+    return work
+
+
+Take = Callable[[range], dict[str, float]]  # one optimiser step on these pairs; its log
+
+
+def direct_steps(case: Case) -> tuple[Meter, Take]:
+    loss, setting = LOSSES[case.work]
+    mismatched = case.data if loss in UNPAIRED else None
+    data = Dataset(case.model, case.data, case.data, mismatched, loss, dict(setting), case.batch)
+    model = trainee_of(load_policy(case.model), case)
+
+    def take(pairs: range) -> dict[str, float]:
+        return data.step(model, [row for i in pairs for row in (i, len(data.pairs) + i)])
+
+    return data.meter, take
+
+
+def reward_steps(case: Case) -> tuple[Meter, Take]:
+    pairs, pad_id = (
+        read_pairs(case.data / "train.jsonl"),
+        special_ids(load_tokenizer(case.model)).pad,
+    )
+    meter, model = Meter(), trainee_of(load_scalar_model(case.model), case)
+    loss = reward_loss(meter, center=0.0)
+
+    def take(rows: range) -> dict[str, float]:
+        return step(model, pair_batches([pairs[i] for i in rows], pad_id, case.batch), loss)
+
+    return meter, take
+
+
+def trainee_of(model: PreTrainedModel, case: Case) -> Trainee:
+    optimizer = OptimizerConfig(
+        learning_rate=case.learning_rate,
+        schedule="constant",
+        warmup_share=0.0,
+        precision=case.precision,
+    )
+    return prepare(model, optimizer, steps=1)
