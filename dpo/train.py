@@ -41,7 +41,7 @@ class DirectConfig(Config):
     optimizer: OptimizerConfig = OptimizerConfig(learning_rate=5e-4)
     epochs: int = Field(default=2, gt=0)
     batch_size: int = Field(default=64, gt=0)  # pairs; 2 completions each
-    micro_batch_size: int = Field(default=32, gt=0)
+    micro_batch_size: int = Field(default=64, gt=0)
 
 
 LEARNING_RATE = "learning_rate"

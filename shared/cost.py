@@ -8,13 +8,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from shared.packing import pack, packs
+from shared.packing import distinct_tokens, packs
 from shared.sequences import Sequences
 
 PACKAGES = ("torch", "transformers", "trl", "accelerate", "datasets", "peft", "numpy", "scipy")
@@ -51,7 +52,7 @@ class Meter:
         A prompt that a packed pass computes once for several rows is counted once.
         """
         lengths = batch.attention.sum(1).tolist()
-        tokens = pack(batch).ids.shape[1] if packs(model) else None
+        tokens = distinct_tokens(batch) if packs(model) else None
         self.flops += forward_flops(model, lengths, tokens) * (3 if backward else 1)
         if backward:
             self.train_tokens += sum(lengths)
@@ -89,11 +90,20 @@ def forward_flops(model: PreTrainedModel, lengths: list[int], tokens: int | None
     `tokens`: how many go through the matrices, if rows share some.
     """
     config = model.config.get_text_config()
-    linear = [m for m in model.modules() if isinstance(m, nn.Linear | Conv1D)]
-    matrices = sum(m.weight.numel() for m in linear)  # pyright: ignore[reportAttributeAccessIssue, reportCallIssue]
     causal = config.num_hidden_layers * config.hidden_size
     through = sum(lengths) if tokens is None else tokens
-    return 2.0 * through * matrices + sum(2.0 * n * n * causal for n in lengths)
+    return 2.0 * through * matrices(model) + sum(2.0 * n * n * causal for n in lengths)
+
+
+_matrices: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()
+
+
+def matrices(model: nn.Module) -> int:
+    """Parameters that each token is multiplied with; counted once a model."""
+    if model not in _matrices:
+        linear = [m for m in model.modules() if isinstance(m, nn.Linear | Conv1D)]
+        _matrices[model] = sum(m.weight.numel() for m in linear)  # pyright: ignore
+    return _matrices[model]
 
 
 def matmul_rate(seconds: float = 0.5, dtype: torch.dtype = torch.float32) -> float:

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
@@ -95,7 +96,7 @@ def gather_logprobs(logits: Tensor, batch: Sequences) -> Tensor:
 
 def picked(logits: Tensor, tokens: Tensor) -> Tensor:
     """log p(token) of each row, (M, V), (M,) -> (M,)."""
-    return logits.gather(-1, tokens.unsqueeze(-1)).squeeze(-1) - logits.logsumexp(-1)
+    return -F.cross_entropy(logits, tokens, reduction="none")
 
 
 def sequence_logps(model: PreTrainedModel, batch: Sequences) -> Tensor:

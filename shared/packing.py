@@ -20,6 +20,7 @@ from transformers.masking_utils import sdpa_mask
 from shared.sequences import Sequences
 
 PACKED = "klash_packed"
+SHORT = 2**22  # attention weights of a layer, up to which they are computed all at once
 FAMILIES = ("llama", "gpt_neox", "gpt2", "qwen2", "qwen3")
 
 
@@ -55,6 +56,13 @@ def pack(batch: Sequences) -> Packed:
     in_row, in_column = kept.nonzero(as_tuple=True)
     back = in_row * len(column) + in_column - start[in_row]
     return Packed(batch.ids[kept][None], batch.positions[kept][None], place, rows, back)
+
+
+def distinct_tokens(batch: Sequences) -> int:
+    """How many tokens `pack` leaves."""
+    left, width = batch.attention.bool(), batch.prompt_width
+    prompts = batch.ids[:, :width].masked_fill(~left[:, :width], -1).unique(dim=0)
+    return int((prompts != -1).sum() + batch.mask.sum())
 
 
 def packs(model: PreTrainedModel) -> bool:
@@ -95,9 +103,30 @@ def packed_attention(
     """transformers' SDPA, on rows gathered from (1, heads, N, size) where tokens are packed."""
     if packed_rows is None or packed_back is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
-    rows = (_gather(t, packed_rows) for t in (query, key, value))
-    output, _ = sdpa_attention_forward(module, *rows, attention_mask=None, **options)
+    query, key, value = (_gather(t, packed_rows) for t in (query, key, value))
+    if query.is_cpu and query[..., 0].numel() * packed_rows.shape[1] <= SHORT:
+        output = short_attention(query, key, value, options.get("scaling"))
+    else:
+        rows = query, key, value
+        output, _ = sdpa_attention_forward(module, *rows, attention_mask=None, **options)
     return output.flatten(0, 1).index_select(0, packed_back).unsqueeze(0), None
+
+
+def short_attention(query: Tensor, key: Tensor, value: Tensor, scaling: float | None) -> Tensor:
+    """Causal attention, (B, heads, L, size) -> (B, L, heads, size), in float32, whatever surrounds.
+
+    Three plain steps, all weights at once: on a CPU faster for short rows than SDPA's blocks, in
+    bfloat16 several times. Fewer key heads than query heads are shared as in the models.
+    """
+    count, heads, length, size = query.shape
+    shared = key.shape[1]
+    with torch.autocast(query.device.type, enabled=False):
+        q = query.float().reshape(count * shared, -1, size) * (scaling or size**-0.5)
+        k, v = (t.reshape(count * shared, length, size) for t in (key.float(), value))
+        future = torch.full((length, length), -torch.inf).triu(1).repeat(heads // shared, 1)
+        weights = torch.baddbmm(future.expand(len(q), -1, -1), q, k.transpose(1, 2)).softmax(-1)
+        output = torch.bmm(weights.to(v.dtype), v)
+    return output.view(count, heads, length, size).transpose(1, 2).to(query.dtype)
 
 
 def _gather(tensor: Tensor, rows: Tensor) -> Tensor:

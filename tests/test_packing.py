@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.nn.functional import scaled_dot_product_attention
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
@@ -19,12 +20,12 @@ from transformers import (
     Qwen3Config,
 )
 
-from shared import logprobs
+from shared import logprobs, packing
 from shared.generation.engine import Sampling
 from shared.generation.hf import HFEngine
 from shared.logprobs import token_logprobs
 from shared.models import SpecialIds, sequence_scores, state_values, without_dropout
-from shared.packing import let_pack, pack, packs
+from shared.packing import distinct_tokens, let_pack, pack, packs, short_attention
 from shared.sequences import Sequences, collate
 
 PAD, EOS = 0, 1
@@ -225,3 +226,43 @@ def test_scores_where_positions_are_not_read_are_those_of_each_row_alone():
     rows = zip(PROMPTS, COMPLETIONS, strict=True)
     alone = [sequence_scores(model, collate([p], [c], PAD))[0] for p, c in rows]
     torch.testing.assert_close(found, torch.stack(alone), atol=2e-5, rtol=1e-5)
+
+
+def test_distinct_tokens_are_those_that_packing_leaves():
+    assert distinct_tokens(batch_of()) == pack(batch_of()).ids.shape[1]
+    same = collate([[5, 6]] * 3 + [[6]], [[7]] * 4, PAD)
+    assert distinct_tokens(same) == 2 + 1 + 4
+
+
+@pytest.mark.parametrize("heads", [4, 2, 1])
+def test_short_attention_is_sdpas_and_so_is_its_gradient(heads: int):
+    """Query heads in groups on fewer key heads, as repeated keys would have it."""
+    torch.manual_seed(0)
+    query = torch.randn(3, 4, 7, 8, requires_grad=True)
+    key, value = (torch.randn(3, heads, 7, 8, requires_grad=True) for _ in range(2))
+    outputs, gradients = [], []
+    for attend in (
+        lambda: short_attention(query, key, value, 0.3),
+        lambda: scaled_dot_product_attention(
+            query, key, value, is_causal=True, scale=0.3, enable_gqa=True
+        ).transpose(1, 2),
+    ):
+        outputs.append(attend())
+        gradients.append(torch.autograd.grad(outputs[-1].square().sum(), (query, key, value)))
+    torch.testing.assert_close(*outputs, atol=1e-5, rtol=1e-5)
+    for ours, theirs in zip(*gradients, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
+
+
+def test_long_rows_and_short_ones_say_the_same(
+    config: PreTrainedConfig, monkeypatch: pytest.MonkeyPatch
+):
+    found = []
+    for short in (0, 2**22):
+        monkeypatch.setattr(packing, "SHORT", short)
+        model = let_pack(policy(config))
+        numbers = token_logprobs(model, batch_of())
+        numbers.sum().backward()
+        found.append([numbers.detach(), *(p.grad for p in model.parameters())])
+    for long, plain in zip(*found, strict=True):
+        torch.testing.assert_close(plain, long, atol=2e-4, rtol=1e-4)
