@@ -100,7 +100,7 @@ def judge(
     """(one row a pair with both scores and whether it stays, whether the floor decided)."""
     prompts = [data.prompts[i] for i in pairs]
     samples = engine.generate(prompts, draw).ids
-    data.meter.generation(engine.model, [*map(len, prompts)], [*map(len, samples)])
+    data.meter.generation(engine.model, prompts, samples)
     chosen = scorer.score_all(prompts, [data.completions[i] for i in pairs])
     sampled = scorer.score_all(prompts, samples)
     floor = max(1, round(filtering.floor * len(data.pairs)))

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from shared.cost import Meter, forward_flops
+from shared.cost import Meter, distinct_prompt_tokens, forward_flops
 from shared.generation.engine import Completions, Engine, Sampling
 from shared.models import Scorer
 
@@ -24,8 +24,9 @@ def best_of_n(
     repeated = [p for p in prompts for _ in range(n)]
     drawn = engine.generate(repeated, sampling)
     scores: Tensor = scorer.score_all(repeated, drawn.ids)
-    lengths = [*map(len, repeated)], [*map(len, drawn.ids)]
-    meter.generation(engine.model, *lengths)
-    meter.flops += forward_flops(scorer.model, [sum(pair) for pair in zip(*lengths, strict=True)])
+    meter.generation(engine.model, repeated, drawn.ids)
+    lengths = [len(p) + len(c) for p, c in zip(repeated, drawn.ids, strict=True)]
+    tokens = distinct_prompt_tokens(repeated) + sum(map(len, drawn.ids))
+    meter.flops += forward_flops(scorer.model, lengths, tokens)
     best = scores.view(len(prompts), n).argmax(1) + n * torch.arange(len(prompts))
     return drawn.rows(best.tolist())

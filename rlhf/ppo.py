@@ -133,8 +133,7 @@ def train_ppo(
             except EngineLost as error:
                 pause(folder, actors, controller.coef, log)
                 raise EngineLost(f"PPO, update {update} of {updates}: {error}") from error
-            lengths = [*map(len, batch)], [*map(len, completions.ids)]
-            meter.generation(actors.policy.model, *lengths)
+            meter.generation(actors.policy.model, batch, completions.ids)
         # 2. score it: reward model, reference, value model, and the policy that sampled
         with meter.phase("score"):
             rollout, scores, entropy = score_rollout(actors, batch, completions.ids)

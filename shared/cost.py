@@ -58,12 +58,13 @@ class Meter:
             self.train_tokens += sum(lengths)
 
     def generation(
-        self, model: PreTrainedModel, prompts: list[int], completions: list[int]
+        self, model: PreTrainedModel, prompts: list[list[int]], completions: list[list[int]]
     ) -> None:
-        """Counts sampled completions (lengths in tokens), each token computed once."""
-        self.generated_tokens += sum(completions)
-        lengths = [p + c for p, c in zip(prompts, completions, strict=True)]
-        self.flops += forward_flops(model, lengths)
+        """Counts sampled completions (token ids); a prompt is computed once for all of its own."""
+        generated = sum(map(len, completions))
+        self.generated_tokens += generated
+        lengths = [len(p) + len(c) for p, c in zip(prompts, completions, strict=True)]
+        self.flops += forward_flops(model, lengths, distinct_prompt_tokens(prompts) + generated)
 
     def state(self) -> dict[str, Any]:
         """What `restore` goes on from, in another process too."""
@@ -93,6 +94,10 @@ def forward_flops(model: PreTrainedModel, lengths: list[int], tokens: int | None
     causal = config.num_hidden_layers * config.hidden_size
     through = sum(lengths) if tokens is None else tokens
     return 2.0 * through * matrices(model) + sum(2.0 * n * n * causal for n in lengths)
+
+
+def distinct_prompt_tokens(prompts: list[list[int]]) -> int:
+    return sum(map(len, set(map(tuple, prompts))))
 
 
 _matrices: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()

@@ -124,10 +124,12 @@ def test_a_backward_pass_costs_what_pytorch_counts():
 
 def test_generation_counts_prompt_and_completion_once():
     model, meter = llama(), Meter()
-    meter.generation(model, [5, 6], [10, 20])
-    assert meter.generated_tokens == 30
+    meter.generation(model, [[5] * 5, [6] * 6, [5] * 5], [[7] * 10, [7] * 20, [8] * 4])
+    assert meter.generated_tokens == 34
     assert meter.train_tokens == 0
-    assert meter.flops == pytest.approx(forward_flops(model, [15, 26]))
+    expected = forward_flops(model, [15, 26, 9], tokens=5 + 6 + 34)
+    assert meter.flops == pytest.approx(expected)
+    assert expected < forward_flops(model, [15, 26, 9])
 
 
 def test_frozen_weights_multiply_too(policy_folder: Path):
@@ -176,7 +178,7 @@ def test_a_summary_does_not_change_afterwards():
     meter = Meter()
     summary = meter.summary()
     with meter.phase("later"):
-        meter.generation(llama(), [1], [1])
+        meter.generation(llama(), [[1]], [[1]])
     assert summary["phases"] == {}
     assert summary["generated_tokens"] == 0
 

@@ -335,3 +335,14 @@ def test_each_token_comes_with_the_log_probability_it_was_drawn_with(
         )
     for row, logprobs in zip(expected, drawn.logprobs, strict=True):
         assert logprobs == pytest.approx(row[: len(logprobs)].tolist(), abs=1e-4)
+
+
+def test_a_prompt_is_read_once_for_all_of_its_completions(engine: HFEngine):
+    seen: list[int] = []
+    hook = engine.model.get_input_embeddings().register_forward_hook(
+        lambda _, __, out: seen.append(out.shape[0] * out.shape[1])
+    )
+    drawn = engine.generate([[5, 6, 7]] * 8 + [[8, 9]], Sampling(max_new_tokens=3, seed=1))
+    hook.remove()
+    assert seen[0] == 2 * 3
+    assert len({tuple(ids) for ids in drawn.ids[:8]}) > 1

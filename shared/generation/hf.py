@@ -52,30 +52,26 @@ class HFEngine:
     ) -> tuple[Tensor, Tensor]:
         """(tokens, their log-probabilities), (B, max_new_tokens); after an EOS comes padding."""
         device, width = self.model.device, max(map(len, prompts))
-        padding = [width - len(p) for p in prompts]
-        step = torch.tensor(
-            [[self.pad_id] * n + list(p) for n, p in zip(padding, prompts, strict=True)]
-        )
-        attention = torch.tensor([[0] * n + [1] * (width - n) for n in padding]).to(device)
+        distinct = {tuple(p): number for number, p in enumerate(dict.fromkeys(map(tuple, prompts)))}
+        padded = [[self.pad_id] * (width - len(p)) + list(p) for p in distinct]
+        real = [[0] * (width - len(p)) + [1] * len(p) for p in distinct]
+        step, attention = torch.tensor(padded).to(device), torch.tensor(real).to(device)
         positions = (attention.cumsum(1) - 1).clamp(min=0)
-        step, cache = step.to(device), DynamicCache(config=self.model.config)
+        cache = DynamicCache(config=self.model.config)
+        logits = self._next(step, attention, positions, cache)
+        # a prompt is read once for all of its completions
+        rows = torch.tensor([distinct[tuple(p)] for p in prompts], device=device)
+        cache.batch_select_indices(rows)
+        logits, attention, positions = logits[rows], attention[rows], positions[rows]
         output = step.new_full((len(prompts), sampling.max_new_tokens), self.pad_id)
         logprobs = torch.zeros(output.shape, device=device)
         going = torch.arange(len(prompts), device=device)  # output rows of the cache's rows
         ended = torch.zeros(len(prompts), dtype=torch.bool, device=device)
         for t in range(sampling.max_new_tokens):
-            logits = self.model(
-                input_ids=step,
-                attention_mask=attention,
-                position_ids=positions,
-                past_key_values=cache,
-                use_cache=True,
-                logits_to_keep=1,
-            ).logits[:, -1]
             tokens, logprobs[going, t] = _draw(logits.float(), sampling.temperature)
             output[going, t] = tokens.masked_fill(ended, self.pad_id)
             ended = ended | (tokens == self.eos_id)
-            if ended.all():
+            if ended.all() or t + 1 == sampling.max_new_tokens:
                 break
             step, positions = tokens.unsqueeze(1), positions[:, -1:] + 1
             attention = torch.cat([attention, torch.ones_like(step)], dim=1)
@@ -84,7 +80,21 @@ class HFEngine:
                 cache.batch_select_indices(stay)
                 going, ended, step = going[stay], ended[stay], step[stay]
                 attention, positions = attention[stay], positions[stay]
+            logits = self._next(step, attention, positions, cache)
         return output, logprobs
+
+    def _next(
+        self, step: Tensor, attention: Tensor, positions: Tensor, cache: DynamicCache
+    ) -> Tensor:
+        """Logits of the token after `step`, (B, V); `cache` takes `step` in."""
+        return self.model(
+            input_ids=step,
+            attention_mask=attention,
+            position_ids=positions,
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=1,
+        ).logits[:, -1]
 
 
 def _draw(logits: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
