@@ -14,7 +14,7 @@ from typing import Annotated
 import numpy as np
 import tyro
 
-from benchmarks.compare import evaluate_model, prepare_common, prepare_seed, train
+from benchmarks.arms import evaluate_model, prepare_common, prepare_seed, train
 from benchmarks.exits import exit_codes
 from benchmarks.experiment import load_experiment
 from benchmarks.process import set_up_process, stage_context

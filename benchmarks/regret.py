@@ -19,8 +19,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullLocator
 
+from benchmarks.arms import prepare_common
 from benchmarks.cli import split_overrides
-from benchmarks.compare import prepare_common
 from benchmarks.exact import World
 from benchmarks.exits import exit_codes
 from benchmarks.experiment import Arm, Experiment, load_experiment

@@ -10,14 +10,8 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from benchmarks.compare import (
-    compare,
-    prepare_common,
-    timed_seeds,
-    train_alone,
-    tuning_seeds,
-    unpaired,
-)
+from benchmarks.arms import prepare_common, unpaired
+from benchmarks.compare import compare, timed_seeds, train_alone, tuning_seeds
 from benchmarks.experiment import Experiment
 from benchmarks.process import set_up_process, side_by_side, stage_context
 from benchmarks.report.build import draw_report

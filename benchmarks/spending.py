@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.compare import Trained
+from benchmarks.arms import Trained
 from benchmarks.results import Cost, FilterEpoch, Stability
 from benchmarks.rows import Array, Rows
 from benchmarks.statistics import interquartile_range

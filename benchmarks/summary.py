@@ -6,7 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.compare import Compared, Trained, timed_seeds
+from benchmarks.arms import Trained
+from benchmarks.compare import Compared, timed_seeds
 from benchmarks.exact import World
 from benchmarks.experiment import Experiment
 from benchmarks.frontier import (

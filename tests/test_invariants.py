@@ -10,7 +10,7 @@ from checks import close, weights
 from pydantic import ValidationError
 from transformers import PreTrainedTokenizerBase
 
-from benchmarks.compare import prepare_common, prepare_seed
+from benchmarks.arms import prepare_common, prepare_seed
 from benchmarks.evaluate import evaluate
 from benchmarks.experiment import load_experiment
 from dpo.losses import LogRatios, rdpo_loss

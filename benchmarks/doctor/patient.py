@@ -12,7 +12,7 @@ from pydantic import Field
 from safetensors import SafetensorError
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from benchmarks.compare import prepare_reward, prepare_start
+from benchmarks.arms import prepare_reward, prepare_start
 from benchmarks.experiment import Experiment, experiment_file, load_experiment
 from benchmarks.process import quiet_libraries, set_up_process, stage_context
 from benchmarks.run import progress
