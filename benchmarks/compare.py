@@ -59,9 +59,8 @@ def compare(
     run, wanted = stages.run, experiment.seeds if only is None else only
     needed = [s for s in experiment.seeds if s in {*wanted, *first_seeds(experiment)}]
     start = prepare_start(experiment, run)
-    parts = [partial(prepare_common, experiment, run)]
-    parts += [partial(prepare_reward, experiment, run, *start, seed) for seed in needed]
-    stages.each(lambda part: part(), parts)
+    parts = [partial(prepare_reward, experiment, run, *start, seed) for seed in needed]
+    stages.each(lambda part: part(), [*parts, partial(prepare_common, experiment, run)])
     common = prepare_common(experiment, run)
     prepared = stages.each(partial(prepare_seed, experiment, run, common), needed)
     seeds = dict(zip(needed, prepared, strict=True))

@@ -10,7 +10,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from benchmarks.arms import prepare_common, unpaired
+from benchmarks.arms import unpaired
 from benchmarks.compare import compare, timed_seeds, train_alone, tuning_seeds
 from benchmarks.experiment import Experiment
 from benchmarks.process import set_up_process, side_by_side, stage_context
@@ -53,7 +53,6 @@ def run_side_by_side(experiment: Experiment, stages: Stages) -> None:
     timed = timed_seeds(experiment)
     others = tuple(seed for seed in experiment.seeds if seed not in timed)
     with side_by_side(stages, experiment.workers, experiment.threads) as beside:
-        prepare_common(experiment, beside.run)
         if not set(timed) & set(experiment.seeds[: experiment.tuning_seeds]):
             compare(experiment, beside, only=others)
         for seed in timed:
