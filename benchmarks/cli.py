@@ -130,7 +130,7 @@ def speed(
     """Ours beside the peers', in turn in one run: RUNS/speed/speed.json and speed.md.
 
     Args:
-        work: what to compare (generation); all if none is named.
+        work: what to compare (generation, ppo); all if none is named.
         rounds: measured turns of each side.
         threads: of both sides.
         runs: the folder of all runs.

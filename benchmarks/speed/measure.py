@@ -7,11 +7,15 @@ from pathlib import Path
 import torch
 
 from benchmarks.speed.generation import speed_generation
+from benchmarks.speed.ppo import speed_ppo
 from benchmarks.speed.sides import Speed
 from shared.config import InputError
 from shared.stages import output_folder, write_json
 
-WORKS: dict[str, Callable[[Path, int], list[Speed]]] = {"generation": speed_generation}
+WORKS: dict[str, Callable[[Path, int], list[Speed]]] = {
+    "generation": speed_generation,
+    "ppo": speed_ppo,
+}
 
 
 def measure(works: Sequence[str], runs: Path, rounds: int) -> list[Speed]:

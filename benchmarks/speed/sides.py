@@ -65,6 +65,8 @@ class Done(NamedTuple):
     units: float  # of work
     seconds: float
     loss: float | None = None  # the first optimiser step's, for comparison with the other side's
+    flops: float = 0.0  # counted, not measured
+    tokens: float = 0.0  # generated
 
 
 Work = Callable[[], Done]
