@@ -134,7 +134,7 @@ def speed(
     """Ours beside the peers', in turn in one run: RUNS/speed/speed.json and speed.md.
 
     Args:
-        work: what to compare (generation, dpo, ipo, kto, reward); all if none is named.
+        work: what to compare (generation, dpo, ipo, kto, reward, ppo); all if none is named.
         rounds: measured turns of each side.
         threads: of both sides.
         runs: the folder of all runs.

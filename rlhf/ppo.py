@@ -123,48 +123,17 @@ def train_ppo(
     save_after = checkpoint_steps(updates, checkpoints)
     stopped, failure = False, ""
     for update in range(len(log) + 1, updates + 1):
-        # 1. sample a completion for each prompt of the batch, from the policy as it is now
-        with meter.phase("generate"):
-            draw = sampling.model_copy(update={"seed": seed * 100_000 + update})
-            batch = next(prompts)
-            try:
-                apart = {"generation/sync_difference": actors.engine.sync()}
-                completions = actors.engine.generate(batch, draw)
-            except EngineLost as error:
-                pause(folder, actors, controller.coef, log)
-                raise EngineLost(f"PPO, update {update} of {updates}: {error}") from error
-            meter.generation(actors.policy.model, batch, completions.ids)
-        # 2. score it: reward model, reference, value model, and the policy that sampled
-        with meter.phase("score"):
-            rollout, scores, entropy = score_rollout(actors, batch, completions.ids)
-            cap = ppo.importance_cap
-            rollout, mismatch = compare_engine(rollout, completions.logprobs, cap)
-        # 3. a completion without EOS pays for it
-        truncated = torch.tensor(completions.truncated, device=scores.device)
-        penalised = scores - ppo.missing_eos_penalty * truncated
-        # 4. reward = score at the last token - kl_coef * KL at each token
-        mask = rollout.sequences.mask
-        kl = k1(rollout.logprobs, rollout.ref_logprobs)
-        rewards = shaped_rewards(penalised, kl, mask, kl_coef=controller.coef)
-        if ppo.whiten_rewards:
-            rewards = whiten(rewards, mask, shift_mean=False)
-        # 5. advantages and returns; returns before the advantages are whitened
-        advantages, returns = gae(rewards, rollout.values, mask, gamma=ppo.gamma, lam=ppo.lam)
-        rollout = rollout._replace(advantages=whiten(advantages, mask), returns=returns)
-        # 6. several epochs of clipped updates
-        with meter.phase("update"):
-            try:
-                numbers = update_models(actors, rollout, ppo, seed * 100_000 + update)
-            except Diverged as error:  # a result, not a crash: the last good weights are evaluated
-                failure = str(error)
-                break
-        # 7. log under the field's names; adapt the penalty; stop a runaway
-        numbers |= rollout_numbers(rollout, scores, truncated)
+        draw = sampling.model_copy(update={"seed": seed * 100_000 + update})
+        try:
+            numbers = ppo_update(actors, next(prompts), ppo, controller.coef, draw)
+        except EngineLost as error:
+            pause(folder, actors, controller.coef, log)
+            raise EngineLost(f"PPO, update {update} of {updates}: {error}") from error
+        except Diverged as error:  # a result, not a crash: the last good weights are evaluated
+            failure = str(error)
+            break
+        log.append({"episodes": update * ppo.rollout_size, **numbers})
         sequence_kl = numbers["objective/kl"]
-        numbers["objective/rlhf_reward"] = (penalised - controller.coef * kl.sum(1)).mean().item()
-        numbers["objective/entropy"] = entropy
-        numbers["ppo/kl_coef"] = controller.coef
-        log.append({"episodes": update * ppo.rollout_size, **numbers, **apart, **mismatch})
         controller.update(sequence_kl, ppo.rollout_size)
         if update in save_after:
             save(actors.policy.model, tokenizer, folder / f"checkpoint-{update}")
@@ -177,6 +146,50 @@ def train_ppo(
     write_json(folder / "log.json", log)
     write_json(folder / "stopped.json", {"failed": failure, "stopped_early": stopped})
     write_json(folder / "cost.json", {**meter.summary(), "labels_used": 0})
+
+
+def ppo_update(
+    actors: Actors,
+    prompts: list[list[int]],
+    ppo: PPOConfig,
+    kl_coef: float,
+    sampling: Sampling,
+) -> dict[str, float]:
+    """One update, from a batch of prompts to stepped weights; returns its numbers.
+
+    `sampling.seed` is that of the update: of its samples and of its minibatches.
+    """
+    meter = actors.meter
+    # 1. sample a completion for each prompt of the batch, from the policy as it is now
+    with meter.phase("generate"):
+        apart = {"generation/sync_difference": actors.engine.sync()}
+        completions = actors.engine.generate(prompts, sampling)
+        meter.generation(actors.policy.model, prompts, completions.ids)
+    # 2. score it: reward model, reference, value model, and the policy that sampled
+    with meter.phase("score"):
+        rollout, scores, entropy = score_rollout(actors, prompts, completions.ids)
+        rollout, mismatch = compare_engine(rollout, completions.logprobs, ppo.importance_cap)
+    # 3. a completion without EOS pays for it
+    truncated = torch.tensor(completions.truncated, device=scores.device)
+    penalised = scores - ppo.missing_eos_penalty * truncated
+    # 4. reward = score at the last token - kl_coef * KL at each token
+    mask = rollout.sequences.mask
+    kl = k1(rollout.logprobs, rollout.ref_logprobs)
+    rewards = shaped_rewards(penalised, kl, mask, kl_coef=kl_coef)
+    if ppo.whiten_rewards:
+        rewards = whiten(rewards, mask, shift_mean=False)
+    # 5. advantages and returns; returns before the advantages are whitened
+    advantages, returns = gae(rewards, rollout.values, mask, gamma=ppo.gamma, lam=ppo.lam)
+    rollout = rollout._replace(advantages=whiten(advantages, mask), returns=returns)
+    # 6. several epochs of clipped updates
+    with meter.phase("update"):
+        numbers = update_models(actors, rollout, ppo, sampling.seed)
+    # 7. what to log, under the field's names
+    numbers |= rollout_numbers(rollout, scores, truncated)
+    numbers["objective/rlhf_reward"] = (penalised - kl_coef * kl.sum(1)).mean().item()
+    numbers["objective/entropy"] = entropy
+    numbers["ppo/kl_coef"] = kl_coef
+    return {**numbers, **apart, **mismatch}
 
 
 def prompt_stream(

@@ -8,6 +8,7 @@ import torch
 
 from benchmarks.speed.direct import speed_steps
 from benchmarks.speed.generation import speed_generation
+from benchmarks.speed.ppo import speed_ppo
 from benchmarks.speed.sides import Choice, Speed
 from shared.config import InputError
 from shared.stages import output_folder, write_json
@@ -18,6 +19,7 @@ WORKS: dict[str, Callable[[Choice], list[Speed]]] = {
     "ipo": partial(speed_steps, "ipo"),
     "kto": partial(speed_steps, "kto"),
     "reward": partial(speed_steps, "reward"),
+    "ppo": speed_ppo,
 }
 
 

@@ -20,7 +20,6 @@ from benchmarks.process import (
     end_with,
     keep_freed_memory,
     quiet_libraries,
-    sleeping_threads,
 )
 from benchmarks.results import Estimate
 from benchmarks.statistics import seed_interval
@@ -103,8 +102,7 @@ class Worker:
         self.pipe, theirs = context.Pipe()
         arguments = os.getpid(), theirs, threads, make, inputs, loops
         self.process = context.Process(target=_serve, args=arguments, daemon=True)
-        with sleeping_threads():  # while the other side works
-            self.process.start()
+        self.process.start()
         theirs.close()
         self.rounds: list[Done] = []
 

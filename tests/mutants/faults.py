@@ -270,7 +270,7 @@ FAULTS = (
     Fault(
         "ppo: returns from whitened advantages", "rlhf/ppo.py",
         "rollout = rollout._replace(advantages=whiten(advantages, mask), returns=returns)",
-        "white = whiten(advantages, mask)\n        "
+        "white = whiten(advantages, mask)\n    "
         "rollout = rollout._replace(advantages=white, returns=white + rollout.values)",
         "the value model's target loses its units", PPO,
     ),

@@ -1,0 +1,331 @@
+"""PPO: ours beside TRL 1.12.0's `PPOTrainer`, the last that TRL released, one update a round.
+
+An update is all that lies between one batch of prompts and the next: sampling, scoring by reward
+model, reference and value model, and every epoch of steps. Both sides have the same four models,
+prompts, lengths, minibatches and precision; TRL is at its fastest: one batch for the whole
+rollout, no gradient checkpointing, fused AdamW, nothing saved, sampled for show or reported.
+The learning rate is too small to change what a completion looks like, so that the work stays the
+same; `setting` tells how long completions were on either side. Each side draws its own, so that
+their losses cannot be compared here; `tests/test_trl_ppo.py` does that, token by token.
+"""
+
+import importlib.util
+import os
+import shlex
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import suppress
+from importlib import import_module
+from itertools import chain, repeat
+from pathlib import Path
+from statistics import mean, median
+from time import perf_counter
+from typing import Any, NamedTuple
+
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedModel,
+    PrinterCallback,
+)
+
+from benchmarks.process import stage_context
+from benchmarks.smollm2 import convert
+from benchmarks.speed.generation import chat_prompts
+from benchmarks.speed.sides import (
+    Choice,
+    Done,
+    Speed,
+    Turns,
+    Work,
+    Worker,
+    seconds_since,
+    side_by_side,
+)
+from rlhf.ppo import PPOConfig, ppo_update
+from rlhf.rollout import make_actors
+from shared.config import InputError
+from shared.cost import Meter, matmul_rate
+from shared.fit import OptimizerConfig
+from shared.generation.engine import Sampling
+from shared.generation.start import TRANSFORMERS, GenerationConfig
+from shared.models import ModelConfig, load_tokenizer, new_scalar_model, save
+from shared.sft import SftConfig, train_sft
+from shared.stages import Stages, output_folder
+from shared.tasks.registry import TaskConfig, make_task
+
+TRL = "1.12.0"
+KL_COEF = 0.1
+STEADY = {
+    "optimizer": OptimizerConfig(
+        learning_rate=1e-6, schedule="constant", warmup_share=0.0, adam_epsilon=1e-5
+    ),
+    "value_learning_rate": 1e-6,
+}
+
+
+class Update(NamedTuple):
+    """What both sides do in a round; `generation` is ours, TRL samples with transformers."""
+
+    model: str
+    shape: str
+    ppo: PPOConfig
+    sampling: Sampling
+    generation: GenerationConfig = TRANSFORMERS
+
+    @property
+    def passes(self) -> int:
+        """Forward passes, or their worth, that a token goes through: a backward pass is worth two.
+
+        Sampled once; scored by policy, reference, reward and value model; then in each epoch
+        forward and backward through policy and value model.
+        """
+        return 1 + 4 + self.ppo.epochs * 2 * 3
+
+
+SMALL_BATCH = PPOConfig(rollout_size=16, epochs=1, minibatch_size=8, micro_batch_size=8, **STEADY)
+UPDATES = (
+    *(
+        Update(
+            "reviews",
+            f"512 x 16, epochs {epochs}",
+            PPOConfig(rollout_size=512, epochs=epochs, minibatch_size=64, **STEADY),
+            Sampling(max_new_tokens=16),
+        )
+        for epochs in (1, 2)
+    ),
+    *(
+        Update(
+            "smollm2-135m",
+            f"16 x 32, {engine}",
+            SMALL_BATCH,
+            Sampling(max_new_tokens=32),
+            GenerationConfig(engine=engine),
+        )
+        for engine in ("transformers", "vllm")
+    ),
+)
+
+
+class Inputs(NamedTuple):
+    """What the sides start from: folders of models, and the prompts of every update."""
+
+    policy: Path
+    reward: Path
+    prompts: list[list[int]]
+
+
+def speed_ppo(choice: Choice) -> list[Speed]:
+    """Episodes a second of whole updates, float32; vLLM's row only where vLLM is installed."""
+    library = install_trl(output_folder(choice.runs / "speed") / f"trl-{TRL}")
+    there = importlib.util.find_spec("vllm") is not None
+    return [
+        compare(update, INPUTS[update.model](choice.runs), library, choice.rounds)
+        for update in UPDATES
+        if choice.takes(update.model, "float32", update.shape)
+        and (there or update.generation.engine != "vllm")
+    ]
+
+
+def compare(update: Update, inputs: Inputs, library: Path, rounds: int) -> Speed:
+    """`library`: the folder of TRL 1.12.0."""
+    threads = torch.get_num_threads()
+    worker = Worker(our_updates, update, inputs, threads=threads)
+    peers_worker = Worker(trl_updates, update, inputs, library, threads=threads, loops=True)
+    limits = []
+
+    def our_turn() -> float:
+        limits.append(matmul_rate(0.2))
+        return worker()
+
+    mine, theirs, ratio = side_by_side(our_turn, peers_worker, rounds)
+    memory_ratio = worker.end() / peers_worker.end()
+    ours, peers = worker.rounds[1:], peers_worker.rounds[1:]
+    rate = median(done.flops / done.seconds for done in ours if done.flops)
+    episodes = update.ppo.rollout_size
+    return Speed(
+        work="ppo",
+        model=update.model,
+        dtype="float32",
+        shape=update.shape,
+        unit="episodes/s",
+        ours=mine,
+        peer=theirs,
+        peer_name=f"trl {TRL} PPOTrainer",
+        ratio=ratio,
+        memory_ratio=memory_ratio,
+        mfu=None if torch.cuda.is_available() else rate / max(limits),
+        setting={
+            "episodes": episodes,
+            "epochs": update.ppo.epochs,
+            "minibatch": update.ppo.minibatch_size,
+            "max_new_tokens": update.sampling.max_new_tokens,
+            "prompt_tokens": mean(map(len, inputs.prompts)),
+            "completion_tokens": mean(d.tokens for d in ours if d.tokens) / episodes,
+            "peer_completion_tokens": mean(d.tokens for d in peers if d.tokens) / episodes,
+            "passes": update.passes,
+            "flops_per_episode": mean(d.flops for d in ours if d.flops) / episodes,
+        },
+    )
+
+
+# The two sides
+
+
+def our_updates(update: Update, inputs: Inputs) -> Work:
+    """What `train_ppo` does in one turn of its loop."""
+    ppo, sampling, meter = update.ppo, update.sampling, Meter()
+    models = inputs.policy, inputs.reward, ppo.optimizer, ppo.value_optimizer
+    actors = make_actors(*models, 1, sampling.temperature, meter, update.generation)
+    seeds = iter(range(10**9))
+
+    def one() -> Done:
+        draw = sampling.model_copy(update={"seed": next(seeds)})
+        flops, generated, start = meter.flops, meter.generated_tokens, perf_counter()
+        ppo_update(actors, inputs.prompts, ppo, KL_COEF, draw)
+        seconds = seconds_since(start)
+        episodes, tokens = len(inputs.prompts), meter.generated_tokens - generated
+        return Done(episodes, seconds, flops=meter.flops - flops, tokens=tokens)
+
+    return one
+
+
+class Over(Exception):
+    """There is no further round: the only way out of a loop that wants batches for ever."""
+
+
+def trl_updates(turns: Turns, update: Update, inputs: Inputs, library: Path) -> None:
+    """`PPOTrainer.train`, held up where it asks for the next batch of prompts."""
+    sys.path.insert(0, str(library))
+    os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"
+    trl = import_module("trl")
+    assert trl.__version__ == TRL, trl.__version__
+    module: Any = import_module("trl.experimental.ppo.ppo_trainer")
+    cut, generated = module.truncate_response, []
+
+    def counted(stop: int, pad: int, responses: torch.Tensor) -> torch.Tensor:
+        kept = cut(stop, pad, responses)
+        generated.append((kept != pad).sum().item())
+        return kept
+
+    module.truncate_response = counted
+    trainer = trl_trainer(module, update, inputs)
+    batches, episodes = trainer.dataloader, len(inputs.prompts)
+
+    def paced() -> Iterator[Any]:
+        for batch in chain.from_iterable(repeat(batches)):
+            if not turns.wait():
+                raise Over
+            start = perf_counter()
+            yield batch
+            turns.done(Done(episodes, seconds_since(start), tokens=generated[-1]))
+
+    trainer.dataloader = paced()
+    with suppress(Over):
+        trainer.train()
+
+
+def trl_trainer(module: Any, update: Update, inputs: Inputs) -> Any:
+    """A `PPOTrainer` of `module` that does the same as we, with prompts for longer than needed.
+
+    The whole rollout is its one batch a device, of which it takes minibatches: told to accumulate
+    gradients instead, it would step once an epoch.
+    """
+    from datasets import Dataset
+
+    ppo, prompts = update.ppo, inputs.prompts
+    rows = Dataset.from_list([{"input_ids": ids} for ids in prompts])
+    with tempfile.TemporaryDirectory() as scratch:
+        trainer = module.PPOTrainer(
+            args=module.PPOConfig(
+                output_dir=scratch,
+                use_cpu=not torch.cuda.is_available(),
+                bf16=False,
+                gradient_checkpointing=False,
+                optim="adamw_torch_fused",
+                report_to="none",
+                disable_tqdm=True,
+                save_strategy="no",
+                num_sample_generations=0,
+                learning_rate=ppo.optimizer.learning_rate,
+                lr_scheduler_type="constant",
+                adam_epsilon=ppo.optimizer.adam_epsilon,
+                per_device_train_batch_size=len(prompts),
+                gradient_accumulation_steps=1,
+                num_mini_batches=len(prompts) // ppo.minibatch_size,
+                local_rollout_forward_batch_size=len(prompts),
+                total_episodes=len(prompts) * 10**6,
+                num_ppo_epochs=ppo.epochs,
+                response_length=update.sampling.max_new_tokens,
+                stop_token="eos",
+                temperature=update.sampling.temperature,
+                missing_eos_penalty=ppo.missing_eos_penalty,
+                kl_coef=KL_COEF,
+                gamma=ppo.gamma,
+                lam=ppo.lam,
+                cliprange=ppo.clip,
+                cliprange_value=ppo.value_clip,
+                vf_coef=1.0,
+            ),
+            processing_class=AutoTokenizer.from_pretrained(inputs.policy, padding_side="left"),
+            model=loaded(AutoModelForCausalLM, inputs.policy),
+            ref_model=loaded(AutoModelForCausalLM, inputs.policy),
+            reward_model=loaded(AutoModelForSequenceClassification, inputs.reward),
+            value_model=loaded(AutoModelForSequenceClassification, inputs.reward),
+            train_dataset=rows,
+            eval_dataset=rows,
+        )
+    trainer.remove_callback(PrinterCallback)
+    trainer.accelerator.print = lambda *_: None
+    return trainer
+
+
+def loaded(kind: Any, folder: Path) -> PreTrainedModel:
+    return kind.from_pretrained(folder, dtype=torch.float32)
+
+
+# What they start from
+
+
+def install_trl(folder: Path) -> Path:
+    """TRL 1.12.0 in a folder of its own, since the TRL that is installed has no PPO."""
+    if not folder.is_dir():
+        with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
+            target = Path(scratch) / "trl"
+            words = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps"]
+            command = [*words, "--target", str(target), f"trl=={TRL}"]
+            if subprocess.run(command).returncode != 0:
+                again = shlex.join([*words, "--target", str(folder), f"trl=={TRL}"])
+                raise InputError(f"`klash speed ppo` needs TRL {TRL}; this failed: {again}")
+            target.rename(folder)
+    return folder
+
+
+def reviews_inputs(runs: Path) -> Inputs:
+    """A policy after a short SFT, since one with random weights would never end by itself."""
+    stages, task = Stages(runs / ".stages", lambda *_: None, stage_context()), TaskConfig()
+    sft = SftConfig(examples=4000, epochs=1)
+    policy = stages.run("sft", train_sft, task=task, model=ModelConfig(), sft=sft, seed=0)
+    reward = stages.run("random-reward", random_reward, policy=policy)
+    tokenizer, texts = load_tokenizer(policy), make_task(task).prompts("ppo", 512, 0)
+    return Inputs(policy, reward, [tokenizer(text).input_ids for text in texts])
+
+
+def smollm2_inputs(runs: Path) -> Inputs:
+    policy = runs / "speed" / "smollm2-135m"
+    convert(policy)
+    stages = Stages(runs / ".stages", lambda *_: None, stage_context())
+    reward = stages.run("random-reward", random_reward, policy=policy)
+    return Inputs(policy, reward, chat_prompts(policy, 16))
+
+
+def random_reward(folder: Path, policy: Path) -> None:
+    """Stage: a reward model that knows nothing; its arithmetic is any other's."""
+    save(new_scalar_model(policy, seed=0), load_tokenizer(policy), folder)
+
+
+INPUTS = {"reviews": reviews_inputs, "smollm2-135m": smollm2_inputs}
