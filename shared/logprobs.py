@@ -3,7 +3,6 @@
 from collections.abc import Callable, Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
@@ -95,8 +94,11 @@ def gather_logprobs(logits: Tensor, batch: Sequences) -> Tensor:
 
 
 def picked(logits: Tensor, tokens: Tensor) -> Tensor:
-    """log p(token) of each row, (M, V), (M,) -> (M,)."""
-    return -F.cross_entropy(logits, tokens, reduction="none")
+    """log p(token) of each row, (M, V), (M,) -> (M,).
+
+    Not by `cross_entropy`: it is faster and on large vocabularies less exact, by some 1e-5 nats.
+    """
+    return logits.gather(-1, tokens.unsqueeze(-1)).squeeze(-1) - logits.logsumexp(-1)
 
 
 def sequence_logps(model: PreTrainedModel, batch: Sequences) -> Tensor:

@@ -193,6 +193,8 @@ def engine_parity(
     order = next(by_length([len(p) for p in prompts], len(prompts)))
     batch = collate([prompts[i] for i in order], [drawn[i] for i in order], pad)
     logits = completion_logits(policy, batch, sampling.temperature)
+    distinct = {p: n for n, p in enumerate(dict.fromkeys(tuple(prompts[i]) for i in order))}
+    seen[0] = seen[0][[distinct[tuple(prompts[i])] for i in order]]  # a prompt is read once
     ours = (torch.stack(seen, 1) / sampling.temperature).log_softmax(-1)[batch.mask]
     trainer, tokens = logits.log_softmax(-1), batch.completion_ids[batch.mask].unsqueeze(1)
     difference = _largest(ours.gather(1, tokens) - trainer.gather(1, tokens))
