@@ -165,6 +165,7 @@ def train(
         "policy": common.sft,
         "seed": seed.seed,
         "checkpoints": experiment.evaluation.checkpoints,
+        "lora": experiment.lora,
         "label": f"{name} {setting_text(setting)}, seed {seed.seed}",
     }
     if arm.kind == "ppo":

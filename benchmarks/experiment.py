@@ -12,6 +12,7 @@ from rlhf.reward import RewardConfig
 from shared.config import Config, InputError, load
 from shared.generation.engine import Sampling
 from shared.generation.start import GenerationConfig
+from shared.lora import LoRAConfig
 from shared.models import ModelConfig
 from shared.preferences import PreferenceConfig
 from shared.sft import SftConfig
@@ -105,6 +106,7 @@ class Experiment(Config):
     workers: int = Field(default=1, gt=0)  # stages at a time, each in a process
     task: TaskConfig = TaskConfig()
     model: ModelConfig = ModelConfig()
+    lora: LoRAConfig | None = None  # of all policies; else they train whole
     sampling: Sampling = Sampling()
     generation: GenerationConfig = GenerationConfig()
     sft: SftConfig = SftConfig()

@@ -18,6 +18,7 @@ from shared.config import Config
 from shared.fit import Diverged, prepare, steps_of
 from shared.generation.engine import Engine, Sampling
 from shared.generation.start import TRANSFORMERS, GenerationConfig, make_engine
+from shared.lora import LoRAConfig, with_lora
 from shared.models import Scorer, load_policy, save, special_ids
 from shared.stages import write_json, write_jsonl
 
@@ -44,6 +45,7 @@ def train_filtered(
     checkpoints: Sequence[float],
     seed: int,
     generation: GenerationConfig = TRANSFORMERS,
+    lora: LoRAConfig | None = None,
 ) -> None:
     """Stage: a policy trained by DPO on what the reward model keeps; `audit.jsonl` tells why.
 
@@ -53,7 +55,7 @@ def train_filtered(
     """
     direct, micro_batch_size = with_setting(direct, setting), direct.micro_batch_size
     data = Dataset(policy, preferences, reference, None, "dpo", setting, micro_batch_size)
-    model, scorer = load_policy(policy), Scorer(reward_model)
+    model, scorer = with_lora(load_policy(policy), lora, seed), Scorer(reward_model)
     special = special_ids(data.tokenizer)
     engine = make_engine(generation, model, special, policy, sampling.temperature)
     data.meter.models_held = 2

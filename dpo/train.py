@@ -26,6 +26,7 @@ from shared.fit import (
     steps_of,
 )
 from shared.logprobs import sequence_logps
+from shared.lora import LoRAConfig, with_lora
 from shared.models import load_policy, load_tokenizer, save, special_ids
 from shared.preferences import Pair, read_pairs
 from shared.sequences import Sequences, by_length, collate
@@ -99,6 +100,7 @@ def train_direct(
     direct: DirectConfig,
     checkpoints: Sequence[float],
     seed: int,
+    lora: LoRAConfig | None = None,
 ) -> None:
     """Stage: the policy after DPO, IPO or KTO, in `final` and in `checkpoint-<step>` on the way.
 
@@ -107,7 +109,7 @@ def train_direct(
     direct, micro_batch_size = with_setting(direct, setting), direct.micro_batch_size
     data = Dataset(policy, preferences, reference, mismatched, loss, setting, micro_batch_size)
     steps = steps_of(len(data.pairs), direct.batch_size, direct.epochs)
-    model = load_policy(policy)
+    model = with_lora(load_policy(policy), lora, seed)
     trainee = prepare(model, direct.optimizer, steps)
     save_after = checkpoint_steps(steps, checkpoints)
     log, failure = [], ""

@@ -6,17 +6,17 @@ from typing import Any
 from safetensors.torch import load_file, save_file
 
 from rlhf.rollout import Actors
-from shared.fit import restore, state_of
+from shared.fit import Trainee, restore, state_of
 from shared.stages import read_json, write_json
 
 TENSORS, PLAIN = "paused.safetensors", "paused.json"  # in the stage's folder
 
 
 def pause(folder: Path, actors: Actors, kl_coef: float, log: list[dict[str, Any]]) -> None:
-    """Write what the next update needs: two models in training, the penalty, the log, the cost."""
+    """Write what the next update needs: the models in training, the penalty, the log, the cost."""
     tensors, plain = {}, {"kl_coef": kl_coef, "log": log, "cost": actors.meter.state()}
-    for name in ("policy", "value"):
-        found, plain[name] = state_of(getattr(actors, name))
+    for name, trainee in trainees(actors).items():
+        found, plain[name] = state_of(trainee)
         tensors |= {f"{name}.{key}": tensor.contiguous() for key, tensor in found.items()}
     save_file(tensors, folder / TENSORS)
     write_json(folder / PLAIN, plain)
@@ -27,11 +27,17 @@ def take_up(folder: Path, actors: Actors, kl_coef: float) -> tuple[float, list[d
     if not (folder / PLAIN).is_file():
         return kl_coef, []
     tensors, plain = load_file(folder / TENSORS), read_json(folder / PLAIN)
-    for name in ("policy", "value"):
+    for name, trainee in trainees(actors).items():
         start = f"{name}."
         own = {k.removeprefix(start): t for k, t in tensors.items() if k.startswith(start)}
-        restore(getattr(actors, name), own, plain[name])
+        restore(trainee, own, plain[name])
     actors.meter.restore(plain["cost"])
     for file in (TENSORS, PLAIN):
         (folder / file).unlink()
     return plain["kl_coef"], plain["log"]
+
+
+def trainees(actors: Actors) -> dict[str, Trainee]:
+    """The models in training: one, where policy and value function share a trunk."""
+    found = {"policy": actors.policy, "value": actors.value}
+    return {name: trainee for name, trainee in found.items() if trainee is not None}

@@ -1,13 +1,13 @@
 """PPO with a KL penalty to the reference: rollout and update in numbered steps.
 
 Schulman et al. 2017 (arXiv:1707.06347), as Ziegler et al. 2019 (arXiv:1909.08593) put it to
-language models and Huang et al. 2024 (arXiv:2403.17031) wrote it down. Not here: value and policy
-in one trunk, sampling that overlaps with training, and truncated sampling (top-p), which would
-make the sampled distribution differ from the one that is scored.
+language models and Huang et al. 2024 (arXiv:2403.17031) wrote it down. Not here: sampling that
+overlaps with training, and truncated sampling (top-p), which would make the sampled distribution
+differ from the one that is scored.
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 
@@ -33,7 +33,8 @@ from shared.fit import Diverged, OptimizerConfig, batches, checkpoint_steps, ste
 from shared.generation.engine import EngineLost, Sampling
 from shared.generation.start import TRANSFORMERS, GenerationConfig
 from shared.kl import k1
-from shared.logprobs import token_logprobs
+from shared.logprobs import logprobs_and_values, token_logprobs
+from shared.lora import LoRAConfig
 from shared.models import load_tokenizer, save, state_values
 from shared.sequences import by_length
 from shared.stages import write_json
@@ -46,6 +47,11 @@ class PPOConfig(Config):
     With `kl_target` (nats a sequence) the coefficient adapts, else it stays. `importance_cap` turns
     on truncated importance weights, for an engine that samples from slightly other probabilities
     than the policy's. `max_approx_kl` ends one update's epochs early; `max_kl` ends the run.
+
+    `shared_trunk`: the value function is a second head of the policy, from V = 0, and one step
+    trains both, on policy loss + `vf_coef` * value loss, at the policy's rate (Ziegler et al.
+    2019); else a model of its own, from the reward model. `reuse_logprobs`: an engine whose
+    log-probabilities are the policy's own saves a pass over the samples.
     """
 
     episodes: int = Field(default=10240, gt=0)
@@ -63,6 +69,9 @@ class PPOConfig(Config):
     lam: float = Field(default=0.95, ge=0, le=1)
     clip: float = Field(default=0.2, gt=0)
     value_clip: float = Field(default=0.2, gt=0)
+    shared_trunk: bool = False
+    vf_coef: float = Field(default=0.1, gt=0)
+    reuse_logprobs: bool = True
     whiten_rewards: bool = False
     missing_eos_penalty: float = Field(default=1.0, ge=0)
     importance_cap: float | None = Field(default=None, gt=0)
@@ -104,6 +113,7 @@ def train_ppo(
     checkpoints: Sequence[float],
     seed: int,
     generation: GenerationConfig = TRANSFORMERS,
+    lora: LoRAConfig | None = None,
 ) -> None:
     """Stage: the policy after PPO in `final`, on the way in `checkpoint-<update>`, and its log.
 
@@ -116,7 +126,8 @@ def train_ppo(
     optimizers = ppo.optimizer, ppo.value_optimizer
     judge = reward_model or GoldScorer(make_task(task), tokenizer)
     start = steps, sampling.temperature, meter, generation
-    actors = make_actors(policy, judge, *optimizers, *start)
+    form = {"shared_trunk": ppo.shared_trunk, "lora": lora, "seed": seed}
+    actors = make_actors(policy, judge, *optimizers, *start, **form)
     kl_coef, log = take_up(folder, actors, kl_coef)
     controller = KLController(kl_coef, ppo.kl_target, ppo.kl_horizon)
     prompts = islice(prompt_stream(tokenizer, task, ppo, seed), len(log), None)
@@ -162,13 +173,18 @@ def ppo_update(
     meter = actors.meter
     # 1. sample a completion for each prompt of the batch, from the policy as it is now
     with meter.phase("generate"):
-        apart = {"generation/sync_difference": actors.engine.sync()}
+        stale = actors.engine.sync()
         completions = actors.engine.generate(prompts, sampling)
         meter.generation(actors.policy.model, prompts, completions.ids)
-    # 2. score it: reward model, reference, value model, and the policy that sampled
+    # 2. score it: reward model, reference, value function, and the policy, if it must
     with meter.phase("score"):
-        rollout, scores, entropy = score_rollout(actors, prompts, completions.ids)
-        rollout, mismatch = compare_engine(rollout, completions.logprobs, ppo.importance_cap)
+        if engine_speaks_for_policy(actors, ppo):
+            mismatch, sampled = {}, completions.logprobs
+            rollout, scores = score_rollout(actors, prompts, completions.ids, sampled)
+        else:
+            rollout, scores = score_rollout(actors, prompts, completions.ids)
+            cap = ppo.importance_cap
+            rollout, mismatch = compare_engine(rollout, completions.logprobs, cap)
     # 3. a completion without EOS pays for it
     truncated = torch.tensor(completions.truncated, device=scores.device)
     penalised = scores - ppo.missing_eos_penalty * truncated
@@ -187,9 +203,18 @@ def ppo_update(
     # 7. what to log, under the field's names
     numbers |= rollout_numbers(rollout, scores, truncated)
     numbers["objective/rlhf_reward"] = (penalised - kl_coef * kl.sum(1)).mean().item()
-    numbers["objective/entropy"] = entropy
     numbers["ppo/kl_coef"] = kl_coef
-    return {**numbers, **apart, **mismatch}
+    numbers["generation/sync_difference"] = stale
+    return {**numbers, **mismatch}
+
+
+def engine_speaks_for_policy(actors: Actors, ppo: PPOConfig) -> bool:
+    """Whether the engine's log-probabilities are taken for the policy's.
+
+    Then the first minibatch, before any step, tells how far apart they are.
+    """
+    exact = actors.engine.exact and actors.policy.precision == "float32"
+    return ppo.reuse_logprobs and exact and ppo.importance_cap is None
 
 
 def prompt_stream(
@@ -204,39 +229,70 @@ def prompt_stream(
             yield [ids[i] for i in rows]
 
 
+@dataclass
+class Losses:
+    """What a minibatch is stepped on, for the policy, the value model or both in one trunk."""
+
+    actors: Actors
+    ppo: PPOConfig
+    apart: list[Tensor] | None = field(default_factory=list)  # policy and rollout, nats; until None
+
+    def policy(self, model: PreTrainedModel, part: Rollout) -> tuple[Tensor, dict[str, float]]:
+        self.actors.meter.forward(model, part.sequences, backward=True)
+        logprobs = token_logprobs(model, part.sequences, self.actors.temperature)
+        return self._policy(logprobs, part)
+
+    def value(self, model: PreTrainedModel, part: Rollout) -> tuple[Tensor, dict[str, float]]:
+        self.actors.meter.forward(model, part.sequences, backward=True)
+        return self._value(state_values(model, part.sequences), part)
+
+    def both(self, model: PreTrainedModel, part: Rollout) -> tuple[Tensor, dict[str, float]]:
+        self.actors.meter.forward(model, part.sequences, backward=True)
+        logprobs, values = logprobs_and_values(model, part.sequences, self.actors.temperature)
+        loss, numbers = self._policy(logprobs, part)
+        error, more = self._value(values, part)
+        return loss + self.ppo.vf_coef * error, {**numbers, **more}
+
+    def _policy(self, logprobs: Tensor, part: Rollout) -> tuple[Tensor, dict[str, float]]:
+        mask = part.sequences.mask
+        if self.apart is not None:
+            self.apart.append((logprobs.detach() - part.logprobs)[mask].abs())
+        told = part.logprobs, part.advantages, mask
+        loss, numbers = policy_loss(logprobs, *told, clip=self.ppo.clip, weights=part.weights)
+        return loss, {**numbers, "loss/policy_avg": loss.item()}
+
+    def _value(self, values: Tensor, part: Rollout) -> tuple[Tensor, dict[str, float]]:
+        told = part.values, part.returns, part.sequences.mask
+        loss, numbers = value_loss(values, *told, clip=self.ppo.value_clip)
+        return loss, {**numbers, "loss/value_avg": loss.item()}
+
+
 def update_models(actors: Actors, rollout: Rollout, ppo: PPOConfig, seed: int) -> dict[str, float]:
     """Epochs of minibatches over one rollout; returns the numbers averaged over minibatches."""
-
-    def policy(model: PreTrainedModel, part: Rollout) -> tuple[Tensor, dict[str, float]]:
-        actors.meter.forward(model, part.sequences, backward=True)
-        mask = part.sequences.mask
-        logprobs = token_logprobs(model, part.sequences, actors.temperature)
-        told = part.logprobs, part.advantages, mask
-        return policy_loss(logprobs, *told, clip=ppo.clip, weights=part.weights)
-
-    def value(model: PreTrainedModel, part: Rollout) -> tuple[Tensor, dict[str, float]]:
-        actors.meter.forward(model, part.sequences, backward=True)
-        values, mask = state_values(model, part.sequences), part.sequences.mask
-        return value_loss(values, part.values, part.returns, mask, clip=ppo.value_clip)
-
-    sums: dict[str, list[float]] = {}
+    losses, sums, first = Losses(actors, ppo), {}, {}
     for rows in batches(len(rollout.values), ppo.minibatch_size, ppo.epochs, seed):
         lengths = rollout.sequences.lengths[torch.tensor(rows)].tolist()
         parts = []
         for group in by_length(lengths, ppo.micro_batch_size):
             part = rollout.rows(torch.tensor([rows[i] for i in group]))
             parts.append((part, float(part.sequences.mask.sum())))
-        numbers = step(actors.policy, parts, policy)
-        value_numbers = step(actors.value, parts, value)
-        numbers["loss/value_avg"] = value_numbers.pop("loss")
-        numbers["ppo/val/grad_norm"] = value_numbers.pop("grad_norm")
-        numbers["ppo/val/clipfrac"] = value_numbers["ppo/val/clipfrac"]
+        if actors.value is None:
+            numbers = step(actors.policy, parts, losses.both)
+        else:
+            numbers = step(actors.policy, parts, losses.policy)
+            about_value = step(actors.value, parts, losses.value)
+            numbers["ppo/val/grad_norm"] = about_value["grad_norm"]
+            for name in ("loss/value_avg", "ppo/val/clipfrac"):
+                numbers[name] = about_value[name]
+        if losses.apart is not None:  # nothing had been stepped: the policy was still the sampler
+            apart, losses.apart = torch.cat(losses.apart), None
+            first["ppo/first_ratio"] = numbers["ppo/policy/ratio"]
+            first["generation/logprob_difference"] = apart.mean().item()
+            first["generation/logprob_difference_max"] = apart.max().item()
         for name, number in numbers.items():
             sums.setdefault(name, []).append(number)
         if numbers["ppo/policy/approxkl"] > ppo.max_approx_kl:
             break
+    minibatches = float(len(sums.pop("loss")))
     averages = {name: sum(numbers) / len(numbers) for name, numbers in sums.items()}
-    averages["loss/policy_avg"] = averages.pop("loss")
-    averages["ppo/first_ratio"] = sums["ppo/policy/ratio"][0]
-    averages["ppo/minibatches"] = float(len(sums["loss"]))
-    return averages
+    return {**averages, **first, "ppo/minibatches": minibatches}

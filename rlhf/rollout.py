@@ -1,5 +1,7 @@
 """One batch of PPO's experience: the four models, and what they say of fresh samples."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -9,12 +11,14 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rlhf.losses import explained_variance
+from shared.config import InputError
 from shared.cost import Meter
 from shared.fit import OptimizerConfig, Trainee, arithmetic, prepare
 from shared.generation.engine import Engine
 from shared.generation.start import TRANSFORMERS, GenerationConfig, make_engine
 from shared.kl import k1, k3, masked_mean, masked_sum
-from shared.logprobs import of_tokens, picked, token_logprobs
+from shared.logprobs import logprobs_and_values, policy_values, token_logprobs
+from shared.lora import LoRAConfig, add_value_head, with_lora
 from shared.models import (
     Scorer,
     frozen,
@@ -25,6 +29,7 @@ from shared.models import (
     special_ids,
     state_values,
 )
+from shared.packing import packs
 from shared.sequences import Sequences, by_length, collate
 from shared.tasks.task import Task
 
@@ -74,16 +79,51 @@ class GoldScorer:
 
 @dataclass
 class Actors:
-    """The models of PPO: two that train, the reference, and what scores."""
+    """The models of PPO: two that train, the reference, and what scores.
+
+    Without a value model the policy has a value head on its own trunk; without a copy as reference
+    it is the policy with its adapter off.
+    """
 
     policy: Trainee
-    value: Trainee
-    ref: PreTrainedModel
+    value: Trainee | None
+    ref: PreTrainedModel | None
     scorer: Scorer | GoldScorer
     engine: Engine
     pad_id: int
     temperature: float
     meter: Meter
+
+    @contextmanager
+    def reference(self) -> Iterator[PreTrainedModel]:
+        """The model that the policy was at the start."""
+        if self.ref is not None:
+            yield self.ref
+        else:
+            with self.policy.model.disable_adapter():  # pyright: ignore[reportCallIssue]
+                yield self.policy.model
+
+    def reference_pass(self, batch: Sequences) -> Tensor:
+        """The reference's log-probabilities, (B, T)."""
+        with self.reference() as ref:
+            self.meter.forward(ref, batch)
+            return token_logprobs(ref, batch, self.temperature)
+
+    def value_pass(self, batch: Sequences) -> Tensor:
+        """V before each completion token, (B, T); anything outside the mask."""
+        if self.value is None:
+            self.meter.forward(self.policy.model, batch, logits=False)
+            return policy_values(self.policy.model, batch)
+        self.meter.forward(self.value.model, batch)
+        return state_values(self.value.model, batch)
+
+    def policy_and_value_pass(self, batch: Sequences) -> tuple[Tensor, Tensor]:
+        """(log-probabilities of the policy, V), (B, T) each: one pass where they share a trunk."""
+        self.meter.forward(self.policy.model, batch)
+        if self.value is None:
+            return logprobs_and_values(self.policy.model, batch, self.temperature)
+        logprobs = token_logprobs(self.policy.model, batch, self.temperature)
+        return logprobs, self.value_pass(batch)
 
 
 def make_actors(
@@ -95,26 +135,40 @@ def make_actors(
     temperature: float,
     meter: Meter,
     generation: GenerationConfig = TRANSFORMERS,
+    *,
+    shared_trunk: bool = False,
+    lora: LoRAConfig | None = None,
+    seed: int = 0,
 ) -> Actors:
     """Policy and reference from the SFT model, value model and scorer from the reward model.
 
-    Where gold takes the reward model's place, the value model starts from the SFT model too.
+    Where gold takes the reward model's place, the value model starts from the SFT model too. With
+    a `shared_trunk` there is none, with `lora` (whose start `seed` draws) no copy as reference.
     """
     ids, start = special_ids(load_tokenizer(policy)), load_policy(policy)
-    ref = frozen(start)
-    trainee = prepare(start, optimizer, steps)
+    ref, model = None if lora else frozen(start), with_lora(start, lora, seed)
+    if shared_trunk:
+        if not packs(model):
+            raise InputError(
+                f"{policy}: a model of type {model.config.model_type} cannot share its trunk with "
+                "PPO's value function; set `ppo.shared_trunk` to false"
+            )
+        add_value_head(model)
+    trainee = prepare(model, optimizer, steps)
     device = trainee.model.device
     if isinstance(reward_model, GoldScorer):
-        scorer, value = reward_model, with_zero_head(policy)
+        scorer = reward_model
+        value = None if shared_trunk else with_zero_head(policy)
     else:
         scorer = Scorer(reward_model, device)
-        value = value_model(reward_model, scorer)
-    meter.models_held = 3 if scorer.model is None else 4
+        value = None if shared_trunk else value_model(reward_model, scorer)
+    held = trainee.model, value, ref, scorer.model
+    meter.models_held = sum(model is not None for model in held)
     engine = make_engine(generation, trainee.model, ids, policy, temperature)
     return Actors(
         policy=trainee,
-        value=prepare(value, value_optimizer, steps),
-        ref=ref.to(device),  # pyright: ignore[reportArgumentType]
+        value=None if value is None else prepare(value, value_optimizer, steps),
+        ref=None if ref is None else ref.to(device),  # pyright: ignore[reportArgumentType]
         scorer=scorer,
         engine=engine,
         pad_id=ids.pad,
@@ -148,30 +202,43 @@ def with_zero_head(policy: Path) -> PreTrainedModel:
 
 @torch.no_grad()
 def score_rollout(
-    actors: Actors, prompts: list[list[int]], completions: list[list[int]]
-) -> tuple[Rollout, Tensor, float]:
-    """(rollout without advantages, scores (B,), entropy in nats a token), of fresh samples."""
+    actors: Actors,
+    prompts: list[list[int]],
+    completions: list[list[int]],
+    sampled: list[list[float]] | None = None,
+) -> tuple[Rollout, Tensor]:
+    """(rollout without advantages, scores (B,)) of fresh samples.
+
+    `sampled`: their log-probabilities, if the engine's are the policy's own; else the policy goes
+    over its samples once more.
+    """
     device = actors.policy.model.device
     whole = collate(prompts, completions, actors.pad_id).to(device)
     blank = torch.zeros(whole.mask.shape, device=device)
     rollout = Rollout(whole, *(blank.clone() for _ in range(5)), weights=torch.ones_like(blank))
-    scores, entropy = actors.scorer.score_all(prompts, completions).to(device), 0.0
+    if sampled is not None:
+        rollout = rollout._replace(logprobs=as_rows(sampled, blank))
+    scores = actors.scorer.score_all(prompts, completions).to(device)
     for group in by_length([len(c) for c in completions], 256):
         index = torch.tensor(group)
         batch = rollout.rows(index).sequences
         columns = batch.mask.shape[1]
         with arithmetic(actors.policy.precision, device):  # as in the update
-            both = of_tokens(actors.policy.model, batch, picked_and_entropy, actors.temperature)
-            ref_logprobs = token_logprobs(actors.ref, batch, actors.temperature)
-            values = state_values(actors.value.model, batch)
-        rollout.logprobs[index, :columns] = batch.spread(both[:, 0])
-        rollout.ref_logprobs[index, :columns] = ref_logprobs
-        entropy += both[:, 1].sum().item()
+            if sampled is None:
+                rollout.logprobs[index, :columns], values = actors.policy_and_value_pass(batch)
+            else:
+                values = actors.value_pass(batch)
+            rollout.ref_logprobs[index, :columns] = actors.reference_pass(batch)
         rollout.values[index, :columns] = values.masked_fill(~batch.mask, 0.0)
-        for model in (actors.policy.model, actors.ref, actors.value.model, actors.scorer.model):
-            if model is not None:
-                actors.meter.forward(model, batch)
-    return rollout, scores, entropy / int(whole.mask.sum())
+        if actors.scorer.model is not None:
+            actors.meter.forward(actors.scorer.model, batch)
+    return rollout, scores
+
+
+def as_rows(numbers: list[list[float]], like: Tensor) -> Tensor:
+    """One number a token, as a tensor like `like` (B, T): 0 after each row's last."""
+    width = like.shape[1]
+    return like.new_tensor([row + [0.0] * (width - len(row)) for row in numbers])
 
 
 def compare_engine(
@@ -183,10 +250,8 @@ def compare_engine(
     2025, "Your efficient RL framework secretly brings you off-policy RL training"; without `cap`
     it is 1.
     """
-    mask, device = rollout.sequences.mask, rollout.logprobs.device
-    width = mask.shape[1]
-    engine = torch.tensor([row + [0.0] * (width - len(row)) for row in sampled], device=device)
-    log_ratio = (rollout.logprobs - engine).masked_fill(~mask, 0.0)
+    mask = rollout.sequences.mask
+    log_ratio = (rollout.logprobs - as_rows(sampled, rollout.logprobs)).masked_fill(~mask, 0.0)
     numbers = {
         "generation/logprob_difference": masked_mean(log_ratio.abs(), mask).item(),
         "generation/logprob_difference_max": log_ratio.abs().max().item(),
@@ -197,17 +262,6 @@ def compare_engine(
     return rollout._replace(weights=weights), numbers
 
 
-def picked_and_entropy(logits: Tensor, tokens: Tensor) -> Tensor:
-    """Log-probability of each token and entropy of its distribution, (M, V), (M,) -> (M, 2)."""
-    return torch.stack([picked(logits, tokens), token_entropy(logits)], 1)
-
-
-def token_entropy(logits: Tensor) -> Tensor:
-    """Entropy of each next-token distribution, in nats: (..., V) -> (...)."""
-    logprobs = logits.log_softmax(-1)
-    return -(logprobs.exp() * logprobs).sum(-1)
-
-
 def rollout_numbers(rollout: Rollout, scores: Tensor, truncated: Tensor) -> dict[str, float]:
     """What an episode looked like before the update, under the field's names."""
     mask = rollout.sequences.mask
@@ -215,6 +269,7 @@ def rollout_numbers(rollout: Rollout, scores: Tensor, truncated: Tensor) -> dict
     return {
         "objective/kl": masked_sum(k1(*pair), mask).mean().item(),
         "objective/k3": masked_sum(k3(*pair), mask).mean().item(),
+        "objective/entropy": -masked_mean(rollout.logprobs, mask).item(),  # nats a token
         "objective/scores": scores.mean().item(),
         "ppo/val/explained_variance": explained_variance(rollout.values, rollout.returns, mask),
         "ppo/completion_length": mask.sum(1).float().mean().item(),

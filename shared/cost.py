@@ -7,7 +7,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
@@ -25,7 +25,8 @@ class Meter:
     """Counts as the work goes on; `summary()` is what a stage's manifest keeps.
 
     FLOPs count non-padding tokens and unmasked attention: a forward pass of n tokens is
-    2 n parameters + 2 n^2 hidden layers, a backward pass twice that. For a sum over rows.
+    2 n parameters + 2 n^2 hidden layers, the output head at completion tokens only; a backward
+    pass twice that, less the gradients of matrices that do not train. For a sum over rows.
     """
 
     def __init__(self) -> None:
@@ -46,15 +47,28 @@ class Meter:
         finally:
             self.phases[name] = self.phases.get(name, 0.0) + time.perf_counter() - start
 
-    def forward(self, model: PreTrainedModel, batch: Sequences, backward: bool = False) -> None:
+    def forward(
+        self,
+        model: PreTrainedModel,
+        batch: Sequences,
+        backward: bool = False,
+        *,
+        logits: bool = True,
+    ) -> None:
         """Counts a pass over `batch`; with `backward` also its gradient and the trained tokens.
 
-        A prompt that a packed pass computes once for several rows is counted once.
+        A prompt that a packed pass computes once for several rows is counted once; without
+        `logits` a policy's output head is not used.
         """
         lengths = batch.attention.sum(1).tolist()
-        tokens = distinct_tokens(batch) if packs(model) else None
-        self.flops += forward_flops(model, lengths, tokens) * (3 if backward else 1)
+        tokens = distinct_tokens(batch) if packs(model) else sum(lengths)
+        predicted = int(batch.mask.sum()) if logits else 0
+        flops = forward_flops(model, lengths, tokens, predicted)
+        self.flops += flops
         if backward:
+            sizes = matrices(model)
+            frozen = tokens * sizes.frozen_trunk + predicted * sizes.frozen_head
+            self.flops += 2 * flops - 2.0 * frozen
             self.train_tokens += sum(lengths)
 
     def generation(
@@ -64,7 +78,8 @@ class Meter:
         generated = sum(map(len, completions))
         self.generated_tokens += generated
         lengths = [len(p) + len(c) for p, c in zip(prompts, completions, strict=True)]
-        self.flops += forward_flops(model, lengths, distinct_prompt_tokens(prompts) + generated)
+        tokens = distinct_prompt_tokens(prompts) + generated
+        self.flops += forward_flops(model, lengths, tokens, generated)
 
     def state(self) -> dict[str, Any]:
         """What `restore` goes on from, in another process too."""
@@ -85,29 +100,55 @@ class Meter:
         }
 
 
-def forward_flops(model: PreTrainedModel, lengths: list[int], tokens: int | None = None) -> float:
-    """FLOPs of a forward pass over rows of these lengths; tied embeddings count as output head.
+def forward_flops(
+    model: PreTrainedModel,
+    lengths: list[int],
+    tokens: int | None = None,
+    predicted: int | None = None,
+) -> float:
+    """FLOPs of a forward pass over rows of these lengths.
 
-    `tokens`: how many go through the matrices, if rows share some.
+    `tokens`: how many go through the matrices, if rows share some; `predicted`: for how many the
+    output head makes logits, if not for all.
     """
-    config = model.config.get_text_config()
+    config, sizes = model.config.get_text_config(), matrices(model)
     causal = config.num_hidden_layers * config.hidden_size
     through = sum(lengths) if tokens is None else tokens
-    return 2.0 * through * matrices(model) + sum(2.0 * n * n * causal for n in lengths)
+    at_head = through if predicted is None else predicted
+    products = through * sizes.trunk + at_head * sizes.head
+    return 2.0 * products + sum(2.0 * n * n * causal for n in lengths)
 
 
 def distinct_prompt_tokens(prompts: list[list[int]]) -> int:
     return sum(map(len, set(map(tuple, prompts))))
 
 
-_matrices: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()
+class Matrices(NamedTuple):
+    """Parameters that a token is multiplied with, in the output head and below; which are frozen.
+
+    Embeddings that are tied to the head count as head.
+    """
+
+    trunk: int
+    head: int
+    frozen_trunk: int
+    frozen_head: int
 
 
-def matrices(model: nn.Module) -> int:
-    """Parameters that each token is multiplied with; counted once a model."""
+_matrices: WeakKeyDictionary[nn.Module, Matrices] = WeakKeyDictionary()
+
+
+def matrices(model: PreTrainedModel) -> Matrices:
+    """Counted once a model."""
     if model not in _matrices:
-        linear = [m for m in model.modules() if isinstance(m, nn.Linear | Conv1D)]
-        _matrices[model] = sum(m.weight.numel() for m in linear)  # pyright: ignore
+        head = model.get_output_embeddings()
+        sizes = [0, 0, 0, 0]
+        for module in model.modules():
+            if isinstance(module, nn.Linear | Conv1D):
+                part, weight = module is head, module.weight
+                sizes[part] += weight.numel()  # pyright: ignore
+                sizes[2 + part] += 0 if weight.requires_grad else weight.numel()  # pyright: ignore
+        _matrices[model] = Matrices(*sizes)
     return _matrices[model]
 
 

@@ -8,6 +8,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from shared.cost import Meter
+from shared.lora import value_head
 from shared.models import trunk
 from shared.packing import pack, packed_inputs, packs
 from shared.sequences import Sequences, by_length, collate
@@ -64,7 +65,17 @@ def of_tokens(
     tokens = batch.completion_ids[batch.mask]
     if not packs(model):
         return measure(completion_logits(model, batch, temperature), tokens)
-    head, states = output_head(model), predicting_states(model, batch)
+    return _in_blocks(model, predicting_states(model, batch), tokens, measure, temperature)
+
+
+def _in_blocks(
+    model: PreTrainedModel,
+    states: Tensor,
+    tokens: Tensor,
+    measure: Callable[[Tensor, Tensor], Tensor],
+    temperature: float,
+) -> Tensor:
+    head = output_head(model)
     rows = max(1, BLOCK // model.get_input_embeddings().weight.shape[0])  # pyright: ignore
 
     def block(states: Tensor, tokens: Tensor) -> Tensor:
@@ -85,6 +96,29 @@ def _logits(head: nn.Module, states: Tensor, temperature: float) -> Tensor:
 def token_logprobs(model: PreTrainedModel, batch: Sequences, temperature: float = 1.0) -> Tensor:
     """log p(token | before) of the completion, in nats, (B, T); 0 where `mask` is False."""
     return batch.to(model.device).spread(of_tokens(model, batch, picked, temperature))
+
+
+def logprobs_and_values(
+    policy: PreTrainedModel, batch: Sequences, temperature: float = 1.0
+) -> tuple[Tensor, Tensor]:
+    """(`token_logprobs`, `policy_values`) of one pass, (B, T) each."""
+    batch = batch.to(policy.device)
+    states, tokens = predicting_states(policy, batch), batch.completion_ids[batch.mask]
+    logprobs = _in_blocks(policy, states, tokens, picked, temperature)
+    return batch.spread(logprobs), batch.spread(_values(policy, states))
+
+
+def policy_values(policy: PreTrainedModel, batch: Sequences) -> Tensor:
+    """V(prompt, tokens before t) for each completion token t, (B, T), 0 where `mask` is False.
+
+    Of a policy that packs and has a value head; it reads the states that predict token t.
+    """
+    batch = batch.to(policy.device)
+    return batch.spread(_values(policy, predicting_states(policy, batch)))
+
+
+def _values(policy: PreTrainedModel, states: Tensor) -> Tensor:
+    return value_head(policy)(states).squeeze(-1).float()
 
 
 def gather_logprobs(logits: Tensor, batch: Sequences) -> Tensor:

@@ -24,6 +24,7 @@ from transformers import (
 )
 
 from shared.config import Config, InputError
+from shared.lora import below_lora, plain_weights
 from shared.packing import let_pack, pack, packed_inputs, packs
 from shared.sequences import Sequences, by_length, collate
 
@@ -101,8 +102,8 @@ def special_ids(tokenizer: PreTrainedTokenizerBase) -> SpecialIds:
 
 
 def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """Write a plain transformers folder."""
-    model.save_pretrained(folder)
+    """Write a plain transformers folder: LoRA merged in, PPO's value head left out."""
+    below_lora(model).save_pretrained(folder, state_dict=dict(plain_weights(model)))
     tokenizer.save_pretrained(folder)
 
 
@@ -154,8 +155,7 @@ def scalar_head(model: PreTrainedModel) -> nn.Linear:
 
 def trunk(model: PreTrainedModel) -> nn.Module:
     """Everything below the head, of a LoRA model with the adapters in it."""
-    base = getattr(model, "get_base_model", None)  # peft's; it takes seconds to import
-    below = model if base is None else base()
+    below = below_lora(model)
     return getattr(below, below.base_model_prefix)
 
 

@@ -100,7 +100,7 @@ def test_padding_counts_nothing():
     for row in [(3, 4), (9, 2), (1, 20)]:
         apart.forward(model, batch([row]))
     assert together.flops == pytest.approx(apart.flops)
-    assert together.flops == pytest.approx(forward_flops(model, [7, 11, 21]))
+    assert together.flops == pytest.approx(forward_flops(model, [7, 11, 21], predicted=4 + 2 + 20))
 
 
 def test_a_backward_pass_costs_twice_its_forward_pass_and_trains_tokens():
@@ -109,6 +109,17 @@ def test_a_backward_pass_costs_twice_its_forward_pass_and_trains_tokens():
     other.forward(model, batch([(3, 4), (2, 2)]), backward=True)
     assert other.flops == pytest.approx(3 * one.flops)
     assert (one.train_tokens, other.train_tokens) == (0, 11)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_the_output_head_counts_where_tokens_are_predicted(tied: bool):
+    """2 h vocabulary for each of the 20 completion tokens, none for the prompt's 9."""
+    model, whole, trunk = llama(tied), Meter(), Meter()
+    whole.forward(model, batch([(9, 20)]))
+    trunk.forward(model, batch([(9, 20)]), logits=False)
+    assert whole.flops - trunk.flops == pytest.approx(20 * 2 * 64 * 100)
+    every = forward_flops(model, [29])
+    assert every - whole.flops == pytest.approx(9 * 2 * 64 * 100)
 
 
 def test_a_backward_pass_costs_what_pytorch_counts():
@@ -127,7 +138,7 @@ def test_generation_counts_prompt_and_completion_once():
     meter.generation(model, [[5] * 5, [6] * 6, [5] * 5], [[7] * 10, [7] * 20, [8] * 4])
     assert meter.generated_tokens == 34
     assert meter.train_tokens == 0
-    expected = forward_flops(model, [15, 26, 9], tokens=5 + 6 + 34)
+    expected = forward_flops(model, [15, 26, 9], tokens=5 + 6 + 34, predicted=34)
     assert meter.flops == pytest.approx(expected)
     assert expected < forward_flops(model, [15, 26, 9])
 

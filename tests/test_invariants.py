@@ -73,18 +73,18 @@ def test_what_is_read_of_a_rollout_does_not_depend_on_the_other_rows(
     completions = actors.engine.generate(prompts, SAMPLING).ids
     lengths = [len(c) for c in completions]
     assert len(set(lengths)) > 3
-    together, scores, entropy = score_rollout(actors, prompts, completions)
+    together, scores = score_rollout(actors, prompts, completions)
     whole = rollout_numbers(together, scores, torch.zeros(16))
     alone = []
     for prompt, completion in zip(prompts, completions, strict=True):
-        rollout, score, nats = score_rollout(actors, [prompt], [completion])
-        alone.append({**rollout_numbers(rollout, score, torch.zeros(1)), "entropy": nats})
+        rollout, score = score_rollout(actors, [prompt], [completion])
+        alone.append(rollout_numbers(rollout, score, torch.zeros(1)))
     for name in ("objective/kl", "objective/k3", "objective/scores", "ppo/completion_length"):
         expected = sum(row[name] for row in alone) / len(alone)
         assert whole[name] == pytest.approx(expected, abs=1e-4)
     assert abs(whole["objective/kl"]) > 0.01
-    nats = sum(n * row["entropy"] for n, row in zip(lengths, alone, strict=True))
-    assert entropy == pytest.approx(nats / sum(lengths), rel=1e-5)
+    nats = sum(n * row["objective/entropy"] for n, row in zip(lengths, alone, strict=True))
+    assert whole["objective/entropy"] == pytest.approx(nats / sum(lengths), rel=1e-5)
 
 
 def test_reward_whitening_keeps_the_mean_reward(
@@ -98,7 +98,7 @@ def test_reward_whitening_keeps_the_mean_reward(
     """Read off the first update's value loss, half a mean squared advantage; its KL is 0."""
     train_ppo(tmp_path, policy_folder, reward_folder, task_config, PPO, 0.1, SAMPLING, (), 0)
     drawn = actors.engine.generate(prompts, SAMPLING.model_copy(update={"seed": 1}))
-    rollout, scores, _ = score_rollout(actors, prompts, drawn.ids)
+    rollout, scores = score_rollout(actors, prompts, drawn.ids)
     rows = [[0.0] * (len(c) - 1) for c in drawn.ids]
     for row, score, cut in zip(rows, scores.tolist(), drawn.truncated, strict=True):
         row.append(score - cut)
@@ -126,7 +126,7 @@ def test_the_next_rollout_is_drawn_from_the_weights_that_the_update_left(
 ):
     """A sampler left behind would still show a ratio of 1: the trainer reads its own weights."""
     before = actors.engine.generate(prompts, SAMPLING)
-    rollout, _, _ = score_rollout(actors, prompts, before.ids)
+    rollout, _ = score_rollout(actors, prompts, before.ids)
     noise = torch.randn(rollout.values.shape, generator=torch.Generator().manual_seed(0))
     update_models(actors, rollout._replace(advantages=noise, returns=rollout.values), PPO, 0)
     save(actors.policy.model, tokenizer, tmp_path)

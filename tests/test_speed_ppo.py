@@ -38,16 +38,31 @@ def inputs(
     return Inputs(policy_folder, reward_folder, [tokenizer(text).input_ids for text in texts])
 
 
-def test_the_passes_of_an_update_are_those_that_its_flops_count(inputs: Inputs):
-    done = our_updates(UPDATE, inputs)()
+@pytest.mark.parametrize("trunk", [False, True])
+@pytest.mark.parametrize("reuse", [False, True])
+def test_the_passes_of_an_update_are_those_that_its_flops_count(
+    inputs: Inputs, trunk: bool, reuse: bool
+):
+    form = {"shared_trunk": trunk, "reuse_logprobs": reuse}
+    update = UPDATE._replace(ppo=UPDATE.ppo.model_copy(update=form))
+    done = our_updates(update, inputs)()
     policy, value = load_policy(inputs.policy), load_scalar_model(inputs.reward)
-    drawn = HFEngine(policy, special_ids_of(inputs)).generate(inputs.prompts, UPDATE.sampling)
+    drawn = HFEngine(policy, special_ids_of(inputs)).generate(inputs.prompts, update.sampling)
     lengths = [len(p) + len(c) for p, c in zip(inputs.prompts, drawn.ids, strict=True)]
-    of_policy, of_value = 3 + 3 * EPOCHS, 2 + 3 * EPOCHS
-    assert UPDATE.passes == of_policy + of_value
-    pair = forward_flops(policy, lengths), forward_flops(value, lengths)
-    assert done.flops == pytest.approx(of_policy * pair[0] + of_value * pair[1])
-    assert done.tokens == sum(map(len, drawn.ids))
+    sampled = done.tokens
+    assert sampled == sum(map(len, drawn.ids))
+    of_policy = forward_flops(policy, lengths, predicted=sampled)
+    of_value = forward_flops(value, lengths)
+    trunk_alone = forward_flops(policy, lengths, predicted=0)
+    each = 3 * EPOCHS
+    expected = (2 + each) * of_policy + of_value  # sampling, reference, epochs; reward model
+    if not trunk:
+        expected += (1 + each) * of_value + (0 if reuse else of_policy)
+        assert update.passes == 3 + each + 1 + each + (not reuse)
+    else:
+        expected += trunk_alone if reuse else of_policy
+        assert update.passes == 3 + each + 1
+    assert done.flops == pytest.approx(expected, rel=2e-3)  # a value head is a row of 32
     assert (done.units, done.seconds > 0) == (EPISODES, True)
 
 

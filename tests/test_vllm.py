@@ -26,9 +26,10 @@ from shared.generation import vllm, worker
 from shared.generation.engine import Completions, Sampling, StaleEngine
 from shared.generation.hf import HFEngine
 from shared.generation.start import GenerationConfig, make_engine
-from shared.generation.sync import policy_weights, probe
+from shared.generation.sync import probe
 from shared.generation.vllm import VLLMEngine
 from shared.logprobs import completion_logits, token_logprobs
+from shared.lora import plain_weights
 from shared.models import load_policy, load_tokenizer, new_scalar_model, save, special_ids
 from shared.sequences import collate
 from shared.stages import read_json
@@ -150,7 +151,7 @@ def test_a_lora_policy_samples_as_base_and_adapter_together(folder: Path):
 
 
 def test_300_lora_syncs_leave_the_base_and_the_reference_as_they_were(engine: VLLMEngine):
-    before = {name: w.clone() for name, w in policy_weights(engine.model)}
+    before = {name: w.clone() for name, w in plain_weights(engine.model)}
     base, prompts = copy.deepcopy(engine.model), [[5, 17, 30], [8, 9]]
     lora = LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)
     policy = get_peft_model(engine.model, lora).eval()
@@ -174,7 +175,7 @@ def test_what_is_sent_of_a_lora_policy_is_the_merged_model(policy_folder: Path):
     torch.manual_seed(0)
     lora = LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)
     policy = get_peft_model(load_policy(policy_folder), lora)
-    sent = dict(policy_weights(policy))
+    sent = dict(plain_weights(policy))
     merged = copy.deepcopy(policy).merge_and_unload()
     assert set(sent) == {name for name, _ in merged.named_parameters()}
     for name, weight in merged.named_parameters():

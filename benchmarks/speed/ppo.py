@@ -3,7 +3,8 @@
 An update is all that lies between one batch of prompts and the next: sampling, scoring by reward
 model, reference and value model, and every epoch of steps. Both sides have the same four models,
 prompts, lengths, minibatches and precision; TRL is at its fastest: one batch for the whole
-rollout, no gradient checkpointing, fused AdamW, nothing saved, sampled for show or reported.
+rollout, no gradient checkpointing, fused AdamW, nothing saved, sampled for show or reported. Where
+our policy trains by LoRA so does TRL's; sharing a trunk is ours alone.
 The learning rate is too small to change what a completion looks like, so that the work stays the
 same; `setting` tells how long completions were on either side. Each side draws its own, so that
 their losses cannot be compared here; `tests/test_trl_ppo.py` does that, token by token.
@@ -18,7 +19,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import suppress
 from importlib import import_module
-from itertools import chain, repeat
+from itertools import chain, product, repeat
 from pathlib import Path
 from statistics import mean, median
 from time import perf_counter
@@ -53,6 +54,7 @@ from shared.cost import Meter, matmul_rate
 from shared.fit import OptimizerConfig
 from shared.generation.engine import Sampling
 from shared.generation.start import TRANSFORMERS, GenerationConfig
+from shared.lora import LoRAConfig, adapter
 from shared.models import ModelConfig, load_tokenizer, new_scalar_model, save
 from shared.sft import SftConfig, train_sft
 from shared.stages import Stages, output_folder
@@ -69,46 +71,50 @@ STEADY = {
 
 
 class Update(NamedTuple):
-    """What both sides do in a round; `generation` is ours, TRL samples with transformers."""
+    """What both sides do in a round, with `lora` on the policy; the rest of the form is ours.
+
+    TRL samples with transformers and has a value model of its own.
+    """
 
     model: str
     shape: str
     ppo: PPOConfig
     sampling: Sampling
     generation: GenerationConfig = TRANSFORMERS
+    lora: LoRAConfig | None = None
 
     @property
     def passes(self) -> int:
         """Forward passes, or their worth, that a token goes through: a backward pass is worth two.
 
-        Sampled once; scored by policy, reference, reward and value model; then in each epoch
-        forward and backward through policy and value model.
+        Sampled once; scored by reference, reward model and value function, and by the policy
+        unless the engine's numbers are its own or it shares the value function's trunk; then in
+        each epoch forward and backward through policy and value model, or through the one trunk.
+        What LoRA leaves out counts as done.
         """
-        return 1 + 4 + self.ppo.epochs * 2 * 3
+        trunk = self.ppo.shared_trunk
+        scored = 3 if self.ppo.reuse_logprobs or trunk else 4
+        return 1 + scored + self.ppo.epochs * 3 * (1 if trunk else 2)
 
 
-SMALL_BATCH = PPOConfig(rollout_size=16, epochs=1, minibatch_size=8, micro_batch_size=8, **STEADY)
-UPDATES = (
-    *(
-        Update(
-            "reviews",
-            f"512 x 16, epochs {epochs}",
-            PPOConfig(rollout_size=512, epochs=epochs, minibatch_size=64, **STEADY),
-            Sampling(max_new_tokens=16),
-        )
-        for epochs in (1, 2)
-    ),
-    *(
-        Update(
+def updates() -> Iterator[Update]:
+    """All comparisons."""
+    for epochs, trunk in ((1, ""), (2, ""), (1, ", shared trunk")):
+        ppo = PPOConfig(rollout_size=512, epochs=epochs, minibatch_size=64, **STEADY)
+        ppo = ppo.model_copy(update={"shared_trunk": bool(trunk)})
+        sampling = Sampling(max_new_tokens=16)
+        yield Update("reviews", f"512 x 16, epochs {epochs}{trunk}", ppo, sampling)
+    for engine, adapted in product(("transformers", "vllm"), (False, True)):
+        ppo = PPOConfig(rollout_size=16, epochs=1, minibatch_size=8, micro_batch_size=8, **STEADY)
+        shape = f"16 x 32, {engine}{', lora, shared trunk' if adapted else ''}"
+        yield Update(
             "smollm2-135m",
-            f"16 x 32, {engine}",
-            SMALL_BATCH,
+            shape,
+            ppo.model_copy(update={"shared_trunk": adapted}),
             Sampling(max_new_tokens=32),
-            GenerationConfig(engine=engine),
+            GenerationConfig(engine=engine),  # pyright: ignore[reportArgumentType]
+            LoRAConfig() if adapted else None,
         )
-        for engine in ("transformers", "vllm")
-    ),
-)
 
 
 class Inputs(NamedTuple):
@@ -125,7 +131,7 @@ def speed_ppo(choice: Choice) -> list[Speed]:
     there = importlib.util.find_spec("vllm") is not None
     return [
         compare(update, INPUTS[update.model](choice.runs), library, choice.rounds)
-        for update in UPDATES
+        for update in updates()
         if choice.takes(update.model, "float32", update.shape)
         and (there or update.generation.engine != "vllm")
     ]
@@ -180,7 +186,8 @@ def our_updates(update: Update, inputs: Inputs) -> Work:
     """What `train_ppo` does in one turn of its loop."""
     ppo, sampling, meter = update.ppo, update.sampling, Meter()
     models = inputs.policy, inputs.reward, ppo.optimizer, ppo.value_optimizer
-    actors = make_actors(*models, 1, sampling.temperature, meter, update.generation)
+    form = {"shared_trunk": ppo.shared_trunk, "lora": update.lora}
+    actors = make_actors(*models, 1, sampling.temperature, meter, update.generation, **form)
     seeds = iter(range(10**9))
 
     def one() -> Done:
@@ -273,11 +280,12 @@ def trl_trainer(module: Any, update: Update, inputs: Inputs) -> Any:
             ),
             processing_class=AutoTokenizer.from_pretrained(inputs.policy, padding_side="left"),
             model=loaded(AutoModelForCausalLM, inputs.policy),
-            ref_model=loaded(AutoModelForCausalLM, inputs.policy),
+            ref_model=None if update.lora else loaded(AutoModelForCausalLM, inputs.policy),
             reward_model=loaded(AutoModelForSequenceClassification, inputs.reward),
             value_model=loaded(AutoModelForSequenceClassification, inputs.reward),
             train_dataset=rows,
             eval_dataset=rows,
+            peft_config=None if update.lora is None else adapter(update.lora),
         )
     trainer.remove_callback(PrinterCallback)
     trainer.accelerator.print = lambda *_: None

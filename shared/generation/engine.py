@@ -57,6 +57,7 @@ class Engine(Protocol):
     """Samples from `model`, maybe from a copy of its weights."""
 
     model: PreTrainedModel
+    exact: bool  # its log-probabilities are those of the model in float32, but for rounding
 
     def generate(self, prompts: Sequence[Sequence[int]], sampling: Sampling) -> Completions:
         """One completion for each prompt (token ids), in order."""

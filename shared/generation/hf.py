@@ -21,6 +21,8 @@ LEAVE_BELOW = 0.8  # share of rows still going under which the ended ones leave 
 class HFEngine:
     """Samples from the very weights that train: there is nothing to synchronise."""
 
+    exact = True
+
     def __init__(self, model: PreTrainedModel, ids: SpecialIds, batch_size: int = 512):
         self.model, self.batch_size = model, batch_size
         self.pad_id, self.eos_id = ids

@@ -25,8 +25,9 @@ from transformers import PreTrainedModel
 
 from shared.config import InputError
 from shared.generation.engine import Completions, Dtype, EngineLost, Sampling, require_tokens
-from shared.generation.sync import policy_weights, require_fresh, require_same_architecture
+from shared.generation.sync import require_fresh, require_same_architecture
 from shared.generation.vllm import ENVIRONMENT, INSTALL, WORKER, require_room, sampling_params
+from shared.lora import plain_weights
 from shared.models import SpecialIds, require_model
 
 AT_ONCE = 256  # requests under way; vLLM batches them
@@ -34,6 +35,8 @@ AT_ONCE = 256  # requests under way; vLLM batches them
 
 class ServerEngine:
     """Samples from a server's copy of `model`'s weights; `sync()` after every change of them."""
+
+    exact = False  # it may have been started in any precision
 
     def __init__(
         self,
@@ -91,7 +94,7 @@ class ServerEngine:
     def _send_file(self) -> None:
         with tempfile.TemporaryDirectory(prefix="klash-weights-") as folder:
             path = Path(folder) / "policy.safetensors"
-            save_file({name: w.cpu().contiguous() for name, w in policy_weights(self.model)}, path)
+            save_file({name: w.cpu().contiguous() for name, w in plain_weights(self.model)}, path)
             self._post("/collective_rpc", {"method": "klash_load_file", "args": [str(path)]})
 
     def _get(self, path: str) -> Any:
@@ -130,10 +133,10 @@ def nccl_sender(model: PreTrainedModel, url: str, workers: int) -> Any:
 
     class PolicySource(WeightSource):
         def metadata(self) -> list[ParamMeta]:
-            return [ParamMeta(n, w.dtype, tuple(w.shape)) for n, w in policy_weights(model)]
+            return [ParamMeta(n, w.dtype, tuple(w.shape)) for n, w in plain_weights(model)]
 
         def __iter__(self) -> Iterator[tuple[str, Tensor]]:
-            return policy_weights(model)
+            return plain_weights(model)
 
     return WeightTransferTrainerFactory.trainer_init(
         NCCLTrainerInitInfo(get_ip(), get_open_port(), workers + 1, rank=0),

@@ -1,12 +1,9 @@
 """Is the engine where the trainer is? What is sent to it, and what is compared afterwards."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-from peft import PeftModel
-from peft.tuners.lora import LoraLayer
-from torch import Tensor
 from transformers import PreTrainedModel
 
 from shared.config import InputError
@@ -20,28 +17,6 @@ SHAPE = (
     "model_type", "vocab_size", "hidden_size", "num_hidden_layers", "intermediate_size",
     "num_attention_heads", "num_key_value_heads", "head_dim", "tie_word_embeddings",
 )  # fmt: skip
-
-
-def policy_weights(model: PreTrainedModel | PeftModel) -> Iterator[tuple[str, Tensor]]:
-    """The weights as a plain transformers folder would hold them, detached.
-
-    LoRA is added to copies, one matrix at a time: the base weights are read and never written.
-    Weights that two layers share are named once.
-    """
-    if not isinstance(model, PeftModel):
-        yield from ((name, weight.detach()) for name, weight in model.named_parameters())
-        return
-    base = model.get_base_model()
-    adapted = {name: m for name, m in base.named_modules() if isinstance(m, LoraLayer)}
-    for name, weight in base.named_parameters():
-        if ".lora_" in name:
-            continue
-        plain = name.replace(".base_layer.", ".")
-        layer, weight = adapted.get(plain.removesuffix(".weight")), weight.detach()
-        if layer is not None:
-            for adapter in layer.active_adapters:
-                weight = weight + layer.get_delta_weight(adapter).detach()  # pyright: ignore
-        yield plain, weight
 
 
 @torch.no_grad()

@@ -18,7 +18,8 @@ from transformers import PreTrainedModel
 
 from shared.config import InputError
 from shared.generation.engine import Completions, Dtype, Sampling, StaleEngine, require_tokens
-from shared.generation.sync import policy_weights, require_fresh
+from shared.generation.sync import require_fresh
+from shared.lora import plain_weights
 from shared.models import SpecialIds
 
 WORKER = "shared.generation.worker.SyncWorker"
@@ -58,7 +59,7 @@ class VLLMEngine:
         at `temperature`.
         """
         self.model, self.ids, self.temperature = model, ids, temperature
-        self.tolerance = tolerance
+        self.tolerance, self.exact = tolerance, dtype == "float32"
         self.llm = _start(_architecture(model), str(folder), dtype, memory_share)
 
     def generate(self, prompts: Sequence[Sequence[int]], sampling: Sampling) -> Completions:
@@ -91,7 +92,7 @@ class VLLMEngine:
         """See `Engine.sync`. StaleEngine if the engine does not come to the model's weights."""
         VLLMEngine.tenant = weakref.ref(self)
         with _awake(self.llm), torch.no_grad():
-            self.llm.collective_rpc("klash_load", args=(policy_weights(self.model),))
+            self.llm.collective_rpc("klash_load", args=(plain_weights(self.model),))
             self.llm.reset_prefix_cache()
         return require_fresh(self, self.ids, self.temperature, self.tolerance)
 

@@ -37,6 +37,8 @@ OPTIMUM = ("test_optimum.py",)
 FINITE = ("test_finite_tasks.py",)
 VLLM = ("test_vllm.py",)
 SERVER = ("test_vllm_server.py",)
+PASSES = ("test_ppo_passes.py",)
+LORA = ("test_lora.py",)
 FIT = ("test_fit.py", "test_rlhf_losses.py", "test_direct.py")
 
 FAULTS = (
@@ -286,13 +288,14 @@ FAULTS = (
     ),
     Fault(
         "ppo: temperature forgotten in the update", "rlhf/ppo.py",
-        "token_logprobs(model, part.sequences, actors.temperature)",
+        "token_logprobs(model, part.sequences, self.actors.temperature)",
         "token_logprobs(model, part.sequences)",
         "the first ratio is not 1", PPO,
     ),
     Fault(
         "ppo: importance weights turned over", "rlhf/rollout.py",
-        "log_ratio = (rollout.logprobs - engine)", "log_ratio = (engine - rollout.logprobs)",
+        "(rollout.logprobs - as_rows(sampled, rollout.logprobs))",
+        "(as_rows(sampled, rollout.logprobs) - rollout.logprobs)",
         "the engine's rare tokens count less instead of more", PPO,
     ),
     Fault(
@@ -310,6 +313,69 @@ FAULTS = (
         "ppo: value head not normalised", "rlhf/rollout.py",
         "head.weight.copy_(raw.weight / scorer.scale)", "head.weight.copy_(raw.weight)",
         "values start in raw units", PPO,
+    ),
+    Fault(
+        "ppo: a rounded policy's numbers are taken from its engine", "rlhf/ppo.py",
+        'exact = actors.engine.exact and actors.policy.precision == "float32"', "exact = True",
+        "ratios start at the engine's rounding", PASSES,
+    ),
+    Fault(
+        "ppo: the engine's numbers are compared with themselves", "rlhf/ppo.py",
+        "(logprobs.detach() - part.logprobs)[mask]", "(part.logprobs - part.logprobs)[mask]",
+        "no one sees that engine and policy are apart", PASSES,
+    ),
+    Fault(
+        "trunk: the value loss counts whole", "rlhf/ppo.py",
+        "loss + self.ppo.vf_coef * error", "loss + error",
+        "vf_coef does nothing", PASSES,
+    ),
+    Fault(
+        "trunk: values of the states behind", "shared/logprobs.py",
+        "return batch.spread(logprobs), batch.spread(_values(policy, states))",
+        "return batch.spread(logprobs), batch.spread(_values(policy, states.roll(1, 0)))",
+        "each value is read in another token's place", LORA,
+    ),
+    Fault(
+        "trunk: a paused run forgets that there is one model", "rlhf/pause.py",
+        'found = {"policy": actors.policy, "value": actors.value}',
+        'found = {"value": actors.value}',
+        "it goes on from the start's weights", PASSES,
+    ),
+    # LoRA
+    Fault(
+        "lora: the reference keeps the adapter", "rlhf/rollout.py",
+        "with self.policy.model.disable_adapter():", "with torch.no_grad():",
+        "KL is 0 whatever the policy does", PASSES,
+    ),
+    Fault(
+        "lora: alpha is not read", "shared/lora.py",
+        "lora_alpha=lora.alpha,", "lora_alpha=lora.rank,",
+        "the adapter acts at another strength", LORA,
+    ),
+    Fault(
+        "lora: every seed draws the same adapter", "shared/lora.py",
+        "torch.manual_seed(seed)", "torch.manual_seed(0)",
+        "seeds are less different than they look", LORA,
+    ),
+    Fault(
+        "lora: drawing moves the other random numbers", "shared/lora.py",
+        "with torch.random.fork_rng():", "if True:",
+        "what is drawn next depends on the adapter", LORA,
+    ),
+    Fault(
+        "lora: the value head is saved with the policy", "shared/lora.py",
+        '".lora_" in name or name.startswith(f"{VALUE_HEAD}.")', '".lora_" in name',
+        "no other project knows the folder's weights", LORA,
+    ),
+    Fault(
+        "lora: frozen matrices count as trained", "shared/cost.py",
+        "self.flops += 2 * flops - 2.0 * frozen", "self.flops += 2 * flops",
+        "more FLOPs are reported than run", LORA,
+    ),
+    Fault(
+        "cost: the output head counts on prompts too", "shared/cost.py",
+        "predicted = int(batch.mask.sum()) if logits else 0", "predicted = tokens",
+        "the share of the machine's rate looks better than it is", ("test_cost.py",),
     ),
     # KL and log-probabilities
     Fault(
@@ -674,7 +740,7 @@ FAULTS = (
     ),
     Fault(
         "vllm: no weights are sent", "shared/generation/vllm.py",
-        'self.llm.collective_rpc("klash_load", args=(policy_weights(self.model),))', "pass",
+        'self.llm.collective_rpc("klash_load", args=(plain_weights(self.model),))', "pass",
         "every rollout is the first policy's", VLLM,
     ),
     Fault(
@@ -703,9 +769,9 @@ FAULTS = (
         "every completion has the full length", VLLM,
     ),
     Fault(
-        "sync: the adapter stays at home", "shared/generation/sync.py",
+        "sync: the adapter stays at home", "shared/lora.py",
         "weight = weight + layer.get_delta_weight(adapter).detach()", "pass",
-        "a LoRA policy's samples are its base's", VLLM,
+        "a LoRA policy's samples, and what is saved, are its base's", LORA,
     ),
     Fault(
         "sync: a stale engine goes on", "shared/generation/sync.py",
