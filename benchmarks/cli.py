@@ -14,7 +14,7 @@ from benchmarks.experiment import Experiment, load_experiment
 from benchmarks.process import set_up_process
 from benchmarks.report.build import build_report
 from benchmarks.run import run_experiment
-from benchmarks.speed.measure import measure, table
+from benchmarks.speed.measure import measure_named
 from benchmarks.speed.sides import Choice
 from shared.config import InputError
 from shared.generation.engine import Dtype
@@ -133,8 +133,12 @@ def speed(
 ) -> None:
     """Ours beside the peers', in turn in one run: RUNS/speed/speed.json and speed.md.
 
+    `klash speed growth`: how time and memory of our training grow, of `reviews` in float32 alone:
+    RUNS/speed/growth.json and growth.md.
+
     Args:
-        work: what to compare (generation, dpo, ipo, kto, reward, ppo); all if none is named.
+        work: what to compare (generation, dpo, ipo, kto, reward, ppo), all if none is named; or
+            growth.
         rounds: measured turns of each side.
         threads: of both sides.
         runs: the folder of all runs.
@@ -143,7 +147,7 @@ def speed(
         shapes: only of these (prompt-heavy, equal, completion-heavy; generation: 64 x 64, mixed).
     """
     set_up_process(threads)
-    print(table(measure(work, Choice(runs, rounds, models, dtypes, shapes))))
+    print(measure_named(work, Choice(runs, rounds, models, dtypes, shapes)))
 
 
 def split_overrides(words: list[str]) -> tuple[list[str], list[str]]:

@@ -1,15 +1,13 @@
 """`klash speed [WORK]`: which comparisons there are, and what they leave behind."""
 
-import platform
 from collections.abc import Callable, Sequence
 from functools import partial
 
-import torch
-
 from benchmarks.speed.direct import speed_steps
 from benchmarks.speed.generation import speed_generation
+from benchmarks.speed.growth import growth_table, measure_growth
 from benchmarks.speed.ppo import speed_ppo
-from benchmarks.speed.sides import Choice, Speed
+from benchmarks.speed.sides import Choice, Speed, cell, machine
 from shared.config import InputError
 from shared.stages import output_folder, write_json
 
@@ -21,13 +19,25 @@ WORKS: dict[str, Callable[[Choice], list[Speed]]] = {
     "reward": partial(speed_steps, "reward"),
     "ppo": speed_ppo,
 }
+GROWTH = "growth"  # of ours alone, beside no peer: measured only where it is named
+
+
+def measure_named(works: Sequence[str], choice: Choice) -> str:
+    """Measure all that `works` names, or all comparisons; the tables."""
+    for work in works:
+        if work not in WORKS and work != GROWTH:
+            raise InputError(f"`klash speed` knows {sorted([*WORKS, GROWTH])}, not {work!r}")
+    if GROWTH in works and (choice.models or choice.dtypes or choice.shapes):
+        raise InputError("`klash speed growth` has no --models, --dtypes or --shapes")
+    compared = [work for work in works if work != GROWTH]
+    tables = [table(measure(compared, choice))] if compared or not works else []
+    if GROWTH in works:
+        tables.append(growth_table(measure_growth(choice)))
+    return "\n".join(tables)
 
 
 def measure(works: Sequence[str], choice: Choice) -> list[Speed]:
     """Run the comparisons named, or all; writes `runs/speed/speed.json` and `speed.md`."""
-    for work in works:
-        if work not in WORKS:
-            raise InputError(f"`klash speed` knows {sorted(WORKS)}, not {work!r}")
     out = output_folder(choice.runs / "speed")
     found = [row for work in works or WORKS for row in WORKS[work](choice)]
     if not found:
@@ -39,9 +49,8 @@ def measure(works: Sequence[str], choice: Choice) -> list[Speed]:
 
 def table(rows: Sequence[Speed]) -> str:
     """Markdown: ratios ours / peer with their 95 % intervals over rounds; "-": not measured."""
-    machine = f"{torch.get_num_threads()} threads, {platform.machine()}, torch {torch.__version__}"
     lines = [
-        f"Ours / peer, each in turn in one run; 95 % over rounds ({machine}).",
+        f"Ours / peer, each in turn in one run; 95 % over rounds ({machine()}).",
         "",
         "| work | model | dtype | shape | peer | ratio | loss difference | memory | mfu |",
         "|---|---|---|---|---|---|---|---|---|",
@@ -56,7 +65,3 @@ def table(rows: Sequence[Speed]) -> str:
         ]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
-
-
-def cell(number: float | None, form: str = ".2f") -> str:
-    return "-" if number is None else format(number, form)

@@ -7,6 +7,7 @@ both. The interval of the ratio is Student's t over the rounds' log ratios.
 import math
 import multiprocessing
 import os
+import platform
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import mean
@@ -82,6 +83,7 @@ class Done(NamedTuple):
     loss: float | None = None  # that step's, for comparison with the other side's
     tokens: float | None = None  # real tokens trained on up to here, padding left out; likewise
     flops: float | None = None
+    memory: int | None = None  # most bytes held, of work that itself starts the peak anew
 
 
 Work = Callable[[], Done]
@@ -148,6 +150,16 @@ def seconds_since(start: float) -> float:
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     return perf_counter() - start
+
+
+def machine() -> str:
+    """What a table says of where it was measured."""
+    return f"{torch.get_num_threads()} threads, {platform.machine()}, torch {torch.__version__}"
+
+
+def cell(number: float | None, form: str = ".2f") -> str:
+    """A number in a table; "-": not measured."""
+    return "-" if number is None else format(number, form)
 
 
 def _serve(

@@ -1,0 +1,144 @@
+"""What `klash speed growth` measures: one optimiser step, and whole trainings by their stages."""
+
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from time import perf_counter
+from typing import NamedTuple
+
+from benchmarks.process import stage_context
+from benchmarks.speed.cases import Case, Load, make_case
+from benchmarks.speed.sides import Done, Work, seconds_since
+from dpo.reference import score_reference
+from dpo.train import DirectConfig, train_direct
+from shared.cost import peak_memory_bytes
+from shared.generation.engine import Sampling
+from shared.models import ModelConfig, new_policy, save
+from shared.preferences import PreferenceConfig, make_preferences
+from shared.sft import SftConfig, train_sft
+from shared.stages import Stages, read_json
+from shared.tasks.registry import TaskConfig, make_task
+
+TASK = TaskConfig()
+PROMPT_TOKENS = 12  # of a step's pairs, whatever their completions' length
+EPOCHS = 1
+Arm = tuple[str, dict[str, float]]  # a loss and its setting
+ARMS: tuple[Arm, ...] = (  # of one price: KTO's step holds a pass more
+    ("dpo", {"beta": 0.1}),
+    ("cdpo", {"beta": 0.1, "label_smoothing": 0.1}),
+    ("ipo", {"tau": 0.1}),
+    ("ipo-token", {"tau": 0.5}),
+)
+BETAS: tuple[Arm, ...] = tuple(("dpo", {"beta": b}) for b in (0.1, 0.02, 0.05, 0.2, 0.5, 1.0))
+
+
+class Step(NamedTuple):
+    """What one DPO step works on; by default that of the model that `reviews` trains."""
+
+    pairs: int = 64
+    completion_tokens: int = 12
+    vocabulary: int = 0  # at least the tokenizer's
+    model: ModelConfig = ModelConfig()
+
+
+class Training(NamedTuple):
+    """What one run trains: each arm on each seed's own pairs and their reference."""
+
+    pairs: int = 256
+    arms: tuple[Arm, ...] = ARMS[:1]
+    seeds: int = 1
+
+
+def step_case(step: Step, steps: int, folder: Path) -> tuple[Case, int]:
+    """(what `steps` such steps need, laid out in `folder`; the model's parameters)."""
+    tokenizer = make_task(TASK).tokenizer()
+    model = new_policy(step.model, tokenizer, seed=0)
+    # Tokens that no text holds cost as much as others: the head makes logits of all.
+    rows = max(step.vocabulary, len(tokenizer))
+    model.resize_token_embeddings(rows, mean_resizing=False)
+    save(model, tokenizer, folder / "policy")
+    length = step.completion_tokens
+    load = Load(
+        batch=step.pairs,
+        learning_rate=5e-4,
+        precisions=("float32",),
+        completion_tokens=(length, length),
+        shapes={"": PROMPT_TOKENS / length},
+    )
+    case = make_case("dpo", "float32", load, "", steps, folder / "policy", folder)
+    return case, model.num_parameters()
+
+
+def short_sft(runs: Path) -> Path:
+    """A policy whose texts are the task's and end by themselves."""
+    stages = Stages(runs / ".stages", lambda *_: None, stage_context())
+    sft = SftConfig(examples=4000, epochs=1)
+    return stages.run("sft", train_sft, task=TASK, model=ModelConfig(), sft=sft, seed=0)
+
+
+def whole_training(policy: Path, scratch: Path, training: Training) -> Work:
+    """A round is everything from sampling the pairs on, with no finished stage to find."""
+
+    def work() -> Done:
+        peaks = Peaks()
+        with TemporaryDirectory(dir=scratch) as root:
+            begun = perf_counter()
+            train_all(Stages(Path(root), peaks, stage_context()), policy, training)
+            return Done(1.0, seconds_since(begun), memory=peaks.most)
+
+    return work
+
+
+def more_settings(policy: Path, scratch: Path, training: Training) -> Work:
+    """A round is a run of all arms where the first one's is there: its seconds.
+
+    Its units are the seconds of the other arms' own training, as their `cost.json` has them.
+    """
+
+    def work() -> Done:
+        peaks = Peaks()
+        with TemporaryDirectory(dir=scratch) as root:
+            first = training._replace(arms=training.arms[:1])
+            train_all(Stages(Path(root), peaks, stage_context()), policy, first)
+            begun = perf_counter()
+            every = train_all(Stages(Path(root), peaks, stage_context()), policy, training)
+            seconds = seconds_since(begun)
+            own = sum(read_json(folder / "cost.json")["wall_s"] for folder in every[1:])
+            return Done(own, seconds, memory=peaks.most)
+
+    return work
+
+
+class Peaks:
+    """Hears of every stage's start and end: their Meters forget what was held before them."""
+
+    def __init__(self) -> None:
+        self.most = 0
+
+    def __call__(self, *_: object) -> None:
+        self.most = max(self.most, peak_memory_bytes())
+
+
+def train_all(stages: Stages, policy: Path, training: Training) -> list[Path]:
+    """The stages of `klash compare` that a direct arm trains by; the trained policies' folders."""
+    run, trained = stages.run, []
+    data = PreferenceConfig(pairs=training.pairs, held_out_pairs=1)
+    for seed in range(training.seeds):
+        preferences = run(
+            "preferences", make_preferences,
+            task=TASK, policy=policy, data=data, sampling=Sampling(), seed=seed,
+        )  # fmt: skip
+        reference = run("reference", score_reference, policy=policy, preferences=preferences)
+        trained += [
+            run(
+                "direct", train_direct, policy=policy, preferences=preferences,
+                reference=reference, mismatched=None, loss=loss, setting=setting,
+                direct=DirectConfig(epochs=EPOCHS), checkpoints=(), seed=seed,
+            )
+            for loss, setting in training.arms
+        ]  # fmt: skip
+    return trained
+
+
+def nothing() -> Work:
+    """A process that has imported what the others import, and holds no more."""
+    return lambda: Done(1.0, 1.0)
