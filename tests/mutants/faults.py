@@ -39,6 +39,7 @@ VLLM = ("test_vllm.py",)
 SERVER = ("test_vllm_server.py",)
 PASSES = ("test_ppo_passes.py",)
 LORA = ("test_lora.py",)
+GROWTH = ("test_speed_growth.py",)
 FIT = ("test_fit.py", "test_rlhf_losses.py", "test_direct.py")
 
 FAULTS = (
@@ -799,6 +800,34 @@ FAULTS = (
         "server: every row counts as cut", "shared/generation/server.py",
         '[d["finish_reason"] == "length" for d in drawn]', "[True for d in drawn]",
         "completions that ended pay for it", SERVER,
+    ),
+    # How training grows
+    Fault(
+        "growth: the first turn counts", "benchmarks/speed/growth.py",
+        "min(done.seconds for done in worker.rounds[1:])",
+        "min(done.seconds for done in worker.rounds)",
+        "what no later turn does again is measured", GROWTH,
+    ),
+    Fault(
+        "growth: R without its square", "benchmarks/speed/growth.py",
+        "[0, 1]) ** 2", "[0, 1])",
+        "curves pass for lines", GROWTH,
+    ),
+    Fault(
+        "growth: libraries left in the smallest size alone", "benchmarks/speed/growth.py",
+        "(peak - libraries) / (peaks[0] - libraries)", "(peak - libraries) / peaks[0]",
+        "a training seems to need a fraction of what the smallest one needs", GROWTH,
+    ),
+    Fault(
+        "growth: the first setting's training counts as a further one's",
+        "benchmarks/speed/growing.py",
+        "for folder in every[1:])", "for folder in every)",
+        "further settings seem cheaper than they are", GROWTH,
+    ),
+    Fault(
+        "growth: the peak of the last stage alone", "benchmarks/speed/growing.py",
+        "self.most = max(self.most, peak_memory_bytes())", "self.most = peak_memory_bytes()",
+        "memory is flat whatever the other stages hold", GROWTH,
     ),
 )  # fmt: skip
 
