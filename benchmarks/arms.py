@@ -98,15 +98,20 @@ def prepare_common(experiment: Experiment, run: Run) -> Common:
     )  # fmt: skip
 
 
-def prepare_reward(
-    experiment: Experiment, run: Run, sft: Path, scale_samples: Path, seed: int
-) -> tuple[Path, Path]:
-    """(preferences, reward model) of one seed."""
-    preferences = run(
+def prepare_preferences(experiment: Experiment, run: Run, sft: Path, seed: int) -> Path:
+    """The labelled pairs of one seed."""
+    return run(
         "preferences", make_preferences, label=f"preferences, seed {seed}",
         task=experiment.task, policy=sft, data=experiment.preferences, seed=seed,
         **drawing(experiment),
     )  # fmt: skip
+
+
+def prepare_reward(
+    experiment: Experiment, run: Run, sft: Path, scale_samples: Path, seed: int
+) -> tuple[Path, Path]:
+    """(preferences, reward model) of one seed."""
+    preferences = prepare_preferences(experiment, run, sft, seed)
     return preferences, run(
         "reward", train_reward, label=f"reward model, seed {seed}",
         policy=sft, preferences=preferences, references=scale_samples,
@@ -114,11 +119,26 @@ def prepare_reward(
     )  # fmt: skip
 
 
+def prepare_reference(
+    experiment: Experiment, run: Run, sft: Path, preferences: Path, seed: int
+) -> tuple[Path, Path | None]:
+    """(reference log-probabilities, mismatched completions if an arm is unpaired) of one seed."""
+    precision = experiment.direct.optimizer.precision
+    reference = run(
+        "reference", score_reference, label=f"reference log-probabilities, seed {seed}",
+        policy=sft, preferences=preferences, precision=precision,
+    )  # fmt: skip
+    return reference, run(
+        "mismatched", score_mismatched, label=f"mismatched completions, seed {seed}",
+        policy=sft, preferences=preferences, seed=seed, precision=precision,
+    ) if unpaired(experiment) else None  # fmt: skip
+
+
 def prepare_seed(experiment: Experiment, run: Run, common: Common, seed: int) -> Seed:
     """Preferences, reward model and reference log-probabilities of one seed."""
     sft, task = common.sft, experiment.task
-    precision = experiment.direct.optimizer.precision
     preferences, reward = prepare_reward(experiment, run, sft, common.scale_samples, seed)
+    reference, mismatched = prepare_reference(experiment, run, sft, preferences, seed)
     return Seed(
         seed=seed,
         preferences=preferences,
@@ -132,14 +152,8 @@ def prepare_seed(experiment: Experiment, run: Run, common: Common, seed: int) ->
             reward_model=reward, samples=common.frontier_samples,
             per_prompt=None if task.finite else experiment.evaluation.limit_samples,
         ),
-        reference=run(
-            "reference", score_reference, label=f"reference log-probabilities, seed {seed}",
-            policy=sft, preferences=preferences, precision=precision,
-        ),
-        mismatched=run(
-            "mismatched", score_mismatched, label=f"mismatched completions, seed {seed}",
-            policy=sft, preferences=preferences, seed=seed, precision=precision,
-        ) if unpaired(experiment) else None,
+        reference=reference,
+        mismatched=mismatched,
         sft_rows=evaluate_model(
             experiment, run, common, reward, preferences, seed, sft, ".", f"sft, seed {seed}"
         ),

@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerBase
 from benchmarks.smollm2 import convert
 from dpo.losses import UNPAIRED
 from dpo.reference import score_mismatched, score_reference
-from shared.fit import Precision
+from shared.fit import OptimizerConfig, Precision
 from shared.models import (
     ModelConfig,
     load_tokenizer,
@@ -66,6 +66,15 @@ class Case(NamedTuple):
     learning_rate: float
     model: Path  # a policy; for `reward` a reward model with an untrained head
     data: Path  # train.jsonl; where the loss asks for them reference and mismatched.safetensors
+
+    @property
+    def optimizer(self) -> OptimizerConfig:
+        return OptimizerConfig(
+            learning_rate=self.learning_rate,
+            schedule="constant",
+            warmup_share=0.0,
+            precision=self.precision,
+        )
 
 
 def policy_folder(name: str, runs: Path) -> Path:

@@ -23,7 +23,7 @@ from dpo.losses import UNPAIRED
 from dpo.train import Dataset
 from rlhf.reward import pair_batches, reward_loss
 from shared.cost import Meter, matmul_rate
-from shared.fit import OptimizerConfig, Trainee, prepare, step
+from shared.fit import Trainee, prepare, step
 from shared.models import load_policy, load_scalar_model, load_tokenizer, special_ids
 from shared.preferences import read_pairs
 
@@ -149,10 +149,4 @@ def reward_steps(case: Case) -> tuple[Meter, Take]:
 
 
 def trainee_of(model: PreTrainedModel, case: Case) -> Trainee:
-    optimizer = OptimizerConfig(
-        learning_rate=case.learning_rate,
-        schedule="constant",
-        warmup_share=0.0,
-        precision=case.precision,
-    )
-    return prepare(model, optimizer, steps=1)
+    return prepare(model, case.optimizer, steps=1)

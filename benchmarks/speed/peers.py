@@ -6,6 +6,7 @@ collates, passes forward and back, clips, steps and logs, as ours does.
 """
 
 import os
+from pathlib import Path
 from time import perf_counter
 from typing import Any
 
@@ -15,6 +16,7 @@ from transformers import PrinterCallback, TrainerCallback
 from benchmarks.speed.cases import LOSSES, Case
 from benchmarks.speed.sides import Done, Turns, seconds_since
 from dpo.reference import read_mismatched, unpaired_rows
+from shared.fit import OptimizerConfig
 from shared.models import load_tokenizer
 from shared.preferences import Pair, read_pairs
 
@@ -88,23 +90,34 @@ def of_token_ids(trainer: type) -> type:
 
 
 def common(case: Case) -> dict[str, Any]:
+    """One epoch in the pairs' own order, each step logged."""
+    settings = trainer_settings(case.data / "trl", case.optimizer, case.batch, epochs=1)
+    return {**settings, "train_sampling_strategy": "sequential", "logging_steps": 1}
+
+
+def trainer_settings(
+    folder: Path, optimizer: OptimizerConfig, batch: int, epochs: int
+) -> dict[str, Any]:
+    """What every trainer of TRL's is told; its warm-up is rounded as ours is."""
     gpu = torch.cuda.is_available()
+    constant = optimizer.schedule == "constant"
     return {
-        "output_dir": str(case.data / "trl"),
-        "num_train_epochs": 1,
-        "per_device_train_batch_size": case.batch,
-        "train_sampling_strategy": "sequential",
-        "learning_rate": case.learning_rate,
-        "lr_scheduler_type": "constant",
-        "weight_decay": 0.0,
-        "max_grad_norm": 1.0,
+        "output_dir": str(folder),
+        "num_train_epochs": epochs,
+        "per_device_train_batch_size": batch,
+        "learning_rate": optimizer.learning_rate,
+        "lr_scheduler_type": "constant_with_warmup" if constant else optimizer.schedule,
+        "warmup_steps": optimizer.warmup_share,
+        "weight_decay": optimizer.weight_decay,
+        "max_grad_norm": optimizer.max_grad_norm,
+        "adam_beta2": optimizer.adam_beta2,
+        "adam_epsilon": optimizer.adam_epsilon,
         "optim": "adamw_torch_fused",
-        "bf16": case.precision == "bfloat16",
+        "bf16": optimizer.precision == "bfloat16",
         "use_cpu": not gpu,
         "dataloader_pin_memory": gpu,
         "gradient_checkpointing": False,
         "max_length": None,
-        "logging_steps": 1,
         "save_strategy": "no",
         "report_to": "none",
         "disable_tqdm": True,

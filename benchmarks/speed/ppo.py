@@ -11,14 +11,9 @@ their losses cannot be compared here; `tests/test_trl_ppo.py` does that, token b
 """
 
 import importlib.util
-import os
-import shlex
-import subprocess
-import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import suppress
-from importlib import import_module
 from itertools import chain, product, repeat
 from pathlib import Path
 from statistics import mean, median
@@ -30,7 +25,6 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
-    PreTrainedModel,
     PrinterCallback,
 )
 
@@ -47,9 +41,9 @@ from benchmarks.speed.sides import (
     seconds_since,
     side_by_side,
 )
+from benchmarks.speed.trl_ppo import TRL, import_trl_ppo, install_trl, loaded, trl_settings
 from rlhf.ppo import PPOConfig, ppo_update
 from rlhf.rollout import make_actors
-from shared.config import InputError
 from shared.cost import Meter, matmul_rate
 from shared.fit import OptimizerConfig
 from shared.generation.engine import Sampling
@@ -60,7 +54,6 @@ from shared.sft import SftConfig, train_sft
 from shared.stages import Stages, output_folder
 from shared.tasks.registry import TaskConfig, make_task
 
-TRL = "1.12.0"
 KL_COEF = 0.1
 STEADY = {
     "optimizer": OptimizerConfig(
@@ -207,11 +200,7 @@ class Over(Exception):
 
 def trl_updates(turns: Turns, update: Update, inputs: Inputs, library: Path) -> None:
     """`PPOTrainer.train`, held up where it asks for the next batch of prompts."""
-    sys.path.insert(0, str(library))
-    os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"
-    trl = import_module("trl")
-    assert trl.__version__ == TRL, trl.__version__
-    module: Any = import_module("trl.experimental.ppo.ppo_trainer")
+    module = import_trl_ppo(library)
     cut, generated = module.truncate_response, []
 
     def counted(stop: int, pad: int, responses: torch.Tensor) -> torch.Tensor:
@@ -237,11 +226,7 @@ def trl_updates(turns: Turns, update: Update, inputs: Inputs, library: Path) -> 
 
 
 def trl_trainer(module: Any, update: Update, inputs: Inputs) -> Any:
-    """A `PPOTrainer` of `module` that does the same as we, with prompts for longer than needed.
-
-    The whole rollout is its one batch a device, of which it takes minibatches: told to accumulate
-    gradients instead, it would step once an epoch.
-    """
+    """A `PPOTrainer` of `module` that does the same as we, with prompts for longer than needed."""
     from datasets import Dataset
 
     ppo, prompts = update.ppo, inputs.prompts
@@ -250,33 +235,13 @@ def trl_trainer(module: Any, update: Update, inputs: Inputs) -> Any:
         trainer = module.PPOTrainer(
             args=module.PPOConfig(
                 output_dir=scratch,
-                use_cpu=not torch.cuda.is_available(),
-                bf16=False,
-                gradient_checkpointing=False,
                 optim="adamw_torch_fused",
-                report_to="none",
-                disable_tqdm=True,
-                save_strategy="no",
-                num_sample_generations=0,
                 learning_rate=ppo.optimizer.learning_rate,
                 lr_scheduler_type="constant",
                 adam_epsilon=ppo.optimizer.adam_epsilon,
-                per_device_train_batch_size=len(prompts),
-                gradient_accumulation_steps=1,
-                num_mini_batches=len(prompts) // ppo.minibatch_size,
-                local_rollout_forward_batch_size=len(prompts),
                 total_episodes=len(prompts) * 10**6,
-                num_ppo_epochs=ppo.epochs,
-                response_length=update.sampling.max_new_tokens,
-                stop_token="eos",
-                temperature=update.sampling.temperature,
-                missing_eos_penalty=ppo.missing_eos_penalty,
                 kl_coef=KL_COEF,
-                gamma=ppo.gamma,
-                lam=ppo.lam,
-                cliprange=ppo.clip,
-                cliprange_value=ppo.value_clip,
-                vf_coef=1.0,
+                **trl_settings(ppo, update.sampling),
             ),
             processing_class=AutoTokenizer.from_pretrained(inputs.policy, padding_side="left"),
             model=loaded(AutoModelForCausalLM, inputs.policy),
@@ -292,25 +257,7 @@ def trl_trainer(module: Any, update: Update, inputs: Inputs) -> Any:
     return trainer
 
 
-def loaded(kind: Any, folder: Path) -> PreTrainedModel:
-    return kind.from_pretrained(folder, dtype=torch.float32)
-
-
 # What they start from
-
-
-def install_trl(folder: Path) -> Path:
-    """TRL 1.12.0 in a folder of its own, since the TRL that is installed has no PPO."""
-    if not folder.is_dir():
-        with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
-            target = Path(scratch) / "trl"
-            words = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps"]
-            command = [*words, "--target", str(target), f"trl=={TRL}"]
-            if subprocess.run(command).returncode != 0:
-                again = shlex.join([*words, "--target", str(folder), f"trl=={TRL}"])
-                raise InputError(f"`klash speed ppo` needs TRL {TRL}; this failed: {again}")
-            target.rename(folder)
-    return folder
 
 
 def reviews_inputs(runs: Path) -> Inputs:
