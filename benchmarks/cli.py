@@ -130,24 +130,28 @@ def speed(
     models: tuple[str, ...] = (),
     dtypes: tuple[str, ...] = (),
     shapes: tuple[str, ...] = (),
+    quick: bool = False,
 ) -> None:
     """Ours beside the peers', in turn in one run: RUNS/speed/speed.json and speed.md.
 
-    `klash speed growth`: how time and memory of our training grow, of `reviews` in float32 alone:
-    RUNS/speed/growth.json and growth.md.
+    Two works run only if named, and alone: `growth`, how time and memory of our training grow
+    (RUNS/speed/growth.json and growth.md), and `experiment`, all trainings of `reviews` on both
+    sides, once (experiment.json and experiment.md).
 
     Args:
         work: what to compare (generation, dpo, ipo, kto, reward, ppo), all if none is named; or
-            growth.
+            growth; or experiment.
         rounds: measured turns of each side.
-        threads: of both sides.
+        threads: of both sides; an experiment has its own.
         runs: the folder of all runs.
         models: only on these (smollm2-135m, reviews).
         dtypes: only in these (float32, bfloat16).
         shapes: only of these (prompt-heavy, equal, completion-heavy; generation: 64 x 64, mixed).
+        quick: of `experiment`: its smaller form.
     """
     set_up_process(threads)
-    print(measure_named(work, Choice(runs, rounds, models, dtypes, shapes)))
+    choice = Choice(runs, rounds, models, dtypes, shapes, quick)
+    print(measure_named(work, choice))
 
 
 def split_overrides(words: list[str]) -> tuple[list[str], list[str]]:

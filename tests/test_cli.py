@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 
 from benchmarks.cli import main, split_overrides
+from benchmarks.speed import measure
+from benchmarks.speed.sides import Choice
 from shared.generation.engine import EngineLost
 
 ROOT = Path(__file__).parents[1]
@@ -250,7 +252,30 @@ def test_a_server_of_a_folder_without_a_model(klash: Klash):
 def test_an_unknown_work_of_speed_is_named_with_the_known_ones(klash: Klash, tmp_path: Path):
     code, _, err = klash("speed", "sampling")
     assert code == 2
-    assert "['dpo', 'generation', 'growth', 'ipo', 'kto', 'ppo', 'reward'], not 'sampling'" in err
+    assert (
+        "['dpo', 'experiment', 'generation', 'growth', 'ipo', 'kto', 'ppo', 'reward'], not 'sampling'"
+        in err
+    )
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("work", ["experiment", "growth"])
+def test_a_study_of_speed_runs_on_its_own(
+    klash: Klash, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, work: str
+):
+    def told(choice: Choice) -> str:
+        return f"quick: {choice.quick}, runs: {choice.runs}"
+
+    monkeypatch.setitem(measure.ALONE, work, told)
+    assert klash("speed", work, "--quick", "--runs", "here")[:2] == (0, "quick: True, runs: here\n")
+    assert klash("speed", work)[1] == "quick: False, runs: runs\n"
+    for words, said in (
+        ((work, "dpo"), "takes no other work beside it"),
+        ((work, "--models", "reviews"), "has no --models, --dtypes or --shapes"),
+    ):
+        code, _, err = klash("speed", *words)
+        assert code == 2
+        assert said in err
     assert list(tmp_path.iterdir()) == []
 
 

@@ -22,12 +22,11 @@ from benchmarks.speed.growth import (
     Series,
     growth_table,
     in_turn,
-    measure_growth,
     measure_steps,
     series,
+    speed_growth,
 )
 from benchmarks.speed.sides import Choice, Done, Work
-from shared.config import InputError
 from shared.models import ModelConfig, load_policy
 from shared.preferences import read_pairs
 from shared.stages import Stages, write_json
@@ -273,7 +272,8 @@ def test_every_series_is_measured_and_written(
         trainings={"arms": [(n, Training(pairs=8, arms=ARMS[:n])) for n in (1, 3)]},
         settings=Training(pairs=8, arms=BETAS[:2]),
     )
-    found = measure_growth(Choice(tmp_path, rounds=1), plan)
+    text = speed_growth(Choice(tmp_path, rounds=1), plan)
+    found = Growth.model_validate_json((tmp_path / "speed" / "growth.json").read_text())
     assert [(one.kind, one.axis) for one in found.series] == [
         ("step", "pairs"),
         ("training", "arms"),
@@ -285,31 +285,18 @@ def test_every_series_is_measured_and_written(
     assert 0.8 < found.more_settings < 20
     assert len(found.more_settings_per_round) == 1
     folder = tmp_path / "speed"
-    assert Growth.model_validate_json((folder / "growth.json").read_text()) == found
-    assert (folder / "growth.md").read_text() == growth_table(found)
+    assert (folder / "growth.md").read_text() == text == growth_table(found)
     assert {path.name for path in folder.iterdir()} == {"growth.json", "growth.md"}
 
 
-def test_growth_is_measured_only_where_it_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    asked: list[str] = []
-
-    def compared(works: list[str], _: Choice) -> list[str]:
-        asked.append(f"compare {' '.join(works)}".strip())
-        return []
-
-    monkeypatch.setattr(measure, "measure", compared)
+def test_only_comparisons_are_measured_where_nothing_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    asked: list[list[str]] = []
+    monkeypatch.setattr(measure, "measure", lambda works, _: asked.append(works))
     monkeypatch.setattr(measure, "table", lambda _: "ratios\n")
-    monkeypatch.setattr(measure, "measure_growth", lambda _: asked.append("growth"))
-    monkeypatch.setattr(measure, "growth_table", lambda _: "growth\n")
+    monkeypatch.setattr(measure, "ALONE", {"growth": lambda _: "growth\n"})
     choice = Choice(tmp_path, 1)
     assert measure.measure_named([], choice) == "ratios\n"
     assert measure.measure_named(["growth"], choice) == "growth\n"
-    assert measure.measure_named(["growth", "dpo"], choice) == "ratios\n\ngrowth\n"
-    assert asked == ["compare", "growth", "compare dpo", "growth"]
-
-
-def test_growth_has_no_models_to_choose(tmp_path: Path):
-    with pytest.raises(InputError, match="has no --models, --dtypes or --shapes"):
-        measure.measure_named(["growth"], Choice(tmp_path, 1, models=["reviews"]))
-    with pytest.raises(InputError, match=r"'growth'.*, not 'grow'"):
-        measure.measure_named(["growth", "grow"], Choice(tmp_path, 1))
+    assert asked == [[]]

@@ -112,8 +112,8 @@ class Measured(NamedTuple):
     peak: int
 
 
-def measure_growth(choice: Choice, plan: Plan = PLAN) -> Growth:
-    """Measure every series; writes `growth.json` and `growth.md` below `runs/speed`."""
+def speed_growth(choice: Choice, plan: Plan = PLAN) -> str:
+    """Measure every series; writes `growth.json` and `growth.md` below `runs/speed`, its text."""
     out, found = output_folder(choice.runs / "speed"), []
     libraries = start(nothing).end()
     for axis, steps in plan.steps.items():
@@ -136,8 +136,9 @@ def measure_growth(choice: Choice, plan: Plan = PLAN) -> Growth:
         more_settings_per_round=ratios,
     )
     write_json(out / "growth.json", growth.model_dump(mode="json"))
-    (out / "growth.md").write_text(growth_table(growth), encoding="utf-8")
-    return growth
+    text = growth_table(growth)
+    (out / "growth.md").write_text(text, encoding="utf-8")
+    return text
 
 
 def start(make: Callable[..., Work], *inputs: Any) -> Worker:

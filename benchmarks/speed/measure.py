@@ -4,8 +4,9 @@ from collections.abc import Callable, Sequence
 from functools import partial
 
 from benchmarks.speed.direct import speed_steps
+from benchmarks.speed.experiment import speed_experiment
 from benchmarks.speed.generation import speed_generation
-from benchmarks.speed.growth import growth_table, measure_growth
+from benchmarks.speed.growth import speed_growth
 from benchmarks.speed.ppo import speed_ppo
 from benchmarks.speed.sides import Choice, Speed, cell, machine
 from shared.config import InputError
@@ -19,21 +20,25 @@ WORKS: dict[str, Callable[[Choice], list[Speed]]] = {
     "reward": partial(speed_steps, "reward"),
     "ppo": speed_ppo,
 }
-GROWTH = "growth"  # of ours alone, beside no peer: measured only where it is named
+ALONE: dict[str, Callable[[Choice], str]] = {  # no rows of one table: only where they are named
+    "experiment": speed_experiment,
+    "growth": speed_growth,
+}
 
 
 def measure_named(works: Sequence[str], choice: Choice) -> str:
-    """Measure all that `works` names, or all comparisons; the tables."""
+    """Measure what `works` names, or all comparisons; the table."""
     for work in works:
-        if work not in WORKS and work != GROWTH:
-            raise InputError(f"`klash speed` knows {sorted([*WORKS, GROWTH])}, not {work!r}")
-    if GROWTH in works and (choice.models or choice.dtypes or choice.shapes):
-        raise InputError("`klash speed growth` has no --models, --dtypes or --shapes")
-    compared = [work for work in works if work != GROWTH]
-    tables = [table(measure(compared, choice))] if compared or not works else []
-    if GROWTH in works:
-        tables.append(growth_table(measure_growth(choice)))
-    return "\n".join(tables)
+        if work not in WORKS and work not in ALONE:
+            raise InputError(f"`klash speed` knows {sorted({**WORKS, **ALONE})}, not {work!r}")
+    alone = next((work for work in works if work in ALONE), None)
+    if alone is None:
+        return table(measure(works, choice))
+    if len(works) > 1:
+        raise InputError(f"`klash speed {alone}` takes no other work beside it")
+    if choice.models or choice.dtypes or choice.shapes:
+        raise InputError(f"`klash speed {alone}` has no --models, --dtypes or --shapes")
+    return ALONE[alone](choice)
 
 
 def measure(works: Sequence[str], choice: Choice) -> list[Speed]:

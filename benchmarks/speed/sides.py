@@ -56,6 +56,7 @@ class Choice(NamedTuple):
     models: Sequence[str] = ()  # empty: all, and likewise below
     dtypes: Sequence[str] = ()
     shapes: Sequence[str] = ()
+    quick: bool = False  # of a whole experiment: its smaller form
 
     def takes(self, model: str, dtype: str, shape: str) -> bool:
         wanted = (model, self.models), (dtype, self.dtypes), (shape, self.shapes)

@@ -1,0 +1,247 @@
+"""`klash speed experiment`: all trainings of `reviews`, by Klash and by TRL's trainers.
+
+Both sides start from one SFT model and the same preferences, and train as many reward models and
+policies: each arm at all its settings on the first seeds, then at its best one on every seed. Arms
+that TRL has no trainer for (best-of-n, filtered DPO) are left out on both sides.
+
+Ours are stages, as `klash compare` runs them: side by side with the experiment's workers and
+threads, references scored once a seed. (`klash compare` trains its last seed with nothing beside
+it, for the seconds in its report; not so here.) TRL's, see `assembled`, run one after another with
+as many threads as our workers have together. The processes of both are up before the clock starts.
+
+The clock stands still while policies are evaluated, which tells for both sides which setting is
+best and, on test prompts, that the trained policies are of one quality. The sides take turns:
+reward models and references, first seeds, other seeds. Different numbers of optimiser steps are
+refused; so that PPO's guards, which TRL has not, cannot be why, they are off.
+"""
+
+import platform
+from collections.abc import Sequence
+from contextlib import ExitStack
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import numpy as np
+import torch
+
+from benchmarks.arms import (
+    Common,
+    evaluate_model,
+    prepare_common,
+    prepare_preferences,
+    setting_text,
+)
+from benchmarks.compare import tuning_seeds
+from benchmarks.experiment import Arm, Experiment, load_experiment
+from benchmarks.process import side_by_side, stage_context
+from benchmarks.speed.assembled import (
+    PAIR_LOSSES,
+    Trained,
+    import_ppo,
+    import_trl,
+    trl_process,
+)
+from benchmarks.speed.sides import Choice
+from benchmarks.speed.trainings import PHASES, Ours, Sides, Theirs, Training, say
+from benchmarks.speed.trl_ppo import TRL, install_trl
+from dpo.losses import UNPAIRED
+from shared.config import Config
+from shared.stages import Stages, output_folder, read_jsonl, write_json
+
+NO_GUARD = 1e9
+
+
+class Compared(Config):
+    """`ratio`: peer's wall seconds / ours. `shares`: of a side's seconds, by phase.
+
+    `settings` and `gold` (on test prompts, one a seed) by side and arm.
+    """
+
+    experiment: str
+    seeds: tuple[int, ...]
+    peer_name: str
+    threads: int
+    ratio: float
+    trainings: int
+    steps: int
+    shares: dict[str, dict[str, float]]
+    settings: dict[str, dict[str, dict[str, float]]]
+    gold: dict[str, dict[str, list[float]]]
+
+
+def speed_experiment(choice: Choice) -> str:
+    """Compare on `reviews`; writes `runs/speed/experiment.json` and `experiment.md`, its text."""
+    out = output_folder(choice.runs / "speed")
+    experiment = alike(load_experiment("reviews", [], choice.quick))
+    library = install_trl(out / f"trl-{TRL}")
+    with TemporaryDirectory(dir=out) as scratch:
+        found = compare(experiment, library, Path(scratch))
+    text = table(found)
+    write_json(out / "experiment.json", found.model_dump(mode="json"))
+    (out / "experiment.md").write_text(text, encoding="utf-8")
+    return text
+
+
+def alike(experiment: Experiment) -> Experiment:
+    """`experiment` with what both sides do: trainings, all to their end, and an evaluation."""
+    arms = {name: arm for name, arm in experiment.arms.items() if trl_trains(arm)}
+    off = {"max_approx_kl": NO_GUARD, "max_kl": NO_GUARD}
+    unread = dict.fromkeys(
+        ("frontier_prompts", "frontier_samples", "reward_limit_samples", "reward_pairs"), 2
+    )
+    evaluation = experiment.evaluation.model_copy(update={**unread, "checkpoints": ()})
+    ppo = experiment.ppo.model_copy(update=off)
+    return experiment.model_copy(update={"arms": arms, "ppo": ppo, "evaluation": evaluation})
+
+
+def trl_trains(arm: Arm) -> bool:
+    """Whether TRL has a trainer for `arm`."""
+    if arm.kind == "ppo":
+        return not arm.gold
+    return arm.kind == "direct" and arm.loss in (*PAIR_LOSSES, *UNPAIRED)
+
+
+def compare(experiment: Experiment, library: Path | None, folder: Path) -> Compared:
+    """All trainings of both sides, in `folder`; `library`: TRL 1.12.0, if there is PPO."""
+    threads = experiment.workers * experiment.threads
+    stages = Stages(folder / "stages", say, stage_context(experiment.generation))
+    with ExitStack() as open_:
+        # TRL's first: their threads do not sleep while they wait, as ours do
+        trl = open_.enter_context(trl_process(threads, import_trl))
+        ppo = library and open_.enter_context(trl_process(threads, import_ppo, library))
+        workers = experiment.workers, experiment.threads
+        beside = open_.enter_context(side_by_side(stages, *workers))
+        common, preferences = prepare(experiment, beside)
+        sides = {
+            "klash": Ours(experiment, beside, common),
+            "trl": Theirs(experiment, common, preferences, folder / "trl", trl, ppo or trl),
+        }
+        return in_turn(experiment, beside, common, sides)
+
+
+def prepare(experiment: Experiment, stages: Stages) -> tuple[Common, dict[int, Path]]:
+    """(the SFT model with samples of it, preferences of each seed): before the clock starts."""
+    common = prepare_common(experiment, stages.run)
+    make = partial(prepare_preferences, experiment, stages.run, common.sft)
+    return common, dict(zip(experiment.seeds, stages.each(make, experiment.seeds), strict=True))
+
+
+def in_turn(experiment: Experiment, stages: Stages, common: Common, sides: Sides) -> Compared:
+    """Reward models, first seeds, other seeds: each ours and then TRL's; and what came of them."""
+    models = [f"reward model, seed {seed}" for seed in experiment.seeds]
+    check_steps(models, *(side.prepare() for side in sides.values()))
+    tuning = [
+        Training(name, setting, seed)
+        for name, arm in experiment.arms.items()
+        for setting in arm.settings
+        for seed in tuning_seeds(experiment, arm)
+    ]
+    check_steps(tuning, *(side.train(tuning) for side in sides.values()))
+    gold = partial(golds, experiment, stages, common)
+    best = {
+        name: choose(experiment, tuning, gold(f"{name}: ", side.tally.policies, "validation"))
+        for name, side in sides.items()
+    }
+    others = {name: other_seeds(experiment, chosen) for name, chosen in best.items()}
+    trained = [side.train(others[name]) for name, side in sides.items()]
+    check_steps(others["klash"], *trained)
+    found = {}
+    for name, side in sides.items():
+        finals = [(t, p) for t, p in side.tally.policies if t.setting == best[name][t.arm]]
+        values = gold(f"{name}: ", finals, "test")
+        at = {(t.arm, t.seed): value for (t, _), value in zip(finals, values, strict=True)}
+        found[name] = {a: [at[a, seed] for seed in experiment.seeds] for a in experiment.arms}
+    ours, theirs = (side.tally for side in sides.values())
+    return Compared(
+        experiment=experiment.name,
+        seeds=experiment.seeds,
+        peer_name=f"trl {version('trl')}, PPO {TRL}",
+        threads=experiment.workers * experiment.threads,
+        ratio=theirs.seconds / ours.seconds,
+        trainings=ours.trainings,
+        steps=ours.steps,
+        shares={name: side.tally.shares() for name, side in sides.items()},
+        settings=best,
+        gold=found,
+    )
+
+
+def check_steps(
+    names: Sequence[object], ours: Sequence[Trained], theirs: Sequence[Trained]
+) -> None:
+    """RuntimeError unless both sides took the same optimiser steps in each of these trainings."""
+    for name, mine, other in zip(names, ours, theirs, strict=True):
+        if mine.steps != other.steps:
+            raise RuntimeError(
+                f"klash speed experiment: {name}: {mine.steps} optimiser steps, but TRL's trainer "
+                f"took {other.steps}"
+            )
+
+
+def golds(
+    experiment: Experiment,
+    stages: Stages,
+    common: Common,
+    name: str,
+    policies: Sequence[tuple[Training, Path]],
+    split: str,
+) -> list[float]:
+    """Mean gold of each policy on prompts of `split`, read with `klash compare`'s meter."""
+
+    def gold(at: tuple[Training, Path]) -> float:
+        training, folder = at
+        given = None, None, training.seed, folder, "final", f"{name}{training}, {split}"
+        rows = evaluate_model(experiment, stages.run, common, *given, split)
+        return float(np.mean([row["gold"] for row in read_jsonl(rows / "rows.jsonl")]))
+
+    return stages.each(gold, policies)
+
+
+def choose(
+    experiment: Experiment, tried: Sequence[Training], gold: Sequence[float]
+) -> dict[str, dict[str, float]]:
+    """Each arm's setting with the highest mean gold, or its only one."""
+
+    def mean_gold(name: str, setting: dict[str, float]) -> float:
+        both = zip(tried, gold, strict=True)
+        return float(np.mean([g for t, g in both if (t.arm, t.setting) == (name, setting)] or 0.0))
+
+    return {
+        name: max(arm.settings, key=partial(mean_gold, name))
+        for name, arm in experiment.arms.items()
+    }
+
+
+def other_seeds(experiment: Experiment, chosen: dict[str, dict[str, float]]) -> list[Training]:
+    """Each arm at its setting, on the seeds that were not tuned on."""
+    return [
+        Training(name, setting, seed)
+        for name, setting in chosen.items()
+        for seed in experiment.seeds
+        if seed not in tuning_seeds(experiment, experiment.arms[name])
+    ]
+
+
+def table(found: Compared) -> str:
+    """Markdown: the ratio, the phases' shares, and the golds of both sides."""
+    machine = f"{found.threads} threads, {platform.machine()}, torch {torch.__version__}"
+    about = f"{len(found.seeds)} seeds, {found.trainings} trainings, {found.steps} optimiser steps"
+    lines = [
+        f"All trainings of `{found.experiment}` ({about}) on either side, {machine}: Klash ends "
+        f"{found.ratio:.2f} times as fast as TRL's trainers ({found.peer_name}).",
+        "",
+        "| | klash | trl |",
+        "|---|---|---|",
+    ]
+    for name, text in PHASES.items():
+        cells = (f"{found.shares[side][name]:.0%}" for side in found.shares)
+        lines.append(f"| share of {text} | {' | '.join(cells)} |")
+    for arm in found.gold["klash"]:
+        cells = (
+            f"{np.mean(found.gold[side][arm]):.3f} ({setting_text(found.settings[side][arm])})"
+            for side in found.gold
+        )
+        lines.append(f"| gold of {arm} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"

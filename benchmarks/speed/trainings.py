@@ -1,0 +1,190 @@
+"""The two sides of `klash speed experiment`: trainings as stages, and by TRL's trainers.
+
+Each side keeps a tally; its clock runs while it trains, and stands still in between.
+"""
+
+from collections.abc import Sequence
+from concurrent.futures import Executor
+from dataclasses import dataclass, field
+from functools import partial
+from itertools import chain
+from pathlib import Path
+from time import perf_counter
+from typing import NamedTuple
+
+from benchmarks.arms import (
+    Common,
+    Seed,
+    prepare_preferences,
+    prepare_reference,
+    prepare_reward,
+    prepare_seed,
+    setting_text,
+    train,
+)
+from benchmarks.experiment import Experiment
+from benchmarks.speed.assembled import (
+    Trained,
+    make_data,
+    train_direct,
+    train_ppo,
+    train_reward,
+    trl_setting,
+)
+from shared.preferences import read_pairs
+from shared.stages import Stages, read_json
+
+PHASES = {"reward": "reward models", "direct": "direct methods, references too", "ppo": "PPO"}
+
+
+class Training(NamedTuple):
+    """One policy to train."""
+
+    arm: str
+    setting: dict[str, float]
+    seed: int
+
+    def __str__(self) -> str:
+        return f"{self.arm} {setting_text(self.setting)}, seed {self.seed}"
+
+
+@dataclass
+class Tally:
+    """What one side has trained, and spent on it."""
+
+    seconds: float = 0.0  # wall
+    phases: dict[str, float] = field(default_factory=lambda: dict.fromkeys(PHASES, 0.0))
+    steps: int = 0
+    trainings: int = 0
+    policies: list[tuple[Training, Path]] = field(default_factory=list)
+
+    def add(self, phase: str, trained: Trained) -> None:
+        self.phases[phase] += trained.seconds
+        self.steps += trained.steps
+        self.trainings += 1
+
+    def shares(self) -> dict[str, float]:
+        return {name: spent / sum(self.phases.values()) for name, spent in self.phases.items()}
+
+
+@dataclass
+class Ours:
+    """Stages, as many at a time as there are workers."""
+
+    experiment: Experiment
+    stages: Stages
+    common: Common
+    tally: Tally = field(default_factory=Tally)
+    seeds: dict[int, Seed] = field(default_factory=dict)
+
+    def prepare(self) -> list[Trained]:
+        """Reward models and reference log-probabilities of all seeds."""
+        experiment, run, common = self.experiment, self.stages.run, self.common
+
+        def reward(seed: int) -> tuple[Path, ...]:
+            start = common.sft, common.scale_samples
+            return prepare_reward(experiment, run, *start, seed)[1:]
+
+        def reference(seed: int) -> tuple[Path, ...]:
+            preferences = prepare_preferences(experiment, run, common.sft, seed)
+            found = prepare_reference(experiment, run, common.sft, preferences, seed)
+            return tuple(folder for folder in found if folder)
+
+        parts = [partial(work, seed) for work in (reward, reference) for seed in experiment.seeds]
+        start = perf_counter()
+        folders = self.stages.each(lambda part: part(), parts)
+        self.tally.seconds += perf_counter() - start
+        rewards = [of_stage(folder) for (folder,) in folders[: len(experiment.seeds)]]
+        for trained in rewards:
+            self.tally.add("reward", trained)
+        for folder in chain(*folders[len(experiment.seeds) :]):
+            self.tally.phases["direct"] += read_json(folder / "cost.json")["wall_s"]
+        # What is left of a seed's stages evaluates, and is not timed
+        rest = self.stages.each(partial(prepare_seed, experiment, run, common), experiment.seeds)
+        self.seeds = dict(zip(experiment.seeds, rest, strict=True))
+        return rewards
+
+    def train(self, trainings: Sequence[Training]) -> list[Trained]:
+        def one(at: Training) -> Path:
+            seed, arm = self.seeds[at.seed], self.experiment.arms[at.arm]
+            given = self.stages.run, self.common, seed, at.arm, arm, at.setting
+            return train(self.experiment, *given)[0]
+
+        start = perf_counter()
+        folders = self.stages.each(one, trainings)
+        self.tally.seconds += perf_counter() - start
+        found = [of_stage(folder) for folder in folders]
+        for at, trained in zip(trainings, found, strict=True):
+            self.tally.add(self.experiment.arms[at.arm].kind, trained)
+            self.tally.policies.append((at, trained.folder))
+        return found
+
+
+def of_stage(folder: Path) -> Trained:
+    """A training's steps, of PPO those on its minibatches, and its seconds in its own process."""
+    steps = sum(row.get("ppo/minibatches", 1) for row in read_json(folder / "log.json"))
+    return Trained(folder, int(steps), read_json(folder / "cost.json")["wall_s"])
+
+
+@dataclass
+class Theirs:
+    """TRL's trainers, one after another."""
+
+    experiment: Experiment
+    common: Common
+    preferences: dict[int, Path]
+    folder: Path
+    trl: Executor
+    ppo: Executor
+    tally: Tally = field(default_factory=Tally)
+    rewards: dict[int, Path] = field(default_factory=dict)
+
+    def prepare(self) -> list[Trained]:
+        """Reward models of all seeds; making token ids is not timed."""
+        sft, references = self.common.sft, self.common.scale_samples
+        found = []
+        for seed, preferences in self.preferences.items():
+            self.trl.submit(make_data, self.data(seed), preferences, seed).result()
+            folder = self.folder / f"reward-{seed}"
+            given = folder, sft, self.data(seed), references, self.experiment.reward, seed
+            trained = self.trl.submit(train_reward, *given).result()
+            say(f"trl: reward model, seed {seed}")
+            self.rewards[seed] = folder
+            self.tally.seconds += trained.seconds
+            self.tally.add("reward", trained)
+            found.append(trained)
+        return found
+
+    def train(self, trainings: Sequence[Training]) -> list[Trained]:
+        found = []
+        for at in trainings:
+            trained = self.one(at)
+            say(f"trl: {at}")
+            self.tally.seconds += trained.seconds
+            self.tally.add(self.experiment.arms[at.arm].kind, trained)
+            self.tally.policies.append((at, trained.folder))
+            found.append(trained)
+        return found
+
+    def one(self, at: Training) -> Trained:
+        e, arm, sft = self.experiment, self.experiment.arms[at.arm], self.common.sft
+        folder = self.folder / f"trl-{at}"  # which its evaluation is known by
+        if arm.kind == "ppo":
+            given = folder, sft, self.rewards[at.seed], e.task, e.ppo, at.setting["kl_coef"]
+            return self.ppo.submit(train_ppo, *given, e.sampling, at.seed).result()
+        pairs = read_pairs(self.preferences[at.seed] / "train.jsonl")
+        setting = trl_setting(arm.loss, at.setting, pairs)
+        given = folder, sft, self.data(at.seed), arm.loss, setting, e.direct, at.seed
+        return self.trl.submit(train_direct, *given).result()
+
+    def data(self, seed: int) -> Path:
+        return self.folder / f"data-{seed}"
+
+
+Sides = dict[str, Ours | Theirs]
+
+
+def say(name: str, state: str = "done", _: float = 0.0) -> None:
+    """One line a stage or training."""
+    if state == "done":
+        print(f"{name}: done", flush=True)
