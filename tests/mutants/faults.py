@@ -40,6 +40,7 @@ SERVER = ("test_vllm_server.py",)
 PASSES = ("test_ppo_passes.py",)
 LORA = ("test_lora.py",)
 GROWTH = ("test_speed_growth.py",)
+BESIDE_TRL = ("test_speed_experiment.py",)
 FIT = ("test_fit.py", "test_rlhf_losses.py", "test_direct.py")
 
 FAULTS = (
@@ -828,6 +829,33 @@ FAULTS = (
         "growth: the peak of the last stage alone", "benchmarks/speed/growing.py",
         "self.most = max(self.most, peak_memory_bytes())", "self.most = peak_memory_bytes()",
         "memory is flat whatever the other stages hold", GROWTH,
+    # The whole experiment beside TRL's trainers
+    Fault(
+        "beside TRL: one epoch for TRL", "benchmarks/speed/assembled.py",
+        "trainer_settings(folder, direct.optimizer, direct.batch_size, direct.epochs)",
+        "trainer_settings(folder, direct.optimizer, direct.batch_size, 1)",
+        "TRL has less to do", BESIDE_TRL,
+    ),
+    Fault(
+        "beside TRL: a setting's own rate forgotten", "benchmarks/speed/assembled.py",
+        "start, direct = perf_counter(), with_setting(direct, setting)",
+        "start = perf_counter()",
+        "TRL's policies are those of another learning rate", BESIDE_TRL,
+    ),
+    Fault(
+        "beside TRL: data in memory", "benchmarks/speed/assembled.py",
+        "Dataset.load_from_disk(data)", "Dataset.load_from_disk(data, keep_in_memory=True)",
+        "TRL scores its reference anew for each training", BESIDE_TRL,
+    ),
+    Fault(
+        "beside TRL: only more steps of ours are refused", "benchmarks/speed/experiment.py",
+        "if mine.steps != other.steps:", "if mine.steps > other.steps:",
+        "less work counts as speed", BESIDE_TRL,
+    ),
+    Fault(
+        "beside TRL: the ratio upside down", "benchmarks/speed/experiment.py",
+        "ratio=theirs.seconds / ours.seconds", "ratio=ours.seconds / theirs.seconds",
+        "the slower side looks faster", BESIDE_TRL,
     ),
 )  # fmt: skip
 
