@@ -30,6 +30,7 @@ SAMPLER = ("test_generation.py",)
 PAIRS = ("test_preferences.py",)
 FILTER = ("test_filtered.py",)
 REWARD = ("test_reward.py",)
+ONOFF = ("test_onoff.py",)
 STATISTICS = ("test_statistics.py",)
 METRICS = ("test_metrics.py",)
 FRONTIER = ("test_frontier.py",)
@@ -606,6 +607,23 @@ FAULTS = (
         'if not (math.isfinite(log["loss"]) and math.isfinite(log["grad_norm"])):',
         'if not math.isfinite(log["loss"]):',
         "an infinite gradient destroys the weights", FIT,
+    ),
+    # Optimisations on against off
+    Fault(
+        "onoff: padding is not switched", "benchmarks/switches.py",
+        'PADDED = {"shared.packing.FAMILIES": ()}', 'PADDED = {"shared.packing.SHORT": 1}',
+        "packed passes are compared with themselves", ONOFF,
+    ),
+    Fault(
+        "onoff: one side alone can fail", "benchmarks/onoff_report.py",
+        'return abs(end["gold_difference"]["mean"]) <= GOLD',
+        'return end["gold_difference"]["mean"] <= GOLD',
+        "an optimisation that costs gold passes", ONOFF,
+    ),
+    Fault(
+        "onoff: the last step's losses", "benchmarks/switches.py",
+        "losses[: 1 + both]", "losses[-1 - both :]",
+        "what drifted apart in training counts as a first step", ONOFF,
     ),
     # Statistics
     Fault(
