@@ -133,9 +133,9 @@ def run_seed(
             label = f"reward model examined, seed {number}"
             about |= {"reward_model": made, "label": label}
             return Done(made, switch("reward-scores", examine_reward, **about))
-        own = VARIANTS[job.variant].resampled
-        seed = prepare_seed(experiment, switch, common, number) if own else shared
         arm = experiment.arms[job.arm]
+        own = VARIANTS[job.variant].resampled and arm.kind == "direct"
+        seed = prepare_seed(experiment, switch, common, number) if own else shared
         made = train_arm(experiment, switch, common, seed, job.arm, arm, arm.settings[0])[0]
         label = f"{job.arm}, seed {number}, {job.variant}"
         inputs = common, None, None, number, made, "final", label

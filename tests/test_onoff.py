@@ -13,8 +13,9 @@ from transformers import PreTrainedModel
 
 import dpo.train
 from benchmarks import switches
+from benchmarks.arms import Common
 from benchmarks.experiment import load_experiment
-from benchmarks.onoff import jobs_of, onoff_with, under
+from benchmarks.onoff import jobs_of, onoff_with, run_seed, under
 from benchmarks.onoff_report import Done, Job, Seed, arms_of, compare, end, markdown, verdict
 from benchmarks.switches import COMPARISONS, DEFAULT, VARIANTS, apart, in_force, probe, switched
 from dpo.train import DirectConfig
@@ -415,6 +416,33 @@ def test_pairs_are_shared_but_where_sampling_is_switched():
         ("sft", None), ("preferences", None), ("ppo", "padded"),
         ("sft", None), ("preferences", "prompts apart"), ("ppo", "prompts apart"),
     ]  # fmt: skip
+
+
+def test_everything_that_is_compared_starts_from_the_same_models():
+    """Pairs are an arm's own where sampling is switched; PPO's reward model is one for all."""
+    trained: dict[tuple[str, str], dict[str, Any]] = {}
+
+    class Recorder:
+        def run(self, name: str, work: Any, *, label: str = "", **inputs: Any) -> Path:
+            variant = str(inputs.get("variant", ""))
+            if name in ("ppo", "direct"):
+                trained[name, variant] = inputs
+            return Path(f"{name} {variant}")
+
+        def each(self, function: Any, items: Any) -> list[Any]:
+            return [function(item) for item in items]
+
+    variants = DEFAULT, "padded", "all off"
+    common = Common(*map(Path, ("sft", "scale", "frontier", "test")))
+    jobs = [Job(v, arm) for v in variants for arm in ("dpo", "ppo", "reward")]
+    seed = run_seed(dict.fromkeys(variants, EXPERIMENT), Recorder(), common, jobs, 0)  # pyright: ignore
+    ppo, direct = ([trained[kind, v] for v in variants] for kind in ("ppo", "direct"))
+    assert {inputs["policy"] for inputs in ppo + direct} == {Path("sft")}
+    assert {inputs["reward_model"] for inputs in ppo} == {Path(f"reward {DEFAULT}")}
+    pairs = [inputs["preferences"] for inputs in direct]
+    assert pairs == [Path("preferences "), Path("preferences "), Path("preferences all off")]
+    rewards = [seed.done[Job(v, "reward")].trained for v in variants]
+    assert rewards == [Path(f"reward {v}") for v in variants]
 
 
 def test_an_unknown_optimisation_is_named(tmp_path: Path):

@@ -847,6 +847,7 @@ FAULTS = (
         "growth: the peak of the last stage alone", "benchmarks/speed/growing.py",
         "self.most = max(self.most, peak_memory_bytes())", "self.most = peak_memory_bytes()",
         "memory is flat whatever the other stages hold", GROWTH,
+    ),
     # The whole experiment beside TRL's trainers
     Fault(
         "beside TRL: one epoch for TRL", "benchmarks/speed/assembled.py",
