@@ -240,7 +240,7 @@ def test_in_a_series_one_thing_grows():
         known = [size for size in sizes if size is not None]
         assert known == sorted(known), axis
         assert len(known) in (0, len(sizes)), axis
-    models = [step.model for _, step in PLAN.steps["thousand parameters, by width"]]
+    models = [step.model for _, step in PLAN.steps["parameters (thousands), by width"]]
     assert {model.layers for model in models} == {ModelConfig().layers}
     for axis, trainings in PLAN.trainings.items():
         for size, training in trainings:

@@ -56,13 +56,13 @@ PLAN = Plan(
         "pairs": [(n, Step(pairs=n)) for n in (16, 32, 64, 128)],
         "completion tokens": [(n, Step(completion_tokens=n)) for n in (8, 16, 32, 64)],
         "vocabulary": [(n, Step(vocabulary=n)) for n in (1024, 2048, 4096, 8192)],
-        "thousand parameters, by width": [(None, wide(n)) for n in (64, 128, 192, 256)],
-        "thousand parameters, by layers": [
+        "parameters (thousands), by width": [(None, wide(n)) for n in (64, 128, 192, 256)],
+        "parameters (thousands), by layers": [
             (None, Step(model=ModelConfig(layers=n))) for n in (2, 4, 6, 8)
         ],
     },
     trainings={
-        "pairs": [(n, Training(pairs=n)) for n in (256, 512, 1024, 2048)],
+        "pairs": [(n, Training(pairs=n)) for n in (256, 512, 1024, 1536)],
         "arms": [(n, Training(arms=ARMS[:n])) for n in (1, 2, 3, 4)],
         "seeds": [(n, Training(seeds=n)) for n in (1, 2, 3)],
     },
