@@ -146,7 +146,7 @@ def speed(
         runs: the folder of all runs.
         models: only on these (smollm2-135m, reviews).
         dtypes: only in these (float32, bfloat16).
-        shapes: only of these (prompt-heavy, equal, completion-heavy; generation: 64 x 64, mixed).
+        shapes: only of these, such as prompt-heavy, equal or completion-heavy; see the table.
         quick: of `experiment`: its smaller form.
     """
     set_up_process(threads)

@@ -8,7 +8,7 @@ from statistics import mean
 import pytest
 from transformers import PreTrainedTokenizerBase
 
-from benchmarks.speed.cases import LOADS, Case, Load, draw_pairs, make_case
+from benchmarks.speed.cases import LOADS, Case, Load, Shape, draw_pairs, make_case
 from benchmarks.speed.direct import compare, our_steps, setting
 from benchmarks.speed.peers import labelled_rows, train_in_turn
 from benchmarks.speed.sides import Choice, Done
@@ -17,11 +17,10 @@ from shared.preferences import read_pairs
 
 WORKS = ("dpo", "ipo", "kto", "reward")
 TINY = Load(
-    batch=3,
     learning_rate=5e-3,
     precisions=("float32", "bfloat16"),
     completion_tokens=(3, 9),
-    shapes={"equal": 1.0},
+    shapes={"equal": Shape(3, 1.0)},
 )
 
 
@@ -64,11 +63,14 @@ def test_drawn_pairs_hold_ordinary_tokens_and_one_eos_and_can_be_drawn_again(
 
 
 def test_the_named_shapes_are_what_their_names_say():
-    assert LOADS["smollm2-135m"].shapes == {
+    shapes = LOADS["smollm2-135m"].shapes
+    assert {name: shape.prompt_ratio for name, shape in shapes.items()} == {
         "prompt-heavy": 2.0,
+        "prompt-heavy, batch 16": 2.0,
         "equal": 1.0,
         "completion-heavy": 0.25,
     }
+    assert [shape.batch for shape in shapes.values()] == [4, 16, 4, 4]
     assert LOADS["reviews"].precisions == ("float32",)
 
 

@@ -29,30 +29,39 @@ LOSSES = {  # work: our loss and its setting
 }
 
 
+class Shape(NamedTuple):
+    """Of a step's pairs: their number, and prompt tokens for each completion token."""
+
+    batch: int
+    prompt_ratio: float
+
+
 class Load(NamedTuple):
     """What one model trains on: so large a rate that the second step's loss says something."""
 
-    batch: int  # pairs a step
     learning_rate: float
     precisions: tuple[Precision, ...]
     completion_tokens: tuple[int, int]  # least and most, EOS included
-    shapes: dict[str, float]  # prompt tokens for each completion token
+    shapes: dict[str, Shape]
 
 
 LOADS = {
     "smollm2-135m": Load(
-        batch=4,
         learning_rate=1e-5,
         precisions=("float32", "bfloat16"),
         completion_tokens=(24, 48),
-        shapes={"prompt-heavy": 2.0, "equal": 1.0, "completion-heavy": 0.25},
+        shapes={
+            "prompt-heavy": Shape(4, 2.0),
+            "prompt-heavy, batch 16": Shape(16, 2.0),
+            "equal": Shape(4, 1.0),
+            "completion-heavy": Shape(4, 0.25),
+        },
     ),
     "reviews": Load(
-        batch=64,
         learning_rate=5e-4,
         precisions=("float32",),
         completion_tokens=(5, 16),
-        shapes={"equal": 1.15},  # prompts of some 12 tokens
+        shapes={"equal": Shape(64, 1.15)},  # prompts of some 12 tokens
     ),
 }
 
@@ -93,8 +102,8 @@ def make_case(
 ) -> Case:
     """Lay out in `folder` what `steps` steps of both sides need: pairs, and what the loss reads."""
     tokenizer, model, data = load_tokenizer(policy), policy, output_folder(folder / "data")
-    ratio = load.shapes[shape]
-    pairs = draw_pairs(steps * load.batch, load.completion_tokens, ratio, tokenizer, seed=0)
+    batch, ratio = load.shapes[shape]
+    pairs = draw_pairs(steps * batch, load.completion_tokens, ratio, tokenizer, seed=0)
     write_jsonl(data / "train.jsonl", [pair._asdict() for pair in pairs])
     if work == "reward":
         model = folder / "model"
@@ -103,7 +112,7 @@ def make_case(
         score_reference(data, policy, data, precision)
         if LOSSES[work][0] in UNPAIRED:
             score_mismatched(data, policy, data, 0, precision)
-    return Case(work, precision, load.batch, load.learning_rate, model, data)
+    return Case(work, precision, batch, load.learning_rate, model, data)
 
 
 def draw_pairs(

@@ -6,7 +6,7 @@ from time import perf_counter
 from typing import NamedTuple
 
 from benchmarks.process import stage_context
-from benchmarks.speed.cases import Case, Load, make_case
+from benchmarks.speed.cases import Case, Load, Shape, make_case
 from benchmarks.speed.sides import Done, Work, seconds_since
 from dpo.reference import score_reference
 from dpo.train import DirectConfig, train_direct
@@ -58,11 +58,10 @@ def step_case(step: Step, steps: int, folder: Path) -> tuple[Case, int]:
     save(model, tokenizer, folder / "policy")
     length = step.completion_tokens
     load = Load(
-        batch=step.pairs,
         learning_rate=5e-4,
         precisions=("float32",),
         completion_tokens=(length, length),
-        shapes={"": PROMPT_TOKENS / length},
+        shapes={"": Shape(step.pairs, PROMPT_TOKENS / length)},
     )
     case = make_case("dpo", "float32", load, "", steps, folder / "policy", folder)
     return case, model.num_parameters()
