@@ -94,6 +94,7 @@ class Variant:
 
 PADDED = {"shared.packing.FAMILIES": ()}  # no model packs: transformers' own forward pass
 SDPA = {"shared.packing.SHORT": 0}  # no row is short
+WHOLE_LAYER = {"shared.packing._tell_mlp": lambda *_: None}  # nor does the last layer know
 BLOCKS = {"shared.logprobs.BLOCK": 2**12}  # logits: 38 tokens of the vocabulary of `reviews`
 PROMPTS_APART = {"shared.generation.hf.HFEngine._generate_batch": each_prompt_read}
 SCORED_AGAIN = {"dpo.train.Dataset": ScoredAgain}
@@ -107,6 +108,7 @@ VARIANTS = {
     "as it comes": Variant(),
     "padded": Variant(PADDED),
     "SDPA": Variant(SDPA),
+    "whole last layer": Variant(WHOLE_LAYER),
     "blocks": Variant(BLOCKS),
     "prompts apart": Variant(PROMPTS_APART, resampled=True),
     "scored again": Variant(SCORED_AGAIN),
@@ -133,6 +135,9 @@ EVERY = ("direct", "ppo", "reward")
 COMPARISONS = (
     Comparison("packed passes", "padded rows, transformers' own pass", DEFAULT, "padded", EVERY),
     Comparison("short attention", "SDPA on packed rows", DEFAULT, "SDPA", EVERY),
+    Comparison(
+        "last MLP where it is read", "at every token", DEFAULT, "whole last layer", EVERY
+    ),
     Comparison("logits in blocks", "all at once", "blocks", DEFAULT, ("direct", "ppo")),
     Comparison(
         "prompts read once", "once a sample, in making pairs",

@@ -3,9 +3,10 @@
 import torch
 from torch import Tensor
 
-from shared.cost import Meter, distinct_prompt_tokens, forward_flops
+from shared.cost import At, Meter, distinct_prompt_tokens, forward_flops
 from shared.generation.engine import Completions, Engine, Sampling
 from shared.models import Scorer
+from shared.packing import packs
 
 
 def best_of_n(
@@ -27,6 +28,7 @@ def best_of_n(
     meter.generation(engine.model, repeated, drawn.ids)
     lengths = [len(p) + len(c) for p, c in zip(repeated, drawn.ids, strict=True)]
     tokens = distinct_prompt_tokens(repeated) + sum(map(len, drawn.ids))
-    meter.flops += forward_flops(scorer.model, lengths, tokens)
+    read = len(lengths) if packs(scorer.model) else tokens
+    meter.flops += forward_flops(scorer.model, lengths, At(tokens, read, 0))
     best = scores.view(len(prompts), n).argmax(1) + n * torch.arange(len(prompts))
     return drawn.rows(best.tolist())

@@ -84,7 +84,7 @@ def reward_loss(meter: Meter, center: float) -> Loss[Part]:
     """Bradley-Terry on raw scores, for `step`; `meter` counts its passes."""
 
     def loss(model: PreTrainedModel, part: Part) -> tuple[Tensor, dict[str, float]]:
-        meter.forward(model, part.sequences, backward=True)
+        meter.forward(model, part.sequences, backward=True, ends=True)
         chosen, rejected = sequence_scores(model, part.sequences).chunk(2)
         accuracy = (chosen > rejected).float().mean().item()
         p = part.p.to(chosen.device)

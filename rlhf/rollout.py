@@ -231,7 +231,7 @@ def score_rollout(
             rollout.ref_logprobs[index, :columns] = actors.reference_pass(batch)
         rollout.values[index, :columns] = values.masked_fill(~batch.mask, 0.0)
         if actors.scorer.model is not None:
-            actors.meter.forward(actors.scorer.model, batch)
+            actors.meter.forward(actors.scorer.model, batch, ends=True)
     return rollout, scores
 
 

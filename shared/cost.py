@@ -15,7 +15,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from shared.packing import distinct_tokens, packs
+from shared.packing import READ, distinct_tokens, packs
 from shared.sequences import Sequences
 
 PACKAGES = ("torch", "transformers", "trl", "accelerate", "datasets", "peft", "numpy", "scipy")
@@ -25,8 +25,9 @@ class Meter:
     """Counts as the work goes on; `summary()` is what a stage's manifest keeps.
 
     FLOPs count non-padding tokens and unmasked attention: a forward pass of n tokens is
-    2 n parameters + 2 n^2 hidden layers, the output head at completion tokens only; a backward
-    pass twice that, less the gradients of matrices that do not train. For a sum over rows.
+    2 n parameters + 2 n^2 hidden layers, where the output head and, packed, the last layer's MLP
+    see only the tokens that are read; a backward pass twice that, less the gradients of matrices
+    that do not train. For a sum over rows.
     """
 
     def __init__(self) -> None:
@@ -54,21 +55,23 @@ class Meter:
         backward: bool = False,
         *,
         logits: bool = True,
+        ends: bool = False,
     ) -> None:
         """Counts a pass over `batch`; with `backward` also its gradient and the trained tokens.
 
-        A prompt that a packed pass computes once for several rows is counted once; without
-        `logits` a policy's output head is not used.
+        A prompt that a packed pass computes once for several rows is counted once. Without
+        `logits` a policy's output head is not used; `ends`: only each row's last token is read.
         """
         lengths = batch.attention.sum(1).tolist()
-        tokens = distinct_tokens(batch) if packs(model) else sum(lengths)
-        predicted = int(batch.mask.sum()) if logits else 0
-        flops = forward_flops(model, lengths, tokens, predicted)
+        at = At(sum(lengths), sum(lengths), int(batch.mask.sum()) if logits else 0)
+        if packs(model):
+            tokens, predicting = distinct_tokens(batch)
+            at = at._replace(trunk=tokens, last_mlp=len(lengths) if ends else predicting)
+        flops = forward_flops(model, lengths, at)
         self.flops += flops
         if backward:
-            sizes = matrices(model)
-            frozen = tokens * sizes.frozen_trunk + predicted * sizes.frozen_head
-            self.flops += 2 * flops - 2.0 * frozen
+            frozen = zip(at, matrices(model)[1], strict=True)
+            self.flops += 2 * flops - 2.0 * sum(seen * size for seen, size in frozen)
             self.train_tokens += sum(lengths)
 
     def generation(
@@ -79,7 +82,7 @@ class Meter:
         self.generated_tokens += generated
         lengths = [len(p) + len(c) for p, c in zip(prompts, completions, strict=True)]
         tokens = distinct_prompt_tokens(prompts) + generated
-        self.flops += forward_flops(model, lengths, tokens, generated)
+        self.flops += forward_flops(model, lengths, At(tokens, tokens, generated))
 
     def state(self) -> dict[str, Any]:
         """What `restore` goes on from, in another process too."""
@@ -100,22 +103,20 @@ class Meter:
         }
 
 
-def forward_flops(
-    model: PreTrainedModel,
-    lengths: list[int],
-    tokens: int | None = None,
-    predicted: int | None = None,
-) -> float:
-    """FLOPs of a forward pass over rows of these lengths.
+class At(NamedTuple):
+    """Numbers for the parts of a model: tokens that go through them, or parameters of matrices."""
 
-    `tokens`: how many go through the matrices, if rows share some; `predicted`: for how many the
-    output head makes logits, if not for all.
-    """
-    config, sizes = model.config.get_text_config(), matrices(model)
+    trunk: int  # all but the others
+    last_mlp: int  # of a model that packs
+    head: int  # makes logits; tied embeddings count here
+
+
+def forward_flops(model: PreTrainedModel, lengths: list[int], at: At | None = None) -> float:
+    """FLOPs of a forward pass over rows of these lengths; `at`: of fewer tokens than all."""
+    config = model.config.get_text_config()
     causal = config.num_hidden_layers * config.hidden_size
-    through = sum(lengths) if tokens is None else tokens
-    at_head = through if predicted is None else predicted
-    products = through * sizes.trunk + at_head * sizes.head
+    at = at or At(*[sum(lengths)] * 3)
+    products = sum(seen * size for seen, size in zip(at, matrices(model)[0], strict=True))
     return 2.0 * products + sum(2.0 * n * n * causal for n in lengths)
 
 
@@ -123,32 +124,22 @@ def distinct_prompt_tokens(prompts: list[list[int]]) -> int:
     return sum(map(len, set(map(tuple, prompts))))
 
 
-class Matrices(NamedTuple):
-    """Parameters that a token is multiplied with, in the output head and below; which are frozen.
-
-    Embeddings that are tied to the head count as head.
-    """
-
-    trunk: int
-    head: int
-    frozen_trunk: int
-    frozen_head: int
+_matrices: WeakKeyDictionary[nn.Module, tuple[At, At]] = WeakKeyDictionary()
 
 
-_matrices: WeakKeyDictionary[nn.Module, Matrices] = WeakKeyDictionary()
-
-
-def matrices(model: PreTrainedModel) -> Matrices:
-    """Counted once a model."""
+def matrices(model: PreTrainedModel) -> tuple[At, At]:
+    """Parameters that a token is multiplied with, and those of them that are frozen; counted once
+    a model."""
     if model not in _matrices:
+        found, frozen = [0, 0, 0], [0, 0, 0]
+        mlp = {m for top in model.modules() if hasattr(top, READ) for m in top.modules()}
         head = model.get_output_embeddings()
-        sizes = [0, 0, 0, 0]
         for module in model.modules():
             if isinstance(module, nn.Linear | Conv1D):
-                part, weight = module is head, module.weight
-                sizes[part] += weight.numel()  # pyright: ignore
-                sizes[2 + part] += 0 if weight.requires_grad else weight.numel()  # pyright: ignore
-        _matrices[model] = Matrices(*sizes)
+                part, weight = 2 if module is head else int(module in mlp), module.weight
+                found[part] += weight.numel()  # pyright: ignore
+                frozen[part] += 0 if weight.requires_grad else weight.numel()  # pyright: ignore
+        _matrices[model] = At(*found), At(*frozen)
     return _matrices[model]
 
 

@@ -9,8 +9,8 @@ from transformers import PreTrainedModel
 
 from shared.cost import Meter
 from shared.lora import value_head
-from shared.models import trunk
-from shared.packing import pack, packed_inputs, packs
+from shared.models import last_states
+from shared.packing import packs
 from shared.sequences import Sequences, by_length, collate
 
 BLOCK = 2**26  # logits held at once: 256 MiB in float32
@@ -40,9 +40,7 @@ def predicting_states(model: PreTrainedModel, batch: Sequences) -> Tensor:
 
     The output head sees these only, and no prompt.
     """
-    packed = pack(batch)
-    predicting = packed.place[:, batch.prompt_width - 1 : -1][batch.mask]
-    return trunk(model)(**packed_inputs(packed)).last_hidden_state[0, predicting]
+    return last_states(model, batch, batch.predicting)
 
 
 def output_head(model: PreTrainedModel) -> nn.Module:

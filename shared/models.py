@@ -159,34 +159,36 @@ def trunk(model: PreTrainedModel) -> nn.Module:
     return getattr(below, below.base_model_prefix)
 
 
-def token_scalars(model: PreTrainedModel, batch: Sequences) -> Tensor:
-    """The head's output at every position, (B, P + T); anything where there is padding."""
-    batch = batch.to(model.device)
+def last_states(model: PreTrainedModel, batch: Sequences, at: Tensor) -> Tensor:
+    """The last hidden states of the tokens where `at` (B, P + T), (M, H), row by row."""
     if packs(model):
         packed = pack(batch)
-        hidden = trunk(model)(**packed_inputs(packed)).last_hidden_state
-        return scalar_head(model)(hidden).flatten().float()[packed.place]
-    hidden = trunk(model)(
+        tokens = packed.place[at]
+        return trunk(model)(**packed_inputs(packed, tokens)).last_hidden_state[0, tokens]
+    return trunk(model)(
         input_ids=batch.ids,
         attention_mask=batch.attention,
         position_ids=batch.positions,
         use_cache=False,
-    ).last_hidden_state
-    return scalar_head(model)(hidden).squeeze(-1).float()
+    ).last_hidden_state[at]
+
+
+def token_scalars(model: PreTrainedModel, batch: Sequences, at: Tensor) -> Tensor:
+    """The head's output at the tokens where `at` (B, P + T), (M,), row by row."""
+    batch, at = batch.to(model.device), at.to(model.device)
+    return scalar_head(model)(last_states(model, batch, at)).squeeze(-1).float()
 
 
 def state_values(model: PreTrainedModel, batch: Sequences) -> Tensor:
-    """V(prompt, tokens before t) for each completion token t, (B, T)."""
-    length = batch.mask.shape[1]
-    return token_scalars(model, batch)[:, -length - 1 : -1]
+    """V(prompt, tokens before t) for each completion token t, (B, T); 0 where `mask` is False."""
+    return batch.to(model.device).spread(token_scalars(model, batch, batch.predicting))
 
 
 def sequence_scores(model: PreTrainedModel, batch: Sequences) -> Tensor:
     """The raw score at each row's last token (EOS unless it was cut), found by length, (B,)."""
-    batch = batch.to(model.device)
-    prompt_columns = batch.ids.shape[1] - batch.mask.shape[1]
-    last = prompt_columns + batch.lengths - 1
-    return token_scalars(model, batch).gather(1, last.unsqueeze(1)).squeeze(1)
+    last = torch.zeros_like(batch.attention, dtype=torch.bool)
+    last[torch.arange(len(last)), batch.prompt_width + batch.lengths - 1] = True
+    return token_scalars(model, batch, last)
 
 
 class Scorer:

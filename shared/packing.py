@@ -6,6 +6,7 @@ prompt's keys and values into each row that holds it), runs causally on rows ali
 where padding comes last and is never looked at, and puts the outputs back.
 
 It plugs into transformers as an attention implementation, so the models stay the library's own.
+The last layer's MLP sees only the tokens whose states are read: its others end in nothing.
 Families other than FAMILIES, and models that attend through a sliding window, run on padded rows.
 """
 
@@ -19,7 +20,7 @@ from transformers.masking_utils import sdpa_mask
 
 from shared.sequences import Sequences
 
-PACKED = "klash_packed"
+PACKED, READ = "klash_packed", "packed_read"
 SHORT = 2**22  # attention weights of a layer, up to which they are computed all at once
 FAMILIES = ("llama", "gpt_neox", "gpt2", "qwen2", "qwen3")
 
@@ -37,14 +38,9 @@ class Packed(NamedTuple):
 def pack(batch: Sequences) -> Packed:
     """The distinct tokens of `batch`: all completions, and each distinct prompt once."""
     real, width = batch.attention.bool(), batch.prompt_width
-    prompts = batch.ids[:, :width].masked_fill(~real[:, :width], -1)
-    distinct, prompt_of = prompts.unique(dim=0, return_inverse=True)
-    row = torch.arange(len(real), device=real.device)
-    first = row.new_full((len(distinct),), len(real)).scatter_reduce(0, prompt_of, row, "amin")
-    owner = first[prompt_of]  # the row that holds this row's prompt
-
+    owner = prompt_owners(batch)
     kept = real.clone()
-    kept[:, :width] &= (owner == row).unsqueeze(1)
+    kept[:, :width] &= (owner == torch.arange(len(real), device=real.device)).unsqueeze(1)
     number = kept.flatten().cumsum(0).view(real.shape) - 1
     number[:, :width] = number[owner, :width]
     place = number.masked_fill(~real, 0)
@@ -58,11 +54,26 @@ def pack(batch: Sequences) -> Packed:
     return Packed(batch.ids[kept][None], batch.positions[kept][None], place, rows, back)
 
 
-def distinct_tokens(batch: Sequences) -> int:
-    """How many tokens `pack` leaves."""
-    left, width = batch.attention.bool(), batch.prompt_width
-    prompts = batch.ids[:, :width].masked_fill(~left[:, :width], -1).unique(dim=0)
-    return int((prompts != -1).sum() + batch.mask.sum())
+def distinct_tokens(batch: Sequences) -> tuple[int, int]:
+    """How many tokens `pack` leaves, and how many of them predict a completion's."""
+    owner = prompt_owners(batch)
+    prompts = batch.attention[:, : batch.prompt_width].sum(1)
+    alone = owner == torch.arange(len(owner), device=owner.device)
+    completions, again = int(batch.mask.sum()), int((~alone).sum())
+    return int(prompts[alone].sum()) + completions, completions - again
+
+
+def prompt_owners(batch: Sequences) -> Tensor:
+    """The first row with the same prompt, of each row, (B,).
+
+    By a dictionary: `unique` takes rows apart one by one, for longer than a small model's layer.
+    """
+    width = batch.prompt_width
+    padding = batch.attention[:, :width] == 0
+    prompts = batch.ids[:, :width].masked_fill(padding, -1).cpu().numpy()
+    first: dict[bytes, int] = {}
+    owners = [first.setdefault(prompt.tobytes(), row) for row, prompt in enumerate(prompts)]
+    return torch.tensor(owners, device=batch.ids.device)
 
 
 def packs(model: PreTrainedModel) -> bool:
@@ -75,11 +86,22 @@ def let_pack(model: PreTrainedModel) -> PreTrainedModel:
     windows = "sliding_attention" in (getattr(model.config, "layer_types", None) or ())
     if model.config.model_type in FAMILIES and not windows:
         model.set_attn_implementation(PACKED)
+        below: Any = getattr(model, model.base_model_prefix)
+        last = below.h[-1] if model.config.model_type == "gpt2" else below.layers[-1]
+        if not hasattr(last.mlp, READ):
+            last.mlp.packed_read = None
+            last.register_forward_pre_hook(_tell_mlp, with_kwargs=True)
+            last.mlp.register_forward_pre_hook(_gather_read)
+            last.mlp.register_forward_hook(_spread_read)
     return model
 
 
-def packed_inputs(packed: Packed) -> dict[str, Any]:
-    """Arguments of a forward pass. The mask is not read: of four axes, it is taken as it is."""
+def packed_inputs(packed: Packed, read: Tensor) -> dict[str, Any]:
+    """Arguments of a forward pass after which the states of the tokens with the numbers `read` are
+    right, and others not. The mask is not read: of four axes, it is taken as it is.
+    """
+    wanted = packed.ids.new_zeros(packed.ids.shape[1], dtype=torch.bool)
+    wanted[read] = True
     return {
         "input_ids": packed.ids,
         "position_ids": packed.positions,
@@ -87,7 +109,25 @@ def packed_inputs(packed: Packed) -> dict[str, Any]:
         "use_cache": False,
         "packed_rows": packed.rows,
         "packed_back": packed.back,
+        "packed_read": wanted.nonzero().squeeze(1),
     }
+
+
+def _tell_mlp(layer: Any, args: Any, kwargs: dict[str, Any]) -> None:
+    """Of the last layer: its MLP is not told by transformers what is read."""
+    read = kwargs.get("packed_read")
+    layer.mlp.packed_read = None if read is None else (read, len(kwargs["packed_back"]))
+
+
+def _gather_read(mlp: Any, args: tuple[Tensor]) -> Tensor | None:
+    return None if mlp.packed_read is None else args[0].index_select(1, mlp.packed_read[0])
+
+
+def _spread_read(mlp: Any, args: Any, output: Tensor) -> Tensor | None:
+    if mlp.packed_read is None:
+        return None
+    (read, tokens), mlp.packed_read = mlp.packed_read, None
+    return output.new_zeros(1, tokens, output.shape[2]).index_copy(1, read, output)
 
 
 def packed_attention(

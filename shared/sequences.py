@@ -34,6 +34,13 @@ class Sequences(NamedTuple):
         return self.mask.sum(1)
 
     @property
+    def predicting(self) -> Tensor:
+        """Where the next token is a completion's, (B, P + T): as many places as `mask` has."""
+        at = torch.zeros_like(self.attention, dtype=torch.bool)
+        at[:, self.prompt_width - 1 : -1] = self.mask
+        return at
+
+    @property
     def positions(self) -> Tensor:
         """Position of each token in its own row, (B, P + T), whatever the padding before it."""
         return (self.attention.cumsum(1) - 1).clamp(min=0)
@@ -54,14 +61,15 @@ def collate(
         raise ValueError("a completion has no tokens: a completion holds at least its EOS")
     if any(len(p) == 0 for p in prompts):
         raise ValueError("a prompt has no tokens: nothing would predict its completion's first one")
-    left, right = max(map(len, prompts)), max(map(len, completions))
-    ids = torch.full((len(prompts), left + right), pad_id)
-    attention = torch.zeros_like(ids)
-    for row, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
-        start, end = left - len(prompt), left + len(completion)
-        ids[row, start:end] = torch.tensor([*prompt, *completion])
-        attention[row, start:end] = 1
-    return Sequences(ids, attention, attention[:, left:].bool())
+    before, after = [*map(len, prompts)], [*map(len, completions)]
+    left, right = max(before), max(after)
+    rows = [
+        [pad_id] * (left - len(p)) + [*p, *c] + [pad_id] * (right - len(c))
+        for p, c in zip(prompts, completions, strict=True)
+    ]
+    mask = torch.arange(right) < torch.tensor(after).unsqueeze(1)
+    real = torch.arange(left, 0, -1) <= torch.tensor(before).unsqueeze(1)
+    return Sequences(torch.tensor(rows), torch.cat([real, mask], dim=1).long(), mask)
 
 
 def by_length(lengths: Sequence[int], batch_size: int) -> Iterator[list[int]]:

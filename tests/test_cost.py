@@ -16,7 +16,7 @@ from transformers import (
     PreTrainedModel,
 )
 
-from shared.cost import Meter, forward_flops, matmul_rate, peak_memory_bytes
+from shared.cost import At, Meter, forward_flops, matmul_rate, peak_memory_bytes
 from shared.models import load_policy, load_scalar_model
 from shared.sequences import Sequences, collate
 
@@ -100,7 +100,7 @@ def test_padding_counts_nothing():
     for row in [(3, 4), (9, 2), (1, 20)]:
         apart.forward(model, batch([row]))
     assert together.flops == pytest.approx(apart.flops)
-    assert together.flops == pytest.approx(forward_flops(model, [7, 11, 21], predicted=4 + 2 + 20))
+    assert together.flops == pytest.approx(forward_flops(model, [7, 11, 21], At(39, 39, 26)))
 
 
 def test_a_backward_pass_costs_twice_its_forward_pass_and_trains_tokens():
@@ -138,7 +138,7 @@ def test_generation_counts_prompt_and_completion_once():
     meter.generation(model, [[5] * 5, [6] * 6, [5] * 5], [[7] * 10, [7] * 20, [8] * 4])
     assert meter.generated_tokens == 34
     assert meter.train_tokens == 0
-    expected = forward_flops(model, [15, 26, 9], tokens=5 + 6 + 34, predicted=34)
+    expected = forward_flops(model, [15, 26, 9], At(5 + 6 + 34, 5 + 6 + 34, 34))
     assert meter.flops == pytest.approx(expected)
     assert expected < forward_flops(model, [15, 26, 9])
 

@@ -25,7 +25,7 @@ from dpo.reference import (
 )
 from dpo.train import Dataset, DirectConfig, check_setting, train_direct
 from shared.config import InputError
-from shared.cost import forward_flops
+from shared.cost import At, forward_flops
 from shared.fit import OptimizerConfig, Trainee, prepare
 from shared.logprobs import sequence_logps
 from shared.models import frozen, load_policy
@@ -154,7 +154,10 @@ def test_scoring_the_reference_is_paid_for(
         cost = json.loads((folder / "cost.json").read_text())
         lengths = [len(p) + len(c) for p, c in zip(prompts, of, strict=True)]
         predicted = sum(map(len, of))
-        assert cost["flops"] == pytest.approx(forward_flops(model, lengths, tokens, predicted))
+        read = predicted - (len(prompts) - len(set(map(tuple, prompts))))
+        assert cost["flops"] == pytest.approx(
+            forward_flops(model, lengths, At(tokens, read, predicted))
+        )
         assert cost["train_tokens"] == 0
 
 

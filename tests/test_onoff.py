@@ -90,6 +90,22 @@ def test_short_rows_attend_in_sdpa_where_that_is_switched(
         assert attention_seen(monkeypatch, load_policy(policy_folder), batch) == {way}
 
 
+@pytest.mark.parametrize(("variant", "all_of_them"), [(DEFAULT, False), ("whole last layer", True)])
+def test_the_last_mlp_sees_every_token_where_that_is_switched(
+    policy_folder: Path, batch: Sequences, variant: str, all_of_them: bool
+):
+    seen: list[int] = []
+    with in_force(variant):
+        model: Any = load_policy(policy_folder)
+        model.model.layers[-1].mlp.up_proj.register_forward_hook(
+            lambda _, __, out: seen.append(out.shape[1])
+        )
+        token_logprobs(model, batch)
+    tokens, predicting = packing.distinct_tokens(batch)
+    assert seen == [tokens if all_of_them else predicting]
+    assert predicting < tokens
+
+
 @pytest.mark.parametrize(("variant", "whole"), [(DEFAULT, True), ("blocks", False)])
 def test_logits_come_in_blocks_where_that_is_switched(
     policy_folder: Path, batch: Sequences, variant: str, whole: bool
@@ -153,7 +169,8 @@ def test_keys_are_changed_and_fit_the_experiment():
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_afterwards_everything_is_as_it_was(variant: str):
     def standing() -> list[Any]:
-        places = packing.FAMILIES, packing.SHORT, switches.HFEngine._generate_batch
+        places = packing.FAMILIES, packing.SHORT, packing._tell_mlp
+        places = *places, switches.HFEngine._generate_batch
         return [*places, dpo.train.Dataset, dpo.train.step, torch.get_num_threads()]
 
     before = standing()

@@ -19,6 +19,7 @@ from transformers import (
     Qwen2Config,
     Qwen3Config,
 )
+from transformers.pytorch_utils import Conv1D
 
 from shared import logprobs, packing
 from shared.generation.engine import Sampling
@@ -229,9 +230,32 @@ def test_scores_where_positions_are_not_read_are_those_of_each_row_alone():
 
 
 def test_distinct_tokens_are_those_that_packing_leaves():
-    assert distinct_tokens(batch_of()) == pack(batch_of()).ids.shape[1]
+    found, predicting = distinct_tokens(batch_of())
+    packed = pack(batch_of())
+    assert found == packed.ids.shape[1]
+    assert predicting == len(packed.place[batch_of().predicting].unique())
     same = collate([[5, 6]] * 3 + [[6]], [[7]] * 4, PAD)
-    assert distinct_tokens(same) == 2 + 1 + 4
+    assert distinct_tokens(same) == (2 + 1 + 4, 2)
+
+
+def test_the_last_mlp_sees_the_tokens_that_are_read_and_no_other(config: PreTrainedConfig):
+    """A first layer's sees all; generation, which is not packed, goes through it as ever."""
+    policy_, reward = let_pack(policy(config)), let_pack(let_pack(classifier(config)))
+    seen: list[int] = []
+    for model in (policy_, reward):
+        below = getattr(model, model.base_model_prefix)
+        for layer in below.h if config.model_type == "gpt2" else below.layers:
+            inner = next(m for m in layer.mlp.modules() if isinstance(m, torch.nn.Linear | Conv1D))
+            inner.register_forward_hook(lambda _, __, out: seen.append(out.shape[-2]))
+    tokens, predicting = distinct_tokens(batch_of())
+    token_logprobs(policy_, batch_of())
+    sequence_scores(reward, batch_of())
+    state_values(reward, batch_of())
+    assert seen == [tokens, predicting, tokens, len(PROMPTS), tokens, predicting]
+    assert len(PROMPTS) < predicting < tokens
+    seen.clear()
+    policy_(torch.tensor([[5, 6, 7, 8]]))
+    assert seen == [4, 4]
 
 
 @pytest.mark.parametrize("heads", [4, 2, 1])

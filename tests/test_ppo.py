@@ -213,8 +213,9 @@ def test_the_value_model_starts_as_the_normalised_score(
     assert stored["offset"] != 0
     batch = rollout[0].sequences
     reward = load_scalar_model(reward_folder)
-    raw = token_scalars(actors.value.model, batch) * stored["scale"] + stored["offset"]
-    close(raw, token_scalars(reward, batch))
+    real = batch.attention.bool()
+    raw = token_scalars(actors.value.model, batch, real) * stored["scale"] + stored["offset"]
+    close(raw, token_scalars(reward, batch, real))
 
 
 def test_without_a_reward_model_the_value_model_starts_at_0(policy_folder: Path, rollout):
@@ -225,7 +226,10 @@ def test_a_value_looks_at_the_tokens_before_its_own(actors: Actors, rollout):
     """V_t belongs to the state in which token t is chosen."""
     found, _ = rollout
     batch = found.sequences
-    every = token_scalars(actors.value.model, batch)
+    real = batch.attention.bool()
+    every = torch.zeros(real.shape).masked_scatter(
+        real, token_scalars(actors.value.model, batch, real)
+    )
     width = batch.mask.shape[1]
     start = batch.ids.shape[1] - width
     for row, length in enumerate(batch.lengths.tolist()):

@@ -12,7 +12,7 @@ from benchmarks.speed.ppo import STEADY, Inputs, Update, compare, install_trl, o
 from benchmarks.speed.sides import Done, Turns, Worker
 from rlhf.ppo import PPOConfig
 from shared.config import InputError
-from shared.cost import forward_flops
+from shared.cost import At, forward_flops
 from shared.generation.engine import Sampling
 from shared.generation.hf import HFEngine
 from shared.models import load_policy, load_scalar_model, special_ids
@@ -51,11 +51,14 @@ def test_the_passes_of_an_update_are_those_that_its_flops_count(
     lengths = [len(p) + len(c) for p, c in zip(inputs.prompts, drawn.ids, strict=True)]
     sampled = done.tokens
     assert sampled == sum(map(len, drawn.ids))
-    of_policy = forward_flops(policy, lengths, predicted=sampled)
-    of_value = forward_flops(value, lengths)
-    trunk_alone = forward_flops(policy, lengths, predicted=0)
+    whole = sum(lengths)
+    sampling = forward_flops(policy, lengths, At(whole, whole, sampled))
+    of_policy = forward_flops(policy, lengths, At(whole, sampled, sampled))
+    of_value = forward_flops(value, lengths, At(whole, sampled, 0))
+    trunk_alone = forward_flops(policy, lengths, At(whole, sampled, 0))
+    scores = forward_flops(value, lengths, At(whole, EPISODES, 0))
     each = 3 * EPOCHS
-    expected = (2 + each) * of_policy + of_value  # sampling, reference, epochs; reward model
+    expected = sampling + scores + (1 + each) * of_policy  # the reference's pass, and epochs
     if not trunk:
         expected += (1 + each) * of_value + (0 if reuse else of_policy)
         assert update.passes == 3 + each + 1 + each + (not reuse)

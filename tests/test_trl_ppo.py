@@ -118,8 +118,9 @@ def test_the_score_is_read_where_trl_reads_it(peer: Peer):
     assert torch.equal(peer.functions["last"], batch.prompt_width + batch.lengths - 1)
     with torch.no_grad():
         close(sequence_scores(model, batch), peer.functions["scores"])
-        every, real = token_scalars(model, batch), batch.attention.bool()
-    close(every[real], peer.functions["logits"][:, :, 0][real])
+        real = batch.attention.bool()
+        every = token_scalars(model, batch, real)
+    close(every, peer.functions["logits"][:, :, 0][real])
 
 
 # Its trainer: the rollout

@@ -372,12 +372,12 @@ FAULTS = (
     ),
     Fault(
         "lora: frozen matrices count as trained", "shared/cost.py",
-        "self.flops += 2 * flops - 2.0 * frozen", "self.flops += 2 * flops",
+        "2 * flops - 2.0 * sum(seen * size for seen, size in frozen)", "2 * flops",
         "more FLOPs are reported than run", LORA,
     ),
     Fault(
         "cost: the output head counts on prompts too", "shared/cost.py",
-        "predicted = int(batch.mask.sum()) if logits else 0", "predicted = tokens",
+        "int(batch.mask.sum()) if logits else 0)", "sum(lengths) if logits else 0)",
         "the share of the machine's rate looks better than it is", ("test_cost.py",),
     ),
     # KL and log-probabilities
@@ -414,9 +414,8 @@ FAULTS = (
         "each token is read from the logits behind it", PACKING,
     ),
     Fault(
-        "logprobs: off by one, packed rows", "shared/logprobs.py",
-        "packed.place[:, batch.prompt_width - 1 : -1][batch.mask]",
-        "packed.place[:, batch.prompt_width :][batch.mask]",
+        "logprobs: off by one, packed rows", "shared/sequences.py",
+        "at[:, self.prompt_width - 1 : -1] = self.mask", "at[:, self.prompt_width :] = self.mask",
         "each token is read from the logits behind it", PACKING,
     ),
     Fault(
@@ -459,15 +458,28 @@ FAULTS = (
         "tokens stand where they do not", PACKING,
     ),
     Fault(
+        "packing: what is read is spread in another order", "shared/packing.py",
+        "output.new_zeros(1, tokens, output.shape[2]).index_copy(1, read, output)",
+        "output.new_zeros(1, tokens, output.shape[2]).index_copy(1, read, output.roll(1, 1))",
+        "a token gets its neighbour's last step", PACKING,
+    ),
+    Fault(
+        "packing: the last MLP sees everything", "shared/packing.py",
+        "return None if mlp.packed_read is None else args[0].index_select(1, mlp.packed_read[0])",
+        "mlp.packed_read = None",
+        "states that no one reads are computed to their end", ("test_packing.py",),
+    ),
+    Fault(
         "packing: padding compared as tokens", "shared/packing.py",
-        "batch.ids[:, :width].masked_fill(~real[:, :width], -1)", "batch.ids[:, :width]",
+        "batch.ids[:, :width].masked_fill(padding, -1)", "batch.ids[:, :width]",
         "a prompt that begins with the pad token is taken for a shorter one", PACKING,
     ),
     Fault(
         "collate: EOS is no completion token", "shared/sequences.py",
-        "return Sequences(ids, attention, attention[:, left:].bool())",
-        "mask = attention[:, left:].bool() & (attention[:, left:].cumsum(1) "
-        "< attention[:, left:].sum(1, keepdim=True))\n    return Sequences(ids, attention, mask)",
+        "return Sequences(torch.tensor(rows), torch.cat([real, mask], dim=1).long(), mask)",
+        "every = torch.cat([real, mask], dim=1).long()\n    "
+        "mask = torch.arange(right) < torch.tensor(after).unsqueeze(1) - 1\n    "
+        "return Sequences(torch.tensor(rows), every, mask)",
         "no method learns to end", METER,
     ),
     Fault(
@@ -479,13 +491,14 @@ FAULTS = (
     # Reward and value models
     Fault(
         "score: one token early", "shared/models.py",
-        "last = prompt_columns + batch.lengths - 1", "last = prompt_columns + batch.lengths - 2",
+        "batch.prompt_width + batch.lengths - 1] = True",
+        "batch.prompt_width + batch.lengths - 2] = True",
         "the score is not read at EOS", MODELS,
     ),
     Fault(
         "values: of the state behind the token", "shared/models.py",
-        "token_scalars(model, batch)[:, -length - 1 : -1]",
-        "token_scalars(model, batch)[:, -length:]",
+        "token_scalars(model, batch, batch.predicting)",
+        "token_scalars(model, batch, batch.predicting.roll(1, 1))",
         "the value sees the action", MODELS,
     ),
     Fault(
