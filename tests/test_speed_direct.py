@@ -20,7 +20,7 @@ TINY = Load(
     learning_rate=5e-3,
     precisions=("float32", "bfloat16"),
     completion_tokens=(3, 9),
-    shapes={"equal": Shape(3, 1.0)},
+    shapes={"equal": Shape(3, 1.0, 3), "in parts": Shape(4, 1.0, 2)},
 )
 
 
@@ -28,8 +28,8 @@ TINY = Load(
 def case(policy_folder: Path, tmp_path: Path) -> Callable[..., Case]:
     """Three steps of the tiny policy."""
 
-    def of(work: str, precision: str = "float32") -> Case:
-        return make_case(work, precision, TINY, "equal", 3, policy_folder, tmp_path)
+    def of(work: str, precision: str = "float32", shape: str = "equal") -> Case:
+        return make_case(work, precision, TINY, shape, 3, policy_folder, tmp_path)
 
     return of
 
@@ -70,7 +70,7 @@ def test_the_named_shapes_are_what_their_names_say():
         "equal": 1.0,
         "completion-heavy": 0.25,
     }
-    assert [shape.batch for shape in shapes.values()] == [4, 16, 4, 4]
+    assert [(s.batch, s.micro_batch) for s in shapes.values()] == [(4, 4), (16, 8), (4, 4), (4, 4)]
     assert LOADS["reviews"].precisions == ("float32",)
 
 
@@ -128,13 +128,14 @@ class Alone:
         self.results.append(result)
 
 
+@pytest.mark.parametrize("shape", TINY.shapes)
 @pytest.mark.parametrize("work", WORKS)
 def test_ours_and_trls_steps_have_the_same_losses_on_the_same_tokens(
-    work: str, case: Callable[..., Case], monkeypatch: pytest.MonkeyPatch
+    work: str, shape: str, case: Callable[..., Case], monkeypatch: pytest.MonkeyPatch
 ):
     """The first loss is at the reference; those after it say that the same steps were taken."""
     monkeypatch.setenv("TQDM_DISABLE", "1")
-    made, turns = case(work), Alone(3)
+    made, turns = case(work, shape=shape), Alone(3)
     train_in_turn(turns, made)
     side = our_steps(made)
     ours = [side() for _ in range(3)]

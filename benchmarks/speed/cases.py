@@ -30,10 +30,12 @@ LOSSES = {  # work: our loss and its setting
 
 
 class Shape(NamedTuple):
-    """Of a step's pairs: their number, and prompt tokens for each completion token."""
+    """Of a step's pairs: their number, prompt tokens for each completion token, and how many of
+    them go through the model at a time, on either side."""
 
     batch: int
     prompt_ratio: float
+    micro_batch: int
 
 
 class Load(NamedTuple):
@@ -51,17 +53,17 @@ LOADS = {
         precisions=("float32", "bfloat16"),
         completion_tokens=(24, 48),
         shapes={
-            "prompt-heavy": Shape(4, 2.0),
-            "prompt-heavy, batch 16": Shape(16, 2.0),
-            "equal": Shape(4, 1.0),
-            "completion-heavy": Shape(4, 0.25),
+            "prompt-heavy": Shape(4, 2.0, 4),
+            "prompt-heavy, batch 16": Shape(16, 2.0, 8),
+            "equal": Shape(4, 1.0, 4),
+            "completion-heavy": Shape(4, 0.25, 4),
         },
     ),
     "reviews": Load(
         learning_rate=5e-4,
         precisions=("float32",),
         completion_tokens=(5, 16),
-        shapes={"equal": Shape(64, 1.15)},  # prompts of some 12 tokens
+        shapes={"equal": Shape(64, 1.15, 64)},  # prompts of some 12 tokens
     ),
 }
 
@@ -72,6 +74,7 @@ class Case(NamedTuple):
     work: str
     precision: Precision
     batch: int  # pairs a step
+    micro_batch: int  # of them at a time
     learning_rate: float
     model: Path  # a policy; for `reward` a reward model with an untrained head
     data: Path  # train.jsonl; where the loss asks for them reference and mismatched.safetensors
@@ -102,8 +105,9 @@ def make_case(
 ) -> Case:
     """Lay out in `folder` what `steps` steps of both sides need: pairs, and what the loss reads."""
     tokenizer, model, data = load_tokenizer(policy), policy, output_folder(folder / "data")
-    batch, ratio = load.shapes[shape]
-    pairs = draw_pairs(steps * batch, load.completion_tokens, ratio, tokenizer, seed=0)
+    about = load.shapes[shape]
+    many = steps * about.batch, load.completion_tokens, about.prompt_ratio
+    pairs = draw_pairs(*many, tokenizer, seed=0)
     write_jsonl(data / "train.jsonl", [pair._asdict() for pair in pairs])
     if work == "reward":
         model = folder / "model"
@@ -112,7 +116,9 @@ def make_case(
         score_reference(data, policy, data, precision)
         if LOSSES[work][0] in UNPAIRED:
             score_mismatched(data, policy, data, 0, precision)
-    return Case(work, precision, batch, load.learning_rate, model, data)
+    # KTO's baseline is its micro-batch's at TRL, and the step's here
+    micro = about.batch if work == "kto" else about.micro_batch
+    return Case(work, precision, about.batch, micro, load.learning_rate, model, data)
 
 
 def draw_pairs(

@@ -97,6 +97,7 @@ def setting(case: Case, rounds: int) -> dict[str, float]:
     sides = [side for pair in pairs for side in (pair.chosen_ids, pair.rejected_ids)]
     return {
         "batch": case.batch,
+        "micro_batch": case.micro_batch,
         "steps": rounds + 1,
         "prompt_tokens": mean(len(pair.prompt_ids) for pair in pairs),
         "completion_tokens": mean(map(len, sides)),
@@ -125,7 +126,9 @@ Take = Callable[[range], dict[str, float]]  # one optimiser step on these pairs;
 def direct_steps(case: Case) -> tuple[Meter, Take]:
     loss, setting = LOSSES[case.work]
     mismatched = case.data if loss in UNPAIRED else None
-    data = Dataset(case.model, case.data, case.data, mismatched, loss, dict(setting), case.batch)
+    data = Dataset(
+        case.model, case.data, case.data, mismatched, loss, dict(setting), case.micro_batch
+    )
     model = trainee_of(load_policy(case.model), case)
 
     def take(pairs: range) -> dict[str, float]:
@@ -143,7 +146,7 @@ def reward_steps(case: Case) -> tuple[Meter, Take]:
     loss = reward_loss(meter, center=0.0)
 
     def take(rows: range) -> dict[str, float]:
-        return step(model, pair_batches([pairs[i] for i in rows], pad_id, case.batch), loss)
+        return step(model, pair_batches([pairs[i] for i in rows], pad_id, case.micro_batch), loss)
 
     return meter, take
 

@@ -61,7 +61,7 @@ def step_case(step: Step, steps: int, folder: Path) -> tuple[Case, int]:
         learning_rate=5e-4,
         precisions=("float32",),
         completion_tokens=(length, length),
-        shapes={"": Shape(step.pairs, PROMPT_TOKENS / length)},
+        shapes={"": Shape(step.pairs, PROMPT_TOKENS / length, step.pairs)},
     )
     case = make_case("dpo", "float32", load, "", steps, folder / "policy", folder)
     return case, model.num_parameters()

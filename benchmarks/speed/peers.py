@@ -91,8 +91,10 @@ def of_token_ids(trainer: type) -> type:
 
 def common(case: Case) -> dict[str, Any]:
     """One epoch in the pairs' own order, each step logged."""
-    settings = trainer_settings(case.data / "trl", case.optimizer, case.batch, epochs=1)
-    return {**settings, "train_sampling_strategy": "sequential", "logging_steps": 1}
+    settings = trainer_settings(case.data / "trl", case.optimizer, case.micro_batch, epochs=1)
+    in_order = {"train_sampling_strategy": "sequential", "logging_steps": 1}
+    parts = case.batch // case.micro_batch
+    return {**settings, **in_order, "gradient_accumulation_steps": parts}
 
 
 def trainer_settings(
