@@ -154,6 +154,17 @@ def speed(
     print(measure_named(work, choice))
 
 
+def run_study(name: str, study_with: Callable[[list[str]], Callable[..., bool | None]]) -> None:
+    """`python -m benchmarks.NAME`, with keys changed as for `klash compare`.
+
+    Exit codes as `main`; 1 also where the study returns False.
+    """
+    words, overrides = split_overrides(sys.argv[1:])
+    with exit_codes(name):
+        held = tyro.cli(study_with(overrides), args=words, prog=f"python -m benchmarks.{name}")
+    sys.exit(1 if held is False else 0)
+
+
 def split_overrides(words: list[str]) -> tuple[list[str], list[str]]:
     """(the command's own words, the configuration keys and values among them)."""
     own: list[str] = []

@@ -11,15 +11,13 @@ would show some method off 0 by chance.
 """
 
 import shlex
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
 import tyro
 
-from benchmarks.cli import split_overrides
-from benchmarks.exits import exit_codes
+from benchmarks.cli import run_study
 from benchmarks.experiment import Experiment, load_experiment
 from benchmarks.results import Estimate, Results
 from benchmarks.run import run_experiment
@@ -118,22 +116,15 @@ def _markdown(command: str, methods: dict[str, dict[str, Any]]) -> str:
         "|---|---|---|---|---|---|",
     ]
     for name, m in methods.items():
-        cells = [_text(m[key]) for key in KEYS]
+        cells = [Estimate(**m[key]).text("+.3f") for key in KEYS]
         cells[2] = cells[2].partition(" ")[2]
         lines.append(f"| {name} | {' | '.join(cells)} | {'yes' if m['holds'] else 'NO'} |")
     return "\n".join(lines) + "\n"
 
 
-def _text(e: dict[str, Any]) -> str:
-    return f"{e['mean']:+.3f} [{e['low']:+.3f}, {e['high']:+.3f}]"
-
-
 def main() -> None:
     """Exit codes as `klash`'s."""
-    words, overrides = split_overrides(sys.argv[1:])
-    with exit_codes("control"):
-        held = tyro.cli(control_with(overrides), args=words, prog="python -m benchmarks.control")
-    sys.exit(0 if held else 1)
+    run_study("control", control_with)
 
 
 if __name__ == "__main__":

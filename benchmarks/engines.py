@@ -109,19 +109,14 @@ def markdown(
     columns = [r.mean(column).mean(1) for r in rows.values() for column in ("gold", "kl")]
     for number, values in enumerate(np.array(columns).T):
         lines.append(f"| {number} | " + " | ".join(f"{value:.3f}" for value in values) + " |")
+    apart = f"gold {gold.text('+.3f')}, KL {kl.text('+.3f')} nats ({share:+.1%})"
     lines += [
         "",
-        f"vLLM - transformers: gold {_said(gold)}, KL {_said(kl)} nats ({share:+.1%}). Largest "
+        f"vLLM - transformers: {apart}. Largest "
         f"difference of a sampled token's log-probability, trainer to engine: {mismatch:.1e} nats.",
         f"Within {GOLD} in gold and {KL:.0%} in KL on average: {'yes' if held else 'no'}.",
     ]
     return "\n".join(lines) + "\n"
-
-
-def _said(estimate: Estimate) -> str:
-    if estimate.low is None:
-        return f"{estimate.mean:+.3f}"
-    return f"{estimate.mean:+.3f} [{estimate.low:+.3f}, {estimate.high:+.3f}]"
 
 
 def main() -> None:

@@ -12,7 +12,6 @@ Not here: stages side by side, which are the same to the bit as one after the ot
 """
 
 import shlex
-import sys
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from functools import partial
@@ -30,8 +29,7 @@ from benchmarks.arms import (
     unpaired,
 )
 from benchmarks.arms import train as train_arm
-from benchmarks.cli import split_overrides
-from benchmarks.exits import exit_codes
+from benchmarks.cli import run_study
 from benchmarks.experiment import Experiment, load_experiment
 from benchmarks.onoff_report import REWARD, Done, Job, Seed, arms_of, compare, markdown
 from benchmarks.process import set_up_process, side_by_side, stage_context
@@ -176,10 +174,7 @@ def under(variant: str, run: Run) -> Run:
 
 def main() -> None:
     """Exit codes as `klash`'s."""
-    words, overrides = split_overrides(sys.argv[1:])
-    with exit_codes("onoff"):
-        held = tyro.cli(onoff_with(overrides), args=words, prog="python -m benchmarks.onoff")
-    sys.exit(0 if held else 1)
+    run_study("onoff", onoff_with)
 
 
 if __name__ == "__main__":

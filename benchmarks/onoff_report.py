@@ -8,6 +8,7 @@ import numpy as np
 
 from benchmarks.experiment import Experiment
 from benchmarks.metrics import accuracy_from_gold
+from benchmarks.results import Estimate
 from benchmarks.rows import Rows
 from benchmarks.statistics import paired_difference, seed_interval
 from benchmarks.switches import Comparison, apart
@@ -156,7 +157,7 @@ def markdown(found: dict[str, Any]) -> str:
     ]
     for row in rows:
         for arm, e in row["ends"].items():
-            gold, kl = _said(e["gold_difference"], "+.3f"), _said(e["kl_share"], "+.1%")
+            gold, kl = _text(e["gold_difference"], "+.3f"), _text(e["kl_share"], "+.1%")
             about = [_name(row), arm, f"{e['gold']:.3f}", gold, f"{e['kl']:.2f}", kl]
             lines.append(f"| {' | '.join([*about, _yes(alike(e))])} |")
     lines += [
@@ -165,7 +166,7 @@ def markdown(found: dict[str, Any]) -> str:
         "",
         "| optimisation | on - off |",
         "|---|---|",
-        *(f"| {_name(r)} | {_said(r['reward'], '+.4f')} |" for r in rows if r["reward"]),
+        *(f"| {_name(r)} | {_text(r['reward'], '+.4f')} |" for r in rows if r["reward"]),
         "",
         "\\* No optimisation but the yardstick: what rounding alone does.",
         f"All optimisations within the limits: {_yes(found['holds'])}.",
@@ -185,7 +186,5 @@ def _yes(held: bool) -> str:
     return "yes" if held else "NO"
 
 
-def _said(e: dict[str, Any], form: str) -> str:
-    if e["low"] is None:
-        return format(e["mean"], form)
-    return f"{e['mean']:{form}} [{e['low']:{form}}, {e['high']:{form}}]"
+def _text(estimate: dict[str, Any], form: str) -> str:
+    return Estimate(**estimate).text(form)

@@ -10,7 +10,6 @@ Regret is J(pi*) - J(pi) with J = gold - beta KL. DPO and KTO get this beta, PPO
 """
 
 import shlex
-import sys
 from pathlib import Path
 from typing import Annotated, NamedTuple
 
@@ -20,9 +19,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullLocator
 
 from benchmarks.arms import prepare_common
-from benchmarks.cli import split_overrides
+from benchmarks.cli import run_study
 from benchmarks.exact import World
-from benchmarks.exits import exit_codes
 from benchmarks.experiment import Arm, Experiment, load_experiment
 from benchmarks.process import stage_context
 from benchmarks.report.style import MUTED, draw, look
@@ -179,19 +177,13 @@ def markdown(points: list[Point], command: str, seeds: int) -> str:
         "|---|---|---|---|---|",
     ]
     for p in points:
-        cells = (f"{p.pairs:,}", f"{p.beta:g}", p.method, _text(p.regret), _text(p.best))
+        cells = (f"{p.pairs:,}", f"{p.beta:g}", p.method, p.regret.text(), p.best.text())
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
 
 def _mean(e: Estimate) -> float:
     return float("nan") if e.mean is None else e.mean
-
-
-def _text(e: Estimate) -> str:
-    if e.mean is None or e.low is None or e.high is None:
-        return "-" if e.mean is None else f"{e.mean:.3f}"
-    return f"{e.mean:.3f} [{e.low:.3f}, {e.high:.3f}]"
 
 
 def regret_with(overrides: list[str]):
@@ -241,9 +233,7 @@ def _plain(point: Point) -> dict:
 
 def main() -> None:
     """Exit codes as `klash`'s."""
-    words, overrides = split_overrides(sys.argv[1:])
-    with exit_codes("regret"):
-        tyro.cli(regret_with(overrides), args=words, prog="python -m benchmarks.regret")
+    run_study("regret", regret_with)
 
 
 if __name__ == "__main__":

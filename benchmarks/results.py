@@ -19,6 +19,14 @@ class Estimate(Config):
     high: float | None = None
     per_seed: list[float | None] = Field(default_factory=list)
 
+    def text(self, form: str = ".3f") -> str:
+        """`mean [low, high]`, each in `form`; what is null is left out, "-" without a mean."""
+        if self.mean is None:
+            return "-"
+        if self.low is None or self.high is None:
+            return format(self.mean, form)
+        return f"{self.mean:{form}} [{self.low:{form}}, {self.high:{form}}]"
+
 
 class Cost(Config):
     """What one training run of the method took, averaged over seeds; shared stages (SFT) left out.

@@ -221,7 +221,7 @@ def probe(
         batch = collate(prompts, drawn.ids, ids.pad)
         taken = token_logprobs(model, batch, sampling.temperature)
         if ppo.reuse_logprobs:
-            taken = as_rows(drawn.logprobs, taken)
+            taken = as_rows(drawn.logprobs, batch)
     room = (0, sampling.max_new_tokens - taken.shape[1])
     tokens = batch.completion_ids.masked_fill(~batch.mask, ids.pad)
     samples = {"samples": taken, "tokens": tokens}

@@ -3,10 +3,10 @@
 import torch
 from torch import Tensor
 
-from shared.cost import At, Meter, distinct_prompt_tokens, forward_flops
+from shared.cost import Meter
 from shared.generation.engine import Completions, Engine, Sampling
 from shared.models import Scorer
-from shared.packing import packs
+from shared.sequences import collate
 
 
 def best_of_n(
@@ -26,9 +26,6 @@ def best_of_n(
     drawn = engine.generate(repeated, sampling)
     scores: Tensor = scorer.score_all(repeated, drawn.ids)
     meter.generation(engine.model, repeated, drawn.ids)
-    lengths = [len(p) + len(c) for p, c in zip(repeated, drawn.ids, strict=True)]
-    tokens = distinct_prompt_tokens(repeated) + sum(map(len, drawn.ids))
-    read = len(lengths) if packs(scorer.model) else tokens
-    meter.flops += forward_flops(scorer.model, lengths, At(tokens, read, 0))
+    meter.forward(scorer.model, collate(repeated, drawn.ids, scorer.pad_id), ends=True)
     best = scores.view(len(prompts), n).argmax(1) + n * torch.arange(len(prompts))
     return drawn.rows(best.tolist())

@@ -178,13 +178,11 @@ def ppo_update(
         meter.generation(actors.policy.model, prompts, completions.ids)
     # 2. score it: reward model, reference, value function, and the policy, if it must
     with meter.phase("score"):
-        if engine_speaks_for_policy(actors, ppo):
-            mismatch, sampled = {}, completions.logprobs
-            rollout, scores = score_rollout(actors, prompts, completions.ids, sampled)
-        else:
-            rollout, scores = score_rollout(actors, prompts, completions.ids)
-            cap = ppo.importance_cap
-            rollout, mismatch = compare_engine(rollout, completions.logprobs, cap)
+        sampled, mismatch = completions.logprobs, {}
+        taken = sampled if engine_speaks_for_policy(actors, ppo) else None
+        rollout, scores = score_rollout(actors, prompts, completions.ids, taken)
+        if taken is None:
+            rollout, mismatch = compare_engine(rollout, sampled, ppo.importance_cap)
     # 3. a completion without EOS pays for it
     truncated = torch.tensor(completions.truncated, device=scores.device)
     penalised = scores - ppo.missing_eos_penalty * truncated
@@ -235,7 +233,7 @@ class Losses:
 
     actors: Actors
     ppo: PPOConfig
-    apart: list[Tensor] | None = field(default_factory=list)  # policy and rollout, nats; until None
+    apart: list[Tensor] = field(default_factory=list)  # policy and rollout, nats, each micro-batch
 
     def policy(self, model: PreTrainedModel, part: Rollout) -> tuple[Tensor, dict[str, float]]:
         self.actors.meter.forward(model, part.sequences, backward=True)
@@ -255,8 +253,7 @@ class Losses:
 
     def _policy(self, logprobs: Tensor, part: Rollout) -> tuple[Tensor, dict[str, float]]:
         mask = part.sequences.mask
-        if self.apart is not None:
-            self.apart.append((logprobs.detach() - part.logprobs)[mask].abs())
+        self.apart.append((logprobs.detach() - part.logprobs)[mask].abs())
         told = part.logprobs, part.advantages, mask
         loss, numbers = policy_loss(logprobs, *told, clip=self.ppo.clip, weights=part.weights)
         return loss, {**numbers, "loss/policy_avg": loss.item()}
@@ -284,8 +281,8 @@ def update_models(actors: Actors, rollout: Rollout, ppo: PPOConfig, seed: int) -
             numbers["ppo/val/grad_norm"] = about_value["grad_norm"]
             for name in ("loss/value_avg", "ppo/val/clipfrac"):
                 numbers[name] = about_value[name]
-        if losses.apart is not None:  # nothing had been stepped: the policy was still the sampler
-            apart, losses.apart = torch.cat(losses.apart), None
+        if not first:  # nothing had been stepped: the policy was still the sampler
+            apart = torch.cat(losses.apart)
             first["ppo/first_ratio"] = numbers["ppo/policy/ratio"]
             first["generation/logprob_difference"] = apart.mean().item()
             first["generation/logprob_difference_max"] = apart.max().item()

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
@@ -110,7 +111,7 @@ class Actors:
             return token_logprobs(ref, batch, self.temperature)
 
     def value_pass(self, batch: Sequences) -> Tensor:
-        """V before each completion token, (B, T); anything outside the mask."""
+        """V before each completion token, (B, T)."""
         if self.value is None:
             self.meter.forward(self.policy.model, batch, logits=False)
             return policy_values(self.policy.model, batch)
@@ -217,7 +218,7 @@ def score_rollout(
     blank = torch.zeros(whole.mask.shape, device=device)
     rollout = Rollout(whole, *(blank.clone() for _ in range(5)), weights=torch.ones_like(blank))
     if sampled is not None:
-        rollout = rollout._replace(logprobs=as_rows(sampled, blank))
+        rollout = rollout._replace(logprobs=as_rows(sampled, whole))
     scores = actors.scorer.score_all(prompts, completions).to(device)
     for group in by_length([len(c) for c in completions], 256):
         index = torch.tensor(group)
@@ -229,16 +230,15 @@ def score_rollout(
             else:
                 values = actors.value_pass(batch)
             rollout.ref_logprobs[index, :columns] = actors.reference_pass(batch)
-        rollout.values[index, :columns] = values.masked_fill(~batch.mask, 0.0)
+        rollout.values[index, :columns] = values
         if actors.scorer.model is not None:
             actors.meter.forward(actors.scorer.model, batch, ends=True)
     return rollout, scores
 
 
-def as_rows(numbers: list[list[float]], like: Tensor) -> Tensor:
-    """One number a token, as a tensor like `like` (B, T): 0 after each row's last."""
-    width = like.shape[1]
-    return like.new_tensor([row + [0.0] * (width - len(row)) for row in numbers])
+def as_rows(numbers: list[list[float]], batch: Sequences) -> Tensor:
+    """One number a completion token of `batch`, as (B, T): 0 after each row's last."""
+    return batch.spread(torch.tensor([*chain(*numbers)], device=batch.ids.device))
 
 
 def compare_engine(
@@ -251,7 +251,7 @@ def compare_engine(
     it is 1.
     """
     mask = rollout.sequences.mask
-    log_ratio = (rollout.logprobs - as_rows(sampled, rollout.logprobs)).masked_fill(~mask, 0.0)
+    log_ratio = (rollout.logprobs - as_rows(sampled, rollout.sequences)).masked_fill(~mask, 0.0)
     numbers = {
         "generation/logprob_difference": masked_mean(log_ratio.abs(), mask).item(),
         "generation/logprob_difference_max": log_ratio.abs().max().item(),

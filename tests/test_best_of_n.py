@@ -73,6 +73,8 @@ class Dice:
 class Taste:
     """Prefers the higher token."""
 
+    pad_id = 0
+
     def __init__(self, model: torch.nn.Module):
         self.model = model
 

@@ -15,7 +15,6 @@ reward models and references, first seeds, other seeds. Different numbers of opt
 refused; so that PPO's guards, which TRL has not, cannot be why, they are off.
 """
 
-import platform
 from collections.abc import Sequence
 from contextlib import ExitStack
 from functools import partial
@@ -24,7 +23,6 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import numpy as np
-import torch
 
 from benchmarks.arms import (
     Common,
@@ -43,7 +41,7 @@ from benchmarks.speed.assembled import (
     import_trl,
     trl_process,
 )
-from benchmarks.speed.sides import Choice
+from benchmarks.speed.sides import Choice, machine
 from benchmarks.speed.trainings import PHASES, Ours, Sides, Theirs, Training, say
 from benchmarks.speed.trl_ppo import TRL, install_trl
 from dpo.losses import UNPAIRED
@@ -226,11 +224,11 @@ def other_seeds(experiment: Experiment, chosen: dict[str, dict[str, float]]) -> 
 
 def table(found: Compared) -> str:
     """Markdown: the ratio, the phases' shares, and the golds of both sides."""
-    machine = f"{found.threads} threads, {platform.machine()}, torch {torch.__version__}"
     about = f"{len(found.seeds)} seeds, {found.trainings} trainings, {found.steps} optimiser steps"
     lines = [
-        f"All trainings of `{found.experiment}` ({about}) on either side, {machine}: Klash ends "
-        f"{found.ratio:.2f} times as fast as TRL's trainers ({found.peer_name}).",
+        f"All trainings of `{found.experiment}` ({about}) on either side, "
+        f"{machine(found.threads)}: Klash ends {found.ratio:.2f} times as fast as TRL's trainers "
+        f"({found.peer_name}).",
         "",
         "| | klash | trl |",
         "|---|---|---|",

@@ -153,9 +153,10 @@ def seconds_since(start: float) -> float:
     return perf_counter() - start
 
 
-def machine() -> str:
-    """What a table says of where it was measured."""
-    return f"{torch.get_num_threads()} threads, {platform.machine()}, torch {torch.__version__}"
+def machine(threads: int | None = None) -> str:
+    """What a table says of where it was measured; `threads`: if not this process's."""
+    threads = threads or torch.get_num_threads()
+    return f"{threads} threads, {platform.machine()}, torch {torch.__version__}"
 
 
 def cell(number: float | None, form: str = ".2f") -> str:

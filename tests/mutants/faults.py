@@ -297,8 +297,8 @@ FAULTS = (
     ),
     Fault(
         "ppo: importance weights turned over", "rlhf/rollout.py",
-        "(rollout.logprobs - as_rows(sampled, rollout.logprobs))",
-        "(as_rows(sampled, rollout.logprobs) - rollout.logprobs)",
+        "(rollout.logprobs - as_rows(sampled, rollout.sequences))",
+        "(as_rows(sampled, rollout.sequences) - rollout.logprobs)",
         "the engine's rare tokens count less instead of more", PPO,
     ),
     Fault(
