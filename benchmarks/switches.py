@@ -93,7 +93,7 @@ class Variant:
 
 
 PADDED = {"shared.packing.FAMILIES": ()}  # no model packs: transformers' own forward pass
-SDPA = {"shared.packing.SHORT": 0}  # no row is short
+SDPA = {"shared.attention.SHORT": 0}  # no row is short
 WHOLE_LAYER = {"shared.packing._tell_mlp": lambda *_: None}  # nor does the last layer know
 BLOCKS = {"shared.logprobs.BLOCK": 2**12}  # logits: 38 tokens of the vocabulary of `reviews`
 PROMPTS_APART = {"shared.generation.hf.HFEngine._generate_batch": each_prompt_read}

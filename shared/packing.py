@@ -1,28 +1,29 @@
 """Forward passes over real tokens only: no padding, and a prompt once for all of its completions.
 
 Everything in a decoder but attention works token by token, so those parts see one flat row of the
-batch's distinct tokens. Attention alone needs rows: it gathers them from the flat row (a shared
-prompt's keys and values into each row that holds it), runs causally on rows aligned to the left,
-where padding comes last and is never looked at, and puts the outputs back.
+batch's distinct tokens; `shared.attention` knows which of them see each other.
 
 It plugs into transformers as an attention implementation, so the models stay the library's own.
-The last layer's MLP sees only the tokens whose states are read: its others end in nothing.
+The last layer's MLP sees only the tokens whose states are read: its others end in nothing. Models
+of Llama's kind also take `shared.kernels` for their norms and rotary positions.
 Families other than FAMILIES, and models that attend through a sliding window, run on padded rows.
 """
 
+from types import MethodType
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from shared.attention import Pass, packed_attention, rotary_attention
+from shared.kernels import rms_norm
 from shared.sequences import Sequences
 
 PACKED, READ = "klash_packed", "packed_read"
-SHORT = 2**22  # attention weights of a layer, up to which they are computed all at once
-FAMILIES = ("llama", "gpt_neox", "gpt2", "qwen2", "qwen3")
+ROTARY = ("llama", "qwen2", "qwen3")  # RMSNorm, and rotary positions on whole heads
+FAMILIES = (*ROTARY, "gpt_neox", "gpt2")
 
 
 class Packed(NamedTuple):
@@ -33,6 +34,7 @@ class Packed(NamedTuple):
     place: Tensor  # (B, P + T) number of the token there; 0 where there is padding
     rows: Tensor  # (B, L) the same with rows aligned to the left
     back: Tensor  # (N,) where in the flattened `rows` each token's attention is read
+    again: Tensor  # (A,) where in them a token stands once more
 
 
 def pack(batch: Sequences) -> Packed:
@@ -48,10 +50,12 @@ def pack(batch: Sequences) -> Packed:
     start, length = real.int().argmax(1), real.sum(1)
     column = torch.arange(int(length.max()), device=real.device)
     source = (start.unsqueeze(1) + column).clamp(max=real.shape[1] - 1)
-    rows = place.gather(1, source).masked_fill(column >= length.unsqueeze(1), 0)
+    past = column >= length.unsqueeze(1)
+    rows = place.gather(1, source).masked_fill(past, 0)
     in_row, in_column = kept.nonzero(as_tuple=True)
     back = in_row * len(column) + in_column - start[in_row]
-    return Packed(batch.ids[kept][None], batch.positions[kept][None], place, rows, back)
+    again = (~past).flatten().index_fill(0, back, False).nonzero().squeeze(1)
+    return Packed(batch.ids[kept][None], batch.positions[kept][None], place, rows, back, again)
 
 
 def distinct_tokens(batch: Sequences) -> tuple[int, int]:
@@ -93,7 +97,20 @@ def let_pack(model: PreTrainedModel) -> PreTrainedModel:
             last.register_forward_pre_hook(_tell_mlp, with_kwargs=True)
             last.mlp.register_forward_pre_hook(_gather_read)
             last.mlp.register_forward_hook(_spread_read)
+        if model.config.model_type in ROTARY:
+            for module in below.modules():
+                if hasattr(module, "q_proj"):
+                    module.forward = MethodType(rotary_attention, module)
+                elif hasattr(module, "variance_epsilon"):
+                    module.forward = MethodType(_norm, module)
     return model
+
+
+def _norm(self: Any, hidden_states: Tensor) -> Tensor:
+    """`forward` of an RMSNorm layer, as its class has it."""
+    if hidden_states.is_cpu and hidden_states.dtype == torch.float32:
+        return rms_norm(hidden_states, self.weight, self.variance_epsilon)
+    return type(self).forward(self, hidden_states)
 
 
 def packed_inputs(packed: Packed, read: Tensor) -> dict[str, Any]:
@@ -102,21 +119,20 @@ def packed_inputs(packed: Packed, read: Tensor) -> dict[str, Any]:
     """
     wanted = packed.ids.new_zeros(packed.ids.shape[1], dtype=torch.bool)
     wanted[read] = True
+    told = Pass(packed.rows, packed.back, packed.again, wanted.nonzero().squeeze(1))
     return {
         "input_ids": packed.ids,
         "position_ids": packed.positions,
         "attention_mask": packed.ids.new_ones(1, 1, 1, 1, dtype=torch.bool),
         "use_cache": False,
-        "packed_rows": packed.rows,
-        "packed_back": packed.back,
-        "packed_read": wanted.nonzero().squeeze(1),
+        "packed": told,
     }
 
 
-def _tell_mlp(layer: Any, args: Any, kwargs: dict[str, Any]) -> None:
+def _tell_mlp(layer: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
     """Of the last layer: its MLP is not told by transformers what is read."""
-    read = kwargs.get("packed_read")
-    layer.mlp.packed_read = None if read is None else (read, len(kwargs["packed_back"]))
+    told: Pass | None = kwargs.get("packed")
+    layer.mlp.packed_read = None if told is None else (told.read, len(told.back))  # pyright: ignore
 
 
 def _gather_read(mlp: Any, args: tuple[Tensor]) -> Tensor | None:
@@ -128,51 +144,6 @@ def _spread_read(mlp: Any, args: Any, output: Tensor) -> Tensor | None:
         return None
     (read, tokens), mlp.packed_read = mlp.packed_read, None
     return output.new_zeros(1, tokens, output.shape[2]).index_copy(1, read, output)
-
-
-def packed_attention(
-    module: torch.nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    packed_rows: Tensor | None = None,
-    packed_back: Tensor | None = None,
-    **options: Any,
-) -> tuple[Tensor, None]:
-    """transformers' SDPA, on rows gathered from (1, heads, N, size) where tokens are packed."""
-    if packed_rows is None or packed_back is None:
-        return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
-    query, key, value = (_gather(t, packed_rows) for t in (query, key, value))
-    if query.is_cpu and query[..., 0].numel() * packed_rows.shape[1] <= SHORT:
-        output = short_attention(query, key, value, options.get("scaling"))
-    else:
-        rows = query, key, value
-        output, _ = sdpa_attention_forward(module, *rows, attention_mask=None, **options)
-    return output.flatten(0, 1).index_select(0, packed_back).unsqueeze(0), None
-
-
-def short_attention(query: Tensor, key: Tensor, value: Tensor, scaling: float | None) -> Tensor:
-    """Causal attention, (B, heads, L, size) -> (B, L, heads, size), in float32, whatever surrounds.
-
-    Three plain steps, all weights at once: on a CPU faster for short rows than SDPA's blocks, in
-    bfloat16 several times. Fewer key heads than query heads are shared as in the models.
-    """
-    count, heads, length, size = query.shape
-    shared = key.shape[1]
-    with torch.autocast(query.device.type, enabled=False):
-        q = query.float().reshape(count * shared, -1, size) * (scaling or size**-0.5)
-        k, v = (t.reshape(count * shared, length, size) for t in (key.float(), value))
-        future = torch.full((length, length), -torch.inf).triu(1).repeat(heads // shared, 1)
-        weights = torch.baddbmm(future.expand(len(q), -1, -1), q, k.transpose(1, 2)).softmax(-1)
-        output = torch.bmm(weights.to(v.dtype), v)
-    return output.view(count, heads, length, size).transpose(1, 2).to(query.dtype)
-
-
-def _gather(tensor: Tensor, rows: Tensor) -> Tensor:
-    """(1, heads, N, size) -> (B, heads, L, size)"""
-    flat = tensor[0].transpose(0, 1).index_select(0, rows.flatten())
-    return flat.view(*rows.shape, *flat.shape[1:]).transpose(1, 2)
 
 
 AttentionInterface.register(PACKED, packed_attention)

@@ -21,12 +21,13 @@ from transformers import (
 )
 from transformers.pytorch_utils import Conv1D
 
-from shared import logprobs, packing
+from shared import attention, logprobs
+from shared.attention import Pass, attend
 from shared.generation.engine import Sampling
 from shared.generation.hf import HFEngine
 from shared.logprobs import token_logprobs
 from shared.models import SpecialIds, sequence_scores, state_values, without_dropout
-from shared.packing import distinct_tokens, let_pack, pack, packs, short_attention
+from shared.packing import distinct_tokens, let_pack, pack, packs
 from shared.sequences import Sequences, collate
 
 PAD, EOS = 0, 1
@@ -181,7 +182,10 @@ def test_sampling_is_the_same_with_packing_on(name: str):
     for switch in (lambda model: model, let_pack):
         engine = HFEngine(switch(policy(CONFIGS[name])), SpecialIds(PAD, EOS))
         draws.append(engine.generate(PROMPTS, Sampling(max_new_tokens=6, seed=3)))
-    assert draws[0] == draws[1]
+    plain, packed = draws
+    assert (plain.ids, plain.truncated) == (packed.ids, packed.truncated)
+    for alone, found in zip(plain.logprobs, packed.logprobs, strict=True):
+        assert found == pytest.approx(alone, abs=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -259,19 +263,30 @@ def test_the_last_mlp_sees_the_tokens_that_are_read_and_no_other(config: PreTrai
 
 
 @pytest.mark.parametrize("heads", [4, 2, 1])
-def test_short_attention_is_sdpas_and_so_is_its_gradient(heads: int):
-    """Query heads in groups on fewer key heads, as repeated keys would have it."""
+def test_attention_of_packed_tokens_is_sdpas_of_each_row_and_so_is_its_gradient(heads: int):
+    """Query heads in groups on fewer key heads, as repeated keys would have it; shared prompts."""
     torch.manual_seed(0)
-    query = torch.randn(3, 4, 7, 8, requires_grad=True)
-    key, value = (torch.randn(3, heads, 7, 8, requires_grad=True) for _ in range(2))
+    packed = pack(batch_of())
+    over = Pass(packed.rows, packed.back, packed.again, packed.back)
+    tokens = packed.ids.shape[1]
+    query = torch.randn(tokens, 4, 8, requires_grad=True)
+    key, value = (torch.randn(tokens, heads, 8, requires_grad=True) for _ in range(2))
+
+    def row_by_row() -> torch.Tensor:
+        output = torch.zeros(tokens, 4, 8)
+        for row, (prompt, completion) in enumerate(zip(PROMPTS, COMPLETIONS, strict=True)):
+            numbers = packed.rows[row, : len(prompt + completion)]
+            q, k, v = (t[numbers].transpose(0, 1) for t in (query, key, value))
+            alone = scaled_dot_product_attention(
+                q, k, v, is_causal=True, scale=0.3, enable_gqa=True
+            )
+            new = (output[numbers] == 0).all(-1).all(-1)  # a shared prompt: in its first row
+            output = output.index_copy(0, numbers[new], alone.transpose(0, 1)[new])
+        return output
+
     outputs, gradients = [], []
-    for attend in (
-        lambda: short_attention(query, key, value, 0.3),
-        lambda: scaled_dot_product_attention(
-            query, key, value, is_causal=True, scale=0.3, enable_gqa=True
-        ).transpose(1, 2),
-    ):
-        outputs.append(attend())
+    for way in (lambda: attend(query, key, value, over, 0.3), row_by_row):
+        outputs.append(way())
         gradients.append(torch.autograd.grad(outputs[-1].square().sum(), (query, key, value)))
     torch.testing.assert_close(*outputs, atol=1e-5, rtol=1e-5)
     for ours, theirs in zip(*gradients, strict=True):
@@ -283,7 +298,7 @@ def test_long_rows_and_short_ones_say_the_same(
 ):
     found = []
     for short in (0, 2**22):
-        monkeypatch.setattr(packing, "SHORT", short)
+        monkeypatch.setattr(attention, "SHORT", short)
         model = let_pack(policy(config))
         numbers = token_logprobs(model, batch_of())
         numbers.sum().backward()

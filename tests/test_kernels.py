@@ -1,0 +1,103 @@
+"""Operations with their gradients written out: the plain forms, finite differences, properties."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+from transformers.models.llama.modeling_llama import LlamaRMSNorm, apply_rotary_pos_emb
+
+from shared.kernels import picked, rms_norm, rotate
+
+SEED = torch.Generator().manual_seed(0)
+
+
+def drawn(*shape: int) -> Tensor:
+    return torch.randn(*shape, generator=SEED).requires_grad_()
+
+
+def angles(tokens: int, size: int) -> tuple[Tensor, Tensor]:
+    """Of positions 0, 1, ..., each angle twice, as Llama has them: (N, 1, size)."""
+    speeds = 10_000 ** (-torch.arange(0, size, 2) / size)
+    angle = (torch.arange(tokens).unsqueeze(1) * speeds).repeat(1, 2).unsqueeze(1)
+    return angle.cos(), angle.sin()
+
+
+def both(ours: Callable[..., Tensor], plain: Callable[..., Tensor], *inputs: Tensor) -> None:
+    """Equal values and equal gradients, at random weights of the outputs."""
+    found, truth = ours(*inputs), plain(*inputs)
+    torch.testing.assert_close(found, truth, atol=1e-5, rtol=1e-5)
+    weights = torch.randn(truth.shape, generator=SEED)
+    gradients = [torch.autograd.grad((y * weights).sum(), inputs) for y in (found, truth)]
+    for mine, theirs in zip(*gradients, strict=True):
+        assert mine.shape == theirs.shape
+        torch.testing.assert_close(mine, theirs, atol=2e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(7, 16), (1, 9, 16), (5, 3, 16)])
+def test_rms_norm_is_llamas(shape: tuple[int, ...]):
+    layer = LlamaRMSNorm(16, eps=0.1)  # so large that it matters
+
+    def plain(x: Tensor, weight: Tensor) -> Tensor:
+        return torch.func.functional_call(layer, {"weight": weight}, x)
+
+    both(lambda x, weight: rms_norm(x, weight, 0.1), plain, drawn(*shape), drawn(16))
+
+
+def test_rms_norm_leaves_a_mean_square_of_1_whatever_the_mean():
+    x = drawn(6, 64) * 3 + 5
+    found = rms_norm(x, torch.ones(64), 0.0)
+    torch.testing.assert_close(found.square().mean(-1), torch.ones(6))
+    torch.testing.assert_close(rms_norm(7 * x, torch.ones(64), 0.0), found)
+
+
+@pytest.mark.parametrize("heads", [1, 3])
+def test_rotate_is_llamas(heads: int):
+    cos, sin = angles(9, 8)
+
+    def plain(x: Tensor) -> Tensor:
+        rows = x.transpose(0, 1).unsqueeze(0)  # (1, heads, N, size)
+        turned, _ = apply_rotary_pos_emb(rows, rows, cos.squeeze(1)[None], sin.squeeze(1)[None])
+        return turned[0].transpose(0, 1)
+
+    both(lambda x: rotate(x, cos, sin), plain, drawn(9, heads, 8))
+
+
+def test_a_product_of_rotated_vectors_knows_only_how_far_apart_they_are():
+    """What rotary positions are for (Su et al. 2021, eq. 11)."""
+    cos, sin = angles(12, 8)
+    query, key = (rotate(drawn(1, 1, 8).expand(12, 1, 8), cos, sin).squeeze(1) for _ in range(2))
+    products = query @ key.T
+    for apart in range(-8, 9):
+        along = products.diagonal(apart)
+        torch.testing.assert_close(along, along[:1].expand_as(along), atol=1e-4, rtol=0)
+
+
+def test_picked_is_log_softmax_at_the_token():
+    tokens = torch.tensor([0, 4, 2, 2])
+
+    def plain(logits: Tensor) -> Tensor:
+        return logits.log_softmax(-1)[range(4), tokens]
+
+    both(lambda logits: picked(logits, tokens), plain, 10 * drawn(4, 5))
+
+
+def test_picked_stands_large_logits():
+    logits = torch.tensor([[1e4, 0.0], [-1e4, 1e4]], requires_grad=True)
+    found = picked(logits, torch.tensor([0, 0]))
+    assert found.tolist() == [0.0, -2e4]
+    found.sum().backward()
+    assert logits.grad is not None
+    assert logits.grad.tolist() == [[0.0, 0.0], [1.0, -1.0]]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_in_a_region_of_bfloat16_they_compute_in_float32(dtype: torch.dtype):
+    x, weight, (cos, sin) = drawn(5, 2, 8), drawn(8), angles(5, 8)
+    inputs = x.detach().to(dtype)
+    alone = [rms_norm(inputs.float(), weight, 1e-6), rotate(inputs.float(), cos, sin)]
+    with torch.autocast("cpu", torch.bfloat16):
+        region = [rms_norm(inputs, weight, 1e-6), rotate(inputs, cos, sin)]
+    for a, b in zip(alone, region, strict=True):
+        assert b.dtype == torch.float32
+        torch.testing.assert_close(b, a)
