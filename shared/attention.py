@@ -3,12 +3,14 @@
 Rows are gathered from the flat tokens (a shared prompt's keys and values into each row that holds
 it), attend causally, aligned to the left, where padding comes last and is never looked at, and the
 outputs are put back. Short rows on a CPU do it in one operation with its gradient written out: each
-head's rows are gathered as matrix products want them, and no tensor is copied in between. Longer
-rows, and GPUs, go through transformers' SDPA.
+head's rows are gathered as matrix products want them, in bands of similar length, and no tensor is
+copied in between. Longer rows, and GPUs, go through transformers' SDPA.
 """
 # pyright: reportIncompatibleMethodOverride=false
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import chain, groupby
 from typing import Any
 
 import torch
@@ -19,22 +21,38 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from shared.kernels import rotate, whole, whole_back
 
 SHORT = 2**22  # attention weights of a layer, up to which they are computed all at once
+BAND = 2**12  # one more band costs as much as so many weights
+
+
+@dataclass(frozen=True)
+class Band:
+    """Rows that attend in one batch of matrix products, and their part of all that do."""
+
+    count: int  # of rows, times key heads
+    query: slice
+    key: slice
+    hidden: Tensor  # (count or 1, queries, keys) -inf where a place must not look
+
+    def queries(self, tensor: Tensor) -> Tensor:
+        """Their part of what is laid out like the queries, (count, queries of a row, size)."""
+        return tensor[self.query].view(self.count, -1, tensor.shape[-1])
+
+    def keys(self, tensor: Tensor) -> Tensor:
+        """Their part of what is laid out like the keys, (count, keys of a row, size)."""
+        return tensor[self.key].view(self.count, -1, tensor.shape[-1])
 
 
 @dataclass(frozen=True)
 class HeadRows:
-    """Where each head's rows lie, with `kv` key heads that `group` query heads share.
+    """Which of the tokens' (N heads) rows of `size` numbers attention computes with, in bands."""
 
-    Tokens hold N x heads rows, a layer's B rows of L places B x heads x L of them.
-    """
-
-    queries: Tensor  # (B kv group L,) which of the tokens' rows is the query there
-    keys: Tensor  # (B kv L,) likewise the key and the value
-    outputs: Tensor  # (N kv group,) in which place each token's output is computed
-    first: Tensor  # (N kv,) a place of each token's key
-    again: Tensor  # (A kv,) the other places: a shared prompt in rows after its first
-    again_of: Tensor  # (A kv,) and whose keys those are
-    future: Tensor  # (group L, L) -inf where a place must not look
+    bands: list[Band]
+    queries: Tensor  # (Q,) the row of the tokens that is the query there
+    keys: Tensor  # (K,) likewise the key and the value
+    outputs: Tensor  # (N heads,) where among the queries the output of each is computed
+    first: Tensor  # (N key heads,) one place of each among the keys
+    again: Tensor  # (A,) the other places: those of a shared prompt, in rows after its first
+    again_of: Tensor  # (A,) and whose they are
 
 
 @dataclass
@@ -43,7 +61,8 @@ class Pass:
 
     rows: Tensor  # (B, L) number of the token in each place; 0 where there is padding
     back: Tensor  # (N,) where in the flattened `rows` each token's attention is read
-    again: Tensor  # (A,) where a token stands once more
+    starts: Tensor  # (B,) tokens of a row that an earlier one computes: a shared prompt's
+    lengths: Tensor  # (B,) tokens of a row
     read: Tensor  # (R,) numbers of the tokens whose last states are read
     _heads: dict[tuple[int, int], HeadRows] = field(default_factory=dict)
 
@@ -52,33 +71,87 @@ class Pass:
         return self.rows.is_cpu and heads * self.rows.numel() * self.rows.shape[1] <= SHORT
 
     def heads(self, kv: int, group: int) -> HeadRows:
-        """The same for all layers, so found once."""
+        """For `kv` key heads that `group` query heads share each; the same in all layers."""
         if (kv, group) not in self._heads:
             self._heads[kv, group] = self._find_heads(kv, group)
         return self._heads[kv, group]
 
     def _find_heads(self, kv: int, group: int) -> HeadRows:
-        rows, length = self.rows, self.rows.shape[1]
-        head = torch.arange(kv * group)
-        key_head = torch.arange(kv).unsqueeze(1)
-        future = torch.full((length, length), -torch.inf).triu(1)
+        bands, queries, asked_here, keys, held_here, held_again = [], [], [], [], [], []
+        head = torch.arange(kv * group).view(kv, group, 1)
+        query = key = 0
+        for rows, skip in self._bands(kv * group):
+            start, length = self.starts[rows, None], self.lengths[rows, None]
+            column = torch.arange(int(length.max()))
+            asked = torch.arange(int((length - skip * start).max())) + skip * start
+            tokens = self.rows[rows, : len(column)]
+            asking = tokens.gather(1, asked.clamp(max=len(column) - 1))
+            hidden = (column > asked[: None if skip else 1, :, None]).repeat(1, group, 1)
+            hidden = torch.zeros(hidden.shape).masked_fill_(hidden, -torch.inf)
+            hidden = hidden.repeat_interleave(kv if skip else 1, dim=0)
+            # One index a head; who computes what is the same for all of them
+            queries.append((asking[:, None, None] * head.numel() + head).flatten())
+            new = (asked >= start) & (asked < length)
+            asked_here.append(new[:, None].expand(-1, head.numel(), -1).flatten())
+            keys.append((tokens[:, None] * kv + torch.arange(kv)[:, None]).flatten())
+            old, real = column < start, column < length
+            held_again.append(old[:, None].expand(-1, kv, -1).flatten())
+            held_here.append((real & ~old)[:, None].expand(-1, kv, -1).flatten())
+            ends = query + len(queries[-1]), key + len(keys[-1])
+            places = slice(query, ends[0]), slice(key, ends[1])
+            bands.append(Band(len(rows) * kv, *places, hidden))
+            query, key = ends
+        of_query, of_key, again = map(torch.cat, (queries, keys, held_again))
+        outputs = _inverse(of_query, torch.cat(asked_here), len(self.back) * kv * group)
+        first = _inverse(of_key, torch.cat(held_here), len(self.back) * kv)
+        again = again.nonzero().squeeze(1)
+        return HeadRows(bands, of_query, of_key, outputs, first, again, of_key[again])
 
-        def places(flat: Tensor, heads: Tensor) -> Tensor:
-            """Of places in `rows`, in each of the heads, (n, heads)."""
-            row, column = flat // length, flat % length
-            return (
-                (row.unsqueeze(1) * len(heads) + heads) * length + column.unsqueeze(1)
-            ).flatten()
+    def _bands(self, heads: int) -> Iterator[tuple[list[int], bool]]:
+        """(rows, whether they leave a shared prompt's queries out) of each band.
 
-        return HeadRows(
-            queries=(rows.unsqueeze(1) * len(head) + head.unsqueeze(1)).flatten(),
-            keys=(rows.unsqueeze(1) * kv + key_head).flatten(),
-            outputs=places(self.back, head),
-            first=places(self.back, key_head.squeeze(1)),
-            again=places(self.again, key_head.squeeze(1)),
-            again_of=(rows.flatten()[self.again].unsqueeze(1) * kv + key_head.squeeze(1)).flatten(),
-            future=future.repeat(group, 1),
-        )
+        They do where such prompts are the larger part of the rows: that takes a mask for each.
+        """
+        starts, lengths = self.starts.tolist(), self.lengths.tolist()
+        sharing = [row for row, start in enumerate(starts) if start > 0]
+        skip = 2 * sum(starts) > sum(lengths[row] for row in sharing)
+        whole = [row for row in range(len(starts)) if not (skip and starts[row])]
+        for rows, skipped in ((whole, False), (sharing if skip else [], True)):
+            keys = [lengths[row] for row in rows]
+            queries = [lengths[row] - skipped * starts[row] for row in rows]
+            for band in cut_in_bands(queries, keys, heads):
+                yield [rows[i] for i in band], skipped
+
+
+def _inverse(index: Tensor, counts: Tensor, size: int) -> Tensor:
+    """Where each of `size` numbers stands in `index`, among the places that count."""
+    places = counts.nonzero().squeeze(1)
+    return index.new_empty(size).index_copy_(0, index[places], places)
+
+
+def cut_in_bands(queries: Sequence[int], keys: Sequence[int], heads: int) -> list[list[int]]:
+    """Rows with so many queries and keys in the bands that cost least together.
+
+    A band holds rows of neighbouring numbers of keys, and costs heads x its rows x its most queries
+    x its most keys, and BAND.
+    """
+    order = sorted(range(len(keys)), key=keys.__getitem__)
+    runs = [list(rows) for _, rows in groupby(order, key=keys.__getitem__)]
+    most = [max(queries[row] for row in run) for run in runs]
+    best = [(0, 0)]  # of the runs before each: the least cost, and where its last band begins
+    for end in range(1, len(runs) + 1):
+        options, rows, longest = [], 0, 0
+        for begin in reversed(range(end)):
+            rows, longest = rows + len(runs[begin]), max(longest, most[begin])
+            weights = heads * rows * longest * keys[runs[end - 1][0]]
+            options.append((best[begin][0] + weights + BAND, begin))
+        best.append(min(options))
+    bands, end = [], len(runs)
+    while end > 0:
+        begin = best[end][1]
+        bands.append([*chain(*runs[begin:end])])
+        end = begin
+    return bands[::-1]
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, over: Pass, scaling: float) -> Tensor:
@@ -88,62 +161,59 @@ def attend(query: Tensor, key: Tensor, value: Tensor, over: Pass, scaling: float
     """
     kv = key.shape[1]
     heads = over.heads(kv, query.shape[1] // kv)
-    tokens = query.float(), key.float(), value.float()
-    output: Any = _Attend.apply(*tokens, heads, len(over.rows) * kv, scaling)
+    output: Any = _Attend.apply(query.float(), key.float(), value.float(), heads, scaling)
     return output.to(value.dtype)
 
 
 class _Attend(torch.autograd.Function):
-    """softmax(scaling q k^T + future) v, for all rows and key heads in one batch of products."""
+    """softmax(scaling q k^T + hidden) v, a batch of products a band."""
 
     @staticmethod
     @whole
     def forward(
-        ctx: Any,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        heads: HeadRows,
-        count: int,
-        scaling: float,
+        ctx: Any, query: Tensor, key: Tensor, value: Tensor, heads: HeadRows, scaling: float
     ) -> Tensor:
-        def gathered(tensor: Tensor, rows: Tensor) -> Tensor:
-            flat = tensor.reshape(-1, tensor.shape[-1])
-            return flat.index_select(0, rows).view(count, -1, tensor.shape[-1])
-
-        q = gathered(query, heads.queries)  # (B kv, group L, size)
-        k, v = gathered(key, heads.keys), gathered(value, heads.keys)  # (B kv, L, size)
-        future = heads.future.expand(count, -1, -1)
-        weights = torch.baddbmm(future, q, k.transpose(1, 2), alpha=scaling).softmax(-1)
-        output = torch.bmm(weights, v)
-        ctx.save_for_backward(q, k, v, weights)
+        size = value.shape[-1]
+        q = query.reshape(-1, size).index_select(0, heads.queries)
+        k, v = (t.reshape(-1, size).index_select(0, heads.keys) for t in (key, value))
+        output, weights = torch.empty_like(q), []
+        for band in heads.bands:
+            hidden = band.hidden.expand(band.count, -1, -1)
+            logits = torch.baddbmm(hidden, band.queries(q), band.keys(k).mT, alpha=scaling)
+            weights.append(logits.softmax(-1))
+            torch.bmm(weights[-1], band.keys(v), out=band.queries(output))
+        ctx.save_for_backward(q, k, v, *weights)
         ctx.heads, ctx.scaling = heads, scaling
-        return output.view(-1, v.shape[-1]).index_select(0, heads.outputs).view(query.shape)
+        return output.index_select(0, heads.outputs).view(query.shape)
 
     @staticmethod
     @once_differentiable
     @whole_back
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        (q, k, v, weights), heads = ctx.saved_tensors, ctx.heads
-        size = v.shape[-1]
-        g = q.new_zeros(q.numel() // size, size)
-        g = g.index_copy_(0, heads.outputs, gradient.reshape(-1, size)).view(q.shape)
-        of_v = torch.bmm(weights.transpose(1, 2), g)
-        of_weights = torch.bmm(g, v.transpose(1, 2))
-        of_logits = torch.ops.aten._softmax_backward_data(of_weights, weights, -1, weights.dtype)
-        of_q = torch.baddbmm(q, of_logits, k, beta=0, alpha=ctx.scaling)
-        of_k = torch.baddbmm(k, of_logits.transpose(1, 2), q, beta=0, alpha=ctx.scaling)
+        (q, k, v, *weights), heads = ctx.saved_tensors, ctx.heads
+        rows = gradient.reshape(-1, gradient.shape[-1])
+        g = torch.zeros_like(q).index_copy_(0, heads.outputs, rows)
+        of_q, of_k, of_v = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+        for band, w in zip(heads.bands, weights, strict=True):
+            torch.bmm(w.mT, band.queries(g), out=band.keys(of_v))
+            of_w = torch.bmm(band.queries(g), band.keys(v).mT)
+            of_logits = torch.ops.aten._softmax_backward_data(of_w, w, -1, w.dtype)
+            for out, left, right in (
+                (band.queries(of_q), of_logits, band.keys(k)),
+                (band.keys(of_k), of_logits.mT, band.queries(q)),
+            ):
+                torch.baddbmm(out, left, right, beta=0, alpha=ctx.scaling, out=out)
+        summed = (_summed(of, heads).view(len(gradient), -1, rows.shape[1]) for of in (of_k, of_v))
+        of_q = of_q.index_select(0, heads.outputs).view(gradient.shape)
+        return of_q, *summed, None, None
 
-        def summed(rows: Tensor) -> Tensor:
-            rows = rows.view(-1, size)
-            found = rows.index_select(0, heads.first)
-            if len(heads.again):
-                found.index_add_(0, heads.again_of, rows.index_select(0, heads.again))
-            return found.view(-1, heads.first.numel() // tokens, size)
 
-        tokens = len(gradient)
-        of_q = of_q.view(-1, size).index_select(0, heads.outputs).view(gradient.shape)
-        return of_q, summed(of_k), summed(of_v), None, None, None
+def _summed(of_keys: Tensor, heads: HeadRows) -> Tensor:
+    """The gradient of each token's key or value, over all the rows that hold it."""
+    found = of_keys.index_select(0, heads.first)
+    if len(heads.again):
+        found.index_add_(0, heads.again_of, of_keys.index_select(0, heads.again))
+    return found
 
 
 def packed_attention(

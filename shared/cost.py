@@ -1,5 +1,7 @@
 """What a stage costs: seconds by phase, tokens, FLOPs, peak memory, models held at once."""
 
+import ctypes
+import gc
 import importlib.metadata
 import os
 import platform
@@ -189,4 +191,7 @@ def reset_peak_memory() -> None:
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
     elif os.access(clear := Path("/proc/self/clear_refs"), os.W_OK):
+        gc.collect()
+        if hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
+            libc.malloc_trim(0)  # what earlier work freed would count
         clear.write_text("5")  # Linux: start VmHWM anew

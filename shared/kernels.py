@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.amp import custom_bwd, custom_fwd  # pyright: ignore[reportPrivateImportUsage]
 from torch.autograd.function import once_differentiable
 
+CHUNK = 2**20  # logits that one pass over them takes at a time: they stay in the processor's cache
 whole = custom_fwd(device_type="cpu", cast_inputs=torch.float32)  # in float32, whatever surrounds
 whole_back = custom_bwd(device_type="cpu")
 
@@ -91,7 +92,7 @@ def _turned(x: Tensor, cos: Tensor, sin: Tensor, sign: int) -> Tensor:
 class _Picked(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits: Tensor, tokens: Tensor) -> Tensor:
-        total = logits.logsumexp(-1)
+        total = torch.cat([part.logsumexp(-1) for part in logits.split(_rows(logits))])
         ctx.save_for_backward(logits, total, tokens)
         return logits.gather(-1, tokens.unsqueeze(-1)).squeeze(-1) - total
 
@@ -99,6 +100,12 @@ class _Picked(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         logits, total, tokens = ctx.saved_tensors
-        g = gradient.unsqueeze(-1)
-        of_logits = (logits - total.unsqueeze(-1)).exp_().mul_(-g)
+        of_logits, g = torch.empty_like(logits), gradient.unsqueeze(-1)
+        parts = (t.split(_rows(logits)) for t in (of_logits, logits, total.unsqueeze(-1), g))
+        for out, part, sums, scale in zip(*parts, strict=True):
+            torch.sub(part, sums, out=out).exp_().mul_(-scale)
         return of_logits.scatter_add_(-1, tokens.unsqueeze(-1), g), None
+
+
+def _rows(logits: Tensor) -> int:
+    return max(1, CHUNK // logits.shape[-1])

@@ -34,7 +34,8 @@ class Packed(NamedTuple):
     place: Tensor  # (B, P + T) number of the token there; 0 where there is padding
     rows: Tensor  # (B, L) the same with rows aligned to the left
     back: Tensor  # (N,) where in the flattened `rows` each token's attention is read
-    again: Tensor  # (A,) where in them a token stands once more
+    starts: Tensor  # (B,) tokens of a row that an earlier one computes: a shared prompt's
+    lengths: Tensor  # (B,) tokens of a row
 
 
 def pack(batch: Sequences) -> Packed:
@@ -50,12 +51,11 @@ def pack(batch: Sequences) -> Packed:
     start, length = real.int().argmax(1), real.sum(1)
     column = torch.arange(int(length.max()), device=real.device)
     source = (start.unsqueeze(1) + column).clamp(max=real.shape[1] - 1)
-    past = column >= length.unsqueeze(1)
-    rows = place.gather(1, source).masked_fill(past, 0)
+    rows = place.gather(1, source).masked_fill(column >= length.unsqueeze(1), 0)
     in_row, in_column = kept.nonzero(as_tuple=True)
     back = in_row * len(column) + in_column - start[in_row]
-    again = (~past).flatten().index_fill(0, back, False).nonzero().squeeze(1)
-    return Packed(batch.ids[kept][None], batch.positions[kept][None], place, rows, back, again)
+    ids, positions = batch.ids[kept][None], batch.positions[kept][None]
+    return Packed(ids, positions, place, rows, back, length - kept.sum(1), length)
 
 
 def distinct_tokens(batch: Sequences) -> tuple[int, int]:
@@ -119,7 +119,7 @@ def packed_inputs(packed: Packed, read: Tensor) -> dict[str, Any]:
     """
     wanted = packed.ids.new_zeros(packed.ids.shape[1], dtype=torch.bool)
     wanted[read] = True
-    told = Pass(packed.rows, packed.back, packed.again, wanted.nonzero().squeeze(1))
+    told = Pass(*packed[3:], read=wanted.nonzero().squeeze(1))
     return {
         "input_ids": packed.ids,
         "position_ids": packed.positions,

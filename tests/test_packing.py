@@ -267,7 +267,7 @@ def test_attention_of_packed_tokens_is_sdpas_of_each_row_and_so_is_its_gradient(
     """Query heads in groups on fewer key heads, as repeated keys would have it; shared prompts."""
     torch.manual_seed(0)
     packed = pack(batch_of())
-    over = Pass(packed.rows, packed.back, packed.again, packed.back)
+    over = Pass(*packed[3:], read=packed.back)
     tokens = packed.ids.shape[1]
     query = torch.randn(tokens, 4, 8, requires_grad=True)
     key, value = (torch.randn(tokens, heads, 8, requires_grad=True) for _ in range(2))

@@ -36,7 +36,7 @@ from transformers import (
     get_scheduler,
 )
 
-from benchmarks.process import end_with, keep_freed_memory, quiet_libraries
+from benchmarks.process import end_with, quiet_libraries
 from benchmarks.speed.peers import labelled_rows, of_token_ids, trainer_settings, whole_rows
 from benchmarks.speed.sides import seconds_since
 from benchmarks.speed.trl_ppo import import_trl_ppo, loaded, trl_settings
@@ -75,7 +75,6 @@ def trl_process(threads: int, start: Callable[..., Any], *inputs: Any) -> Iterat
 def start_process(parent: int, threads: int) -> None:
     end_with(parent)
     torch.set_num_threads(threads)
-    keep_freed_memory()
     quiet_libraries()
     os.environ["TQDM_DISABLE"] = "1"
 

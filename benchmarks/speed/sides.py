@@ -169,7 +169,8 @@ def _serve(
 ) -> None:
     end_with(parent)
     torch.set_num_threads(threads)
-    keep_freed_memory()
+    if not loops:  # a peer's process is as its users start it
+        keep_freed_memory()
     quiet_libraries()
     turns = Turns(pipe)
     if loops:
