@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch.nn.functional import scaled_dot_product_attention
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
@@ -22,7 +21,6 @@ from transformers import (
 from transformers.pytorch_utils import Conv1D
 
 from shared import attention, logprobs
-from shared.attention import Pass, attend
 from shared.generation.engine import Sampling
 from shared.generation.hf import HFEngine
 from shared.logprobs import token_logprobs
@@ -260,37 +258,6 @@ def test_the_last_mlp_sees_the_tokens_that_are_read_and_no_other(config: PreTrai
     seen.clear()
     policy_(torch.tensor([[5, 6, 7, 8]]))
     assert seen == [4, 4]
-
-
-@pytest.mark.parametrize("heads", [4, 2, 1])
-def test_attention_of_packed_tokens_is_sdpas_of_each_row_and_so_is_its_gradient(heads: int):
-    """Query heads in groups on fewer key heads, as repeated keys would have it; shared prompts."""
-    torch.manual_seed(0)
-    packed = pack(batch_of())
-    over = Pass(*packed[3:], read=packed.back)
-    tokens = packed.ids.shape[1]
-    query = torch.randn(tokens, 4, 8, requires_grad=True)
-    key, value = (torch.randn(tokens, heads, 8, requires_grad=True) for _ in range(2))
-
-    def row_by_row() -> torch.Tensor:
-        output = torch.zeros(tokens, 4, 8)
-        for row, (prompt, completion) in enumerate(zip(PROMPTS, COMPLETIONS, strict=True)):
-            numbers = packed.rows[row, : len(prompt + completion)]
-            q, k, v = (t[numbers].transpose(0, 1) for t in (query, key, value))
-            alone = scaled_dot_product_attention(
-                q, k, v, is_causal=True, scale=0.3, enable_gqa=True
-            )
-            new = (output[numbers] == 0).all(-1).all(-1)  # a shared prompt: in its first row
-            output = output.index_copy(0, numbers[new], alone.transpose(0, 1)[new])
-        return output
-
-    outputs, gradients = [], []
-    for way in (lambda: attend(query, key, value, over, 0.3), row_by_row):
-        outputs.append(way())
-        gradients.append(torch.autograd.grad(outputs[-1].square().sum(), (query, key, value)))
-    torch.testing.assert_close(*outputs, atol=1e-5, rtol=1e-5)
-    for ours, theirs in zip(*gradients, strict=True):
-        torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
 
 
 def test_long_rows_and_short_ones_say_the_same(

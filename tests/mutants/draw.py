@@ -23,6 +23,8 @@ TESTS: dict[str, tuple[str, ...]] = {
     "shared/optimum.py": ("test_optimum.py", "test_finite_tasks.py"),
     "shared/sequences.py": ("test_kl_and_logprobs.py", "test_packing.py", "test_models.py"),
     "shared/packing.py": ("test_packing.py", "test_kl_and_logprobs.py"),
+    "shared/attention.py": ("test_attention.py", "test_packing.py"),
+    "shared/kernels.py": ("test_kernels.py", "test_packing.py"),
     "shared/fit.py": ("test_fit.py", "test_rlhf_losses.py", "test_direct.py"),
     "shared/preferences.py": ("test_preferences.py", "test_finite_tasks.py"),
     "dpo/filtered.py": ("test_filtered.py",),

@@ -25,6 +25,8 @@ RLHF = ("test_rlhf_losses.py",)
 PPO = ("test_ppo.py",)
 METER = ("test_kl_and_logprobs.py",)
 PACKING = ("test_packing.py", "test_kl_and_logprobs.py")
+ATTENTION = ("test_attention.py",)
+KERNELS = ("test_kernels.py",)
 MODELS = ("test_models.py", "test_ppo.py")
 SAMPLER = ("test_generation.py",)
 PAIRS = ("test_preferences.py",)
@@ -454,7 +456,8 @@ FAULTS = (
     ),
     Fault(
         "packing: positions of the flat row", "shared/packing.py",
-        "batch.positions[kept][None], place", "torch.arange(int(kept.sum()))[None], place",
+        "batch.ids[kept][None], batch.positions[kept][None]",
+        "batch.ids[kept][None], torch.arange(int(kept.sum()))[None]",
         "tokens stand where they do not", PACKING,
     ),
     Fault(
@@ -473,6 +476,56 @@ FAULTS = (
         "packing: padding compared as tokens", "shared/packing.py",
         "batch.ids[:, :width].masked_fill(padding, -1)", "batch.ids[:, :width]",
         "a prompt that begins with the pad token is taken for a shorter one", PACKING,
+    ),
+    Fault(
+        "attention: the next token is seen", "shared/attention.py",
+        "(column > asked[: None if skip else 1, :, None])",
+        "(column > asked[: None if skip else 1, :, None] + 1)",
+        "a token is predicted from itself", ATTENTION,
+    ),
+    Fault(
+        "attention: a shared prompt learns from one of its rows", "shared/attention.py",
+        "    if len(heads.again):\n        found.index_add_",
+        "    if False:\n        found.index_add_",
+        "keys and values miss the gradient of all completions but the first", ATTENTION,
+    ),
+    Fault(
+        "attention: logits unscaled in the gradient", "shared/attention.py",
+        "beta=0, alpha=ctx.scaling", "beta=0, alpha=1.0",
+        "queries and keys learn at another rate", ATTENTION,
+    ),
+    Fault(
+        "attention: outputs of one head go to the next", "shared/attention.py",
+        "(asking[:, None, None] * head.numel() + head)",
+        "(asking[:, None, None] * head.numel() + head.flip(0))",
+        "query heads read other heads' keys", ATTENTION,
+    ),
+    Fault(
+        "attention: short shared prompts are left out too", "shared/attention.py",
+        "skip = 2 * sum(starts) > sum(lengths[row] for row in sharing)", "skip = bool(sharing)",
+        "a mask for each row where one would do", ATTENTION,
+    ),
+    Fault(
+        "attention: bands cost nothing", "shared/attention.py",
+        "best[begin][0] + weights + BAND", "best[begin][0] + weights",
+        "rows are computed one length at a time", ATTENTION,
+    ),
+    Fault(
+        "rms_norm: the gradient of a layer norm", "shared/kernels.py",
+        "        of_x += torch.mv(g, weight).div_(size).unsqueeze_(1).mul_(scale)\n", "",
+        "a mean that is not taken off is differentiated", KERNELS,
+    ),
+    Fault(
+        "rotate: the gradient turns on", "shared/kernels.py",
+        "return _turned(gradient, cos, sin, -1), None, None",
+        "return _turned(gradient, cos, sin, 1), None, None",
+        "queries and keys learn in a wrong direction", KERNELS,
+    ),
+    Fault(
+        "picked: the gradient of the token itself is left out", "shared/kernels.py",
+        "return of_logits.scatter_add_(-1, tokens.unsqueeze(-1), g), None",
+        "return of_logits, None",
+        "all tokens become less likely", KERNELS,
     ),
     Fault(
         "collate: EOS is no completion token", "shared/sequences.py",
