@@ -22,6 +22,7 @@ from shared.kernels import rotate, whole, whole_back
 
 SHORT = 2**22  # attention weights of a layer, up to which they are computed all at once
 BAND = 2**12  # one more band costs as much as so many weights
+VECTOR = 16  # numbers; softmax over fewer is ten times slower each
 
 
 @dataclass(frozen=True)
@@ -79,12 +80,13 @@ class Pass:
     def _find_heads(self, kv: int, group: int) -> HeadRows:
         bands, queries, asked_here, keys, held_here, held_again = [], [], [], [], [], []
         head = torch.arange(kv * group).view(kv, group, 1)
+        padded = nn.functional.pad(self.rows, (0, VECTOR))
         query = key = 0
         for rows, skip in self._bands(kv * group):
             start, length = self.starts[rows, None], self.lengths[rows, None]
-            column = torch.arange(int(length.max()))
+            column = torch.arange(max(VECTOR, int(length.max())))
             asked = torch.arange(int((length - skip * start).max())) + skip * start
-            tokens = self.rows[rows, : len(column)]
+            tokens = padded[rows, : len(column)]
             asking = tokens.gather(1, asked.clamp(max=len(column) - 1))
             hidden = (column > asked[: None if skip else 1, :, None]).repeat(1, group, 1)
             hidden = torch.zeros(hidden.shape).masked_fill_(hidden, -torch.inf)
@@ -117,7 +119,7 @@ class Pass:
         skip = 2 * sum(starts) > sum(lengths[row] for row in sharing)
         whole = [row for row in range(len(starts)) if not (skip and starts[row])]
         for rows, skipped in ((whole, False), (sharing if skip else [], True)):
-            keys = [lengths[row] for row in rows]
+            keys = [max(VECTOR, lengths[row]) for row in rows]
             queries = [lengths[row] - skipped * starts[row] for row in rows]
             for band in cut_in_bands(queries, keys, heads):
                 yield [rows[i] for i in band], skipped
