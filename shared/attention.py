@@ -71,6 +71,22 @@ class Pass:
         """Whether all attention weights of a layer may be there at once."""
         return self.rows.is_cpu and heads * self.rows.numel() * self.rows.shape[1] <= SHORT
 
+    def attend(
+        self, layer: nn.Module, query: Tensor, key: Tensor, value: Tensor, **options: Any
+    ) -> Tensor:
+        """Causal, (N, heads, size), (N, kv, size) twice -> (N, heads, size)."""
+        if self.short(query.shape[1]):
+            scaling = options.get("scaling") or query.shape[-1] ** -0.5
+            return attend(query, key, value, self, scaling)
+
+        def gathered(tokens: Tensor) -> Tensor:
+            rows = tokens.index_select(0, self.rows.flatten())
+            return rows.view(*self.rows.shape, *tokens.shape[1:]).transpose(1, 2)
+
+        rows = gathered(query), gathered(key), gathered(value)
+        output, _ = sdpa_attention_forward(layer, *rows, attention_mask=None, **options)
+        return output.flatten(0, 1).index_select(0, self.back)
+
     def heads(self, kv: int, group: int) -> HeadRows:
         """For `kv` key heads that `group` query heads share each; the same in all layers."""
         if (kv, group) not in self._heads:
@@ -224,24 +240,17 @@ def packed_attention(
     key: Tensor,
     value: Tensor,
     attention_mask: Tensor | None,
-    packed: Pass | None = None,
+    packed: Any = None,
     **options: Any,
 ) -> tuple[Tensor, None]:
-    """For transformers: (1, heads, N, size) of packed tokens -> (1, N, heads, size); else SDPA."""
+    """For transformers: (1, heads, N, size) of packed tokens -> (1, N, heads, size); else SDPA.
+
+    `packed` knows which of the tokens see each other: a Pass, or what sampling keeps.
+    """
     if packed is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
-    q, k, v = (t[0].transpose(0, 1) for t in (query, key, value))  # (N, heads, size)
-    if packed.short(query.shape[1]):
-        scaling = options.get("scaling") or query.shape[-1] ** -0.5
-        return attend(q, k, v, packed, scaling).unsqueeze(0), None
-
-    def gathered(tokens: Tensor) -> Tensor:
-        rows = tokens.index_select(0, packed.rows.flatten())
-        return rows.view(*packed.rows.shape, *tokens.shape[1:]).transpose(1, 2)
-
-    rows = gathered(q), gathered(k), gathered(v)
-    output, _ = sdpa_attention_forward(module, *rows, attention_mask=None, **options)
-    return output.flatten(0, 1).index_select(0, packed.back).unsqueeze(0), None
+    tokens = (t[0].transpose(0, 1) for t in (query, key, value))
+    return packed.attend(module, *tokens, **options).unsqueeze(0), None
 
 
 def rotary_attention(
@@ -266,5 +275,5 @@ def rotary_attention(
     if hasattr(self, "q_norm"):
         query, key = self.q_norm(query), self.k_norm(key)
     query, key = rotate(query, cos, sin), rotate(key, cos, sin)
-    output = attend(query, key, value, packed, self.scaling)
+    output = packed.attend(self, query, key, value, scaling=self.scaling)
     return self.o_proj(output.flatten(1).unsqueeze(0)), None

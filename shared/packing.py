@@ -120,10 +120,15 @@ def packed_inputs(packed: Packed, read: Tensor) -> dict[str, Any]:
     wanted = packed.ids.new_zeros(packed.ids.shape[1], dtype=torch.bool)
     wanted[read] = True
     told = Pass(*packed[3:], read=wanted.nonzero().squeeze(1))
+    return pass_inputs(packed.ids, packed.positions, told)
+
+
+def pass_inputs(ids: Tensor, positions: Tensor, told: Any) -> dict[str, Any]:
+    """Of tokens, (1, N), in a pass that `told` knows."""
     return {
-        "input_ids": packed.ids,
-        "position_ids": packed.positions,
-        "attention_mask": packed.ids.new_ones(1, 1, 1, 1, dtype=torch.bool),
+        "input_ids": ids,
+        "position_ids": positions,
+        "attention_mask": ids.new_ones(1, 1, 1, 1, dtype=torch.bool),
         "use_cache": False,
         "packed": told,
     }
@@ -131,8 +136,9 @@ def packed_inputs(packed: Packed, read: Tensor) -> dict[str, Any]:
 
 def _tell_mlp(layer: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
     """Of the last layer: its MLP is not told by transformers what is read."""
-    told: Pass | None = kwargs.get("packed")
-    layer.mlp.packed_read = None if told is None else (told.read, len(told.back))  # pyright: ignore
+    told = kwargs.get("packed")
+    read = getattr(told, "read", None)
+    layer.mlp.packed_read = None if read is None else (read, len(told.back))  # pyright: ignore
 
 
 def _gather_read(mlp: Any, args: tuple[Tensor]) -> Tensor | None:

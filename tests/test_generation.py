@@ -15,7 +15,7 @@ from transformers import (
 )
 
 from shared.generation.engine import Completions, Sampling
-from shared.generation.hf import HFEngine
+from shared.generation.hf import HFEngine, moved_up
 from shared.kl import masked_sum
 from shared.logprobs import completion_logits, gather_logprobs, score_logps
 from shared.models import load_policy, save, special_ids
@@ -344,5 +344,13 @@ def test_a_prompt_is_read_once_for_all_of_its_completions(engine: HFEngine):
     )
     drawn = engine.generate([[5, 6, 7]] * 8 + [[8, 9]], Sampling(max_new_tokens=3, seed=1))
     hook.remove()
-    assert seen[0] == 2 * 3
+    assert seen[0] == 3 + 2
     assert len({tuple(ids) for ids in drawn.ids[:8]}) > 1
+
+
+def test_rows_that_go_on_stay_where_they_are_and_others_fill_the_gaps():
+    going = torch.tensor([True, False, True, True, False, True, False, True])
+    order = moved_up(going).tolist()
+    assert sorted(order) == going.nonzero().squeeze(1).tolist()
+    assert order == [0, 5, 2, 3, 7]
+    assert moved_up(torch.ones(3, dtype=torch.bool)).tolist() == [0, 1, 2]

@@ -121,17 +121,17 @@ def test_logits_come_in_blocks_where_that_is_switched(
 
 
 def test_each_prompt_is_read_for_itself_where_that_is_switched(policy_folder: Path):
-    model, tokens = load_policy(policy_folder), []
-    model.register_forward_pre_hook(
-        lambda _, __, inputs: tokens.append(inputs["input_ids"].shape), with_kwargs=True
-    )
-    engine = HFEngine(model, special_ids(dpo.train.load_tokenizer(policy_folder)))
+    special, tokens = special_ids(dpo.train.load_tokenizer(policy_folder)), []
     prompts, drawn = [[5, 6], [5, 6], [7], [5, 6]], []
-    for variant, first in ((DEFAULT, (2, 2)), ("prompts apart", (4, 2)), ("all off", (4, 2))):
+    for variant, first in ((DEFAULT, 3), ("prompts apart", 7), ("all off", 8)):
         tokens.clear()
         with in_force(variant):
-            drawn.append(engine.generate(prompts, DRAWN))
-        assert tokens[0] == first
+            model = load_policy(policy_folder)
+            model.get_input_embeddings().register_forward_hook(
+                lambda _, inputs, __: tokens.append(inputs[0].numel())
+            )
+            drawn.append(HFEngine(model, special).generate(prompts, DRAWN))
+        assert tokens[0] == first  # with padding where no model packs
     assert drawn[0].ids == drawn[1].ids == drawn[2].ids
     assert all(type(token) is int for row in drawn[1].ids for token in row)
 

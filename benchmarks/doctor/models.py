@@ -187,7 +187,9 @@ def engine_parity(
     draws at another temperature or cuts the distribution off.
     """
     seen: list[Tensor] = []
-    hook = policy.register_forward_hook(lambda _, __, out: seen.append(out.logits[:, -1].float()))
+    hook = policy.get_output_embeddings().register_forward_hook(  # pyright: ignore
+        lambda _, __, logits: seen.append(logits.flatten(0, -2).float())
+    )
     drawn = engine.generate(prompts, sampling).ids
     hook.remove()
     order = next(by_length([len(p) for p in prompts], len(prompts)))

@@ -1,8 +1,8 @@
-"""Sampling with transformers: the model's own forward pass and key-value cache, step by step.
+"""Sampling with transformers: the model's own forward pass, step by step.
 
 `model.generate` keeps computing rows that have ended; here they leave the batch and its cache,
-which about halves the work where lengths differ. The distribution is the model's own, divided by
-the temperature and nothing else.
+which about halves the work where lengths differ, and a prompt is read once for all of its
+completions. The distribution is the model's own, divided by the temperature and nothing else.
 """
 
 from collections.abc import Sequence
@@ -11,8 +11,10 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
+from shared.generation.decoding import Decoding
 from shared.generation.engine import Completions, Sampling, require_tokens
 from shared.models import SpecialIds
+from shared.packing import packs
 from shared.sequences import by_length
 
 LEAVE_BELOW = 0.8  # share of rows still going under which the ended ones leave the cache
@@ -53,21 +55,14 @@ class HFEngine:
         self, prompts: Sequence[Sequence[int]], sampling: Sampling
     ) -> tuple[Tensor, Tensor]:
         """(tokens, their log-probabilities), (B, max_new_tokens); after an EOS comes padding."""
-        device, width = self.model.device, max(map(len, prompts))
-        distinct = {tuple(p): number for number, p in enumerate(dict.fromkeys(map(tuple, prompts)))}
-        padded = [[self.pad_id] * (width - len(p)) + list(p) for p in distinct]
-        real = [[0] * (width - len(p)) + [1] * len(p) for p in distinct]
-        step, attention = torch.tensor(padded).to(device), torch.tensor(real).to(device)
-        positions = (attention.cumsum(1) - 1).clamp(min=0)
-        cache = DynamicCache(config=self.model.config)
-        logits = self._next(step, attention, positions, cache)
-        # a prompt is read once for all of its completions
-        rows = torch.tensor([distinct[tuple(p)] for p in prompts], device=device)
-        cache.batch_select_indices(rows)
-        logits, attention, positions = logits[rows], attention[rows], positions[rows]
-        output = step.new_full((len(prompts), sampling.max_new_tokens), self.pad_id)
+        numbers = {prompt: i for i, prompt in enumerate(dict.fromkeys(map(tuple, prompts)))}
+        rows = torch.tensor([numbers[tuple(p)] for p in prompts])
+        kind = Decoding if packs(self.model) else PaddedDecoding
+        decoding = kind(self.model, list(numbers), rows, sampling.max_new_tokens, self.pad_id)
+        logits, device = decoding.start(), self.model.device
+        output = torch.full((len(prompts), sampling.max_new_tokens), self.pad_id, device=device)
         logprobs = torch.zeros(output.shape, device=device)
-        going = torch.arange(len(prompts), device=device)  # output rows of the cache's rows
+        going = torch.arange(len(prompts), device=device)  # output rows of those still decoded
         ended = torch.zeros(len(prompts), dtype=torch.bool, device=device)
         for t in range(sampling.max_new_tokens):
             tokens, logprobs[going, t] = _draw(logits.float(), sampling.temperature)
@@ -75,25 +70,65 @@ class HFEngine:
             ended = ended | (tokens == self.eos_id)
             if ended.all() or t + 1 == sampling.max_new_tokens:
                 break
-            step, positions = tokens.unsqueeze(1), positions[:, -1:] + 1
-            attention = torch.cat([attention, torch.ones_like(step)], dim=1)
             if (~ended).sum() < LEAVE_BELOW * len(ended):
-                stay = (~ended).nonzero().squeeze(1)
-                cache.batch_select_indices(stay)
-                going, ended, step = going[stay], ended[stay], step[stay]
-                attention, positions = attention[stay], positions[stay]
-            logits = self._next(step, attention, positions, cache)
+                stay = moved_up(~ended)
+                decoding.keep(stay)
+                going, ended, tokens = going[stay], ended[stay], tokens[stay]
+            logits = decoding.step(tokens)
         return output, logprobs
 
-    def _next(
-        self, step: Tensor, attention: Tensor, positions: Tensor, cache: DynamicCache
-    ) -> Tensor:
-        """Logits of the token after `step`, (B, V); `cache` takes `step` in."""
+
+def moved_up(going: Tensor) -> Tensor:
+    """The rows that are `going`, (B,), with those at the end where others have gone: few move."""
+    count = int(going.sum())
+    order = torch.arange(count, device=going.device)
+    gone = (~going[:count]).nonzero().squeeze(1)
+    order[gone] = count + going[count:].nonzero().squeeze(1)
+    return order
+
+
+class PaddedDecoding:
+    """`Decoding` for models that do not pack: transformers' cache, prompts padded on the left."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        prompts: Sequence[Sequence[int]],
+        rows: Tensor,
+        room: int,
+        pad_id: int,
+    ):
+        self.model, self.rows = model, rows.to(model.device)
+        width = max(map(len, prompts))
+        padded = [[pad_id] * (width - len(p)) + list(p) for p in prompts]
+        real = [[0] * (width - len(p)) + [1] * len(p) for p in prompts]
+        self.ids = torch.tensor(padded, device=model.device)
+        self.attention = torch.tensor(real, device=model.device)
+        self.cache = DynamicCache(config=model.config)
+
+    def start(self) -> Tensor:
+        self.positions = (self.attention.cumsum(1) - 1).clamp(min=0)
+        logits = self._next(self.ids)
+        self.positions = self.positions[:, -1:]
+        self.keep(self.rows)
+        return logits[self.rows]
+
+    def step(self, tokens: Tensor) -> Tensor:
+        self.positions = self.positions + 1
+        step = tokens.unsqueeze(1)
+        self.attention = torch.cat([self.attention, torch.ones_like(step)], dim=1)
+        return self._next(step)
+
+    def keep(self, rows: Tensor) -> None:
+        self.cache.batch_select_indices(rows)
+        self.attention, self.positions = self.attention[rows], self.positions[rows]
+
+    def _next(self, ids: Tensor) -> Tensor:
         return self.model(
-            input_ids=step,
-            attention_mask=attention,
-            position_ids=positions,
-            past_key_values=cache,
+            input_ids=ids,
+            attention_mask=self.attention,
+            position_ids=self.positions,
+            past_key_values=self.cache,
             use_cache=True,
             logits_to_keep=1,
         ).logits[:, -1]

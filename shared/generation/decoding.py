@@ -1,0 +1,133 @@
+"""Sampling's forward passes of a model that packs: prompts without padding, then a token a row.
+
+Each step sees one flat row of tokens, as packed passes do. Attention alone knows the rows: what
+they are of a layer's keys and values lies in one tensor with room for all that will come, prompts
+aligned to the right, so that a step writes one column and copies nothing else.
+"""
+
+from collections.abc import Sequence
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from shared.attention import VECTOR, Pass
+from shared.models import trunk
+from shared.packing import pass_inputs
+
+
+class Decoding:
+    """B rows, each a prompt's, which grow by a token a step, at most `room` times.
+
+    Row b begins with `prompts[rows[b]]`; a prompt is read once for all of its rows.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        prompts: Sequence[Sequence[int]],
+        rows: Tensor,
+        room: int,
+        pad_id: int,
+    ):
+        self.model, self.prompts, self.rows = model, prompts, rows.to(model.device)
+        self.width = max(map(len, prompts))  # columns that are filled
+        self.columns = max(VECTOR, self.width + room)
+        self.cache: Tensor | None = None  # (layers, 2, B, kv, columns, size)
+
+    def start(self) -> Tensor:
+        """Read the prompts: logits of each row's first token, (B, V)."""
+        device = self.model.device
+        lengths = torch.tensor([len(p) for p in self.prompts], device=device)
+        column = torch.arange(self.width, device=device)
+        real = column < lengths.unsqueeze(1)
+        number = (real.flatten().cumsum(0) - 1).view(real.shape)
+        ids = torch.tensor([[*chain(*self.prompts)]], device=device)
+        positions = column.expand(real.shape)[real].unsqueeze(0)
+        last = lengths.cumsum(0) - 1
+        told = _Prompts(
+            rows=number.masked_fill(~real, 0),
+            back=real.flatten().nonzero().squeeze(1),
+            starts=torch.zeros_like(lengths),
+            lengths=lengths,
+            read=last,
+            decoding=self,
+        )
+        # Where a row's prompt stands, aligned to the right: the first columns are hidden
+        first = self.width - lengths[self.rows]
+        self.tokens = (last[self.rows].unsqueeze(1) - column.flip(0)).clamp(min=0)  # (B, width)
+        self.hidden = (torch.arange(self.columns, device=device) < first.unsqueeze(1)).float()
+        self.hidden[:, self.width :] = 1
+        self.hidden.masked_fill_(self.hidden.bool(), -torch.inf)  # (B, columns)
+        self.positions = lengths[self.rows] - 1
+        states = self._states(ids, positions, told)[last]
+        return self._logits(states)[self.rows]
+
+    def step(self, tokens: Tensor) -> Tensor:
+        """Let each row grow by its token, (B,): logits of the next one, (B, V)."""
+        self.positions = self.positions + 1
+        self.hidden[:, self.width] = 0
+        states = self._states(tokens.unsqueeze(0), self.positions.unsqueeze(0), self)
+        self.width += 1
+        return self._logits(states)
+
+    def keep(self, rows: Tensor) -> None:
+        """Go on with `rows` only, in this order: those that are where they were are not copied."""
+        assert self.cache is not None
+        new = (rows != torch.arange(len(rows), device=rows.device)).nonzero().squeeze(1)
+        self.cache[:, :, new, :, : self.width] = self.cache[:, :, rows[new], :, : self.width]
+        self.cache = self.cache[:, :, : len(rows)]
+        self.hidden, self.positions = self.hidden[rows], self.positions[rows]
+
+    def short(self, heads: int) -> bool:
+        """A step's attention weights are few in any case."""
+        return True
+
+    def attend(
+        self, layer: Any, query: Tensor, key: Tensor, value: Tensor, **options: Any
+    ) -> Tensor:
+        """Of a step: (B, heads, size), (B, kv, size) twice -> (B, heads, size), in float32."""
+        assert self.cache is not None
+        keys, values = self.cache[layer.layer_idx]
+        keys[:, :, self.width], values[:, :, self.width] = key, value
+        count, kv, _, size = keys.shape
+        seen = max(VECTOR, self.width + 1)
+        keys, values = (t.view(count * kv, -1, size)[:, :seen] for t in (keys, values))
+        hidden = self.hidden[:, :seen].repeat_interleave(kv, 0).unsqueeze(1)
+        q = query.float().reshape(count * kv, -1, size)
+        scaling = options.get("scaling") or size**-0.5
+        logits = torch.baddbmm(hidden.expand(-1, q.shape[1], -1), q, keys.mT, alpha=scaling)
+        return torch.bmm(logits.softmax(-1), values).view(query.shape).to(value.dtype)
+
+    def take(self, layer: Any, key: Tensor, value: Tensor) -> None:
+        """Keep the prompts' keys and values of a layer, (N, kv, size), for every row."""
+        if self.cache is None:
+            layers = self.model.config.get_text_config().num_hidden_layers
+            room = layers, 2, len(self.rows), key.shape[1], self.columns, key.shape[2]
+            self.cache = torch.empty(room, device=key.device)
+            self.cache[..., self.width : VECTOR, :] = 0  # hidden, but read
+        for kept, tokens in zip(self.cache[layer.layer_idx], (key, value), strict=True):
+            kept[:, :, : self.width] = tokens[self.tokens].transpose(1, 2)
+
+    def _states(self, ids: Tensor, positions: Tensor, told: Any) -> Tensor:
+        return trunk(self.model)(**pass_inputs(ids, positions, told)).last_hidden_state[0]
+
+    def _logits(self, states: Tensor) -> Tensor:
+        head: nn.Module = self.model.get_output_embeddings()  # pyright: ignore
+        return head(states)
+
+
+class _Prompts(Pass):
+    """The first pass, whose keys and values are kept."""
+
+    def __init__(self, decoding: Decoding, **about: Tensor):
+        super().__init__(**about)  # pyright: ignore
+        self.decoding = decoding
+
+    def attend(
+        self, layer: nn.Module, query: Tensor, key: Tensor, value: Tensor, **options: Any
+    ) -> Tensor:
+        self.decoding.take(layer, key, value)
+        return super().attend(layer, query, key, value, **options)
