@@ -19,6 +19,7 @@ from shared.generation.hf import HFEngine, moved_up
 from shared.kl import masked_sum
 from shared.logprobs import completion_logits, gather_logprobs, score_logps
 from shared.models import load_policy, save, special_ids
+from shared.packing import packs
 from shared.sequences import collate
 from shared.tasks.registry import TaskConfig, make_task
 
@@ -54,9 +55,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTokeni
     return path
 
 
-@pytest.fixture(scope="module")
-def model(folder: Path) -> PreTrainedModel:
-    return load_policy(folder).eval()
+@pytest.fixture(scope="module", params=[True, False], ids=["packs", "padded"])
+def model(folder: Path, request: pytest.FixtureRequest) -> PreTrainedModel:
+    """A model that packs, and one as transformers loads it: they decode in their own ways."""
+    model = load_policy(folder) if request.param else AutoModelForCausalLM.from_pretrained(folder)
+    assert packs(model) == request.param
+    return model.eval()
 
 
 @pytest.fixture(scope="module")
@@ -344,7 +348,7 @@ def test_a_prompt_is_read_once_for_all_of_its_completions(engine: HFEngine):
     )
     drawn = engine.generate([[5, 6, 7]] * 8 + [[8, 9]], Sampling(max_new_tokens=3, seed=1))
     hook.remove()
-    assert seen[0] == 3 + 2
+    assert seen[0] == (3 + 2 if packs(engine.model) else 2 * 3)
     assert len({tuple(ids) for ids in drawn.ids[:8]}) > 1
 
 

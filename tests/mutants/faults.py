@@ -589,14 +589,44 @@ FAULTS = (
     ),
     Fault(
         "generation: positions stand still", "shared/generation/hf.py",
-        "step, positions = tokens.unsqueeze(1), positions[:, -1:] + 1",
-        "step, positions = tokens.unsqueeze(1), positions[:, -1:]",
-        "later tokens are drawn from another distribution", SAMPLER,
+        "self.positions = self.positions + 1", "self.positions = self.positions + 0",
+        "models that do not pack draw later tokens from another distribution", SAMPLER,
     ),
     Fault(
         "generation: cached rows of others", "shared/generation/hf.py",
-        "cache.batch_select_indices(stay)", "cache.batch_select_indices(stay.flip(0))",
-        "rows go on with the cache of others once some have ended", SAMPLER,
+        "self.cache.batch_select_indices(rows)", "self.cache.batch_select_indices(rows.flip(0))",
+        "models that do not pack go on with the cache of others once some have ended", SAMPLER,
+    ),
+    Fault(
+        "generation: the next token of another row", "shared/generation/hf.py",
+        "going, ended, tokens = going[stay], ended[stay], tokens[stay]",
+        "going, ended = going[stay], ended[stay]; tokens = tokens[: len(stay)]",
+        "rows go on with the tokens of others once some have ended", SAMPLER,
+    ),
+    Fault(
+        "decoding: positions stand still", "shared/generation/decoding.py",
+        "self.positions = self.positions + 1", "self.positions = self.positions + 0",
+        "later tokens are drawn from another distribution", SAMPLER,
+    ),
+    Fault(
+        "decoding: kept rows of others", "shared/generation/decoding.py",
+        "self.cache[:, :, rows[new], :, : self.width]", "self.cache[:, :, new, :, : self.width]",
+        "rows go on with the keys and values of others once some have ended", SAMPLER,
+    ),
+    Fault(
+        "decoding: padding is seen", "shared/generation/decoding.py",
+        "first = self.width - lengths[self.rows]", "first = 0 * lengths[self.rows]",
+        "short prompts are read with tokens before them", SAMPLER,
+    ),
+    Fault(
+        "decoding: a row's own token is hidden", "shared/generation/decoding.py",
+        "self.hidden[:, self.width] = 0", "self.hidden[:, self.width - 1] = 0",
+        "a token is drawn without the one before it", SAMPLER,
+    ),
+    Fault(
+        "decoding: another prompt's first token", "shared/generation/decoding.py",
+        "self._logits(states)[self.rows]", "self._logits(states)[self.rows.sort()[0]]",
+        "completions begin as answers to other prompts", SAMPLER,
     ),
     Fault(
         "labels: the loser wins", "shared/preferences.py",
