@@ -14,7 +14,8 @@ quick: $(READY)  ## the same, smaller: one seed
 	$(BIN)/klash compare reviews --quick
 
 test: lint $(SMOLLM2)  ## lint, types and the tests
-	$(BIN)/python -m pytest -m "not slow and not gpu"
+	$(BIN)/python -m pytest -m "not slow and not gpu and not vllm" -n 2 --dist worksteal
+	$(BIN)/python -m pytest -m "not slow and not gpu and vllm"
 
 slow: $(VLLM) $(SMOLLM2)  ## the tests that take longer
 	$(BIN)/python -m pytest -m slow

@@ -253,6 +253,7 @@ def test_in_a_series_one_thing_grows():
 # --- the whole command ------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_larger_steps_take_more_time_and_memory_in_processes_of_their_own(tmp_path: Path):
     sizes = [(16.0, TINY._replace(pairs=16)), (None, Step(completion_tokens=16))]
     small, large = measure_steps(sizes, 2, tmp_path)

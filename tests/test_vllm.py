@@ -35,6 +35,7 @@ from shared.sequences import collate
 from shared.stages import read_json
 from shared.tasks.registry import TaskConfig, make_task
 
+pytestmark = pytest.mark.vllm
 CAP = 12
 FILTERED_AND_PPO = """
 [arms.ppo]
@@ -55,7 +56,7 @@ def smollm2(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture(params=["small", "smollm2"])
+@pytest.fixture(params=["small", pytest.param("smollm2", marks=pytest.mark.slow)])
 def folder(request: pytest.FixtureRequest, policy_folder: Path) -> Iterator[Path]:
     if request.param == "small":
         yield policy_folder
@@ -119,6 +120,7 @@ def train(model: PreTrainedModel, prompts: list[list[int]], steps: int, rate: fl
 # --- parity and sync --------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("folder", ["small", "smollm2"], indirect=True)
 def test_log_probabilities_are_the_policys_before_training_and_after_it(folder: Path):
     engine, prompts = started(folder), some_prompts(folder, 16)
     for temperature in (1.0, 0.7):

@@ -28,6 +28,7 @@ from shared.sequences import collate
 from shared.stages import Stages, read_json
 from shared.tasks.registry import TaskConfig, make_task
 
+pytestmark = pytest.mark.vllm
 SAMPLING = Sampling(max_new_tokens=10)
 PPO = PPOConfig(
     episodes=64,
