@@ -210,17 +210,21 @@ def train(
 def evaluate_arm(
     experiment: Experiment,
     run: Run,
+    timed: Run,
     common: Common,
     seed: Seed,
     name: str,
     arm: Arm,
     setting: dict[str, float],
 ) -> Trained:
-    """Train `arm` if need be, and read its checkpoints and its end on test prompts."""
+    """Train `arm` if need be, and read its checkpoints and its end on test prompts.
+
+    `timed` runs what counts as the arm's own cost, `run` the rest.
+    """
     if arm.kind == "best-of-n":
-        rows = evaluate_n(experiment, run, common, seed, setting, "test")
+        rows = evaluate_n(experiment, timed, common, seed, setting, "test")
         return Trained(setting, seed.seed, None, {1.0: rows}, (seed.reward, rows))
-    folder, stages = train(experiment, run, common, seed, name, arm, setting)
+    folder, stages = train(experiment, timed, common, seed, name, arm, setting)
     rows = {}
     for checkpoint, share in read_json(folder / "checkpoints.json").items():
         label = f"{name} {setting_text(setting)} at {share:.0%}, seed {seed.seed}"

@@ -14,6 +14,7 @@ import numpy as np
 
 from benchmarks.arms import (
     Common,
+    Run,
     Seed,
     Trained,
     evaluate_arm,
@@ -49,23 +50,36 @@ class ArmDone(NamedTuple):
     runs: list[Trained]
 
 
+@dataclass(frozen=True)
+class Places:
+    """Where stages run: those of a seed whose seconds are told have the machine to themselves."""
+
+    stages: Stages
+    alone: Stages
+    timed: tuple[int, ...]
+
+    def of(self, seed: int) -> Run:
+        """Where models of `seed` are made."""
+        return (self.alone if seed in self.timed else self.stages).run
+
+
 def compare(
-    experiment: Experiment, stages: Stages, only: tuple[int, ...] | None = None
+    experiment: Experiment, places: Places, only: tuple[int, ...] | None = None
 ) -> Compared:
     """Run whatever is not there yet, of all seeds or of `only` some.
 
     Settings are chosen on validation prompts of the first seeds, never on test prompts.
     """
-    run, wanted = stages.run, experiment.seeds if only is None else only
+    stages, wanted = places.stages, experiment.seeds if only is None else only
     needed = [s for s in experiment.seeds if s in {*wanted, *first_seeds(experiment)}]
-    start = prepare_start(experiment, run)
-    parts = [partial(prepare_reward, experiment, run, *start, seed) for seed in needed]
-    stages.each(lambda part: part(), [*parts, partial(prepare_common, experiment, run)])
-    common = prepare_common(experiment, run)
-    prepared = stages.each(partial(prepare_seed, experiment, run, common), needed)
+    start = prepare_start(experiment, stages.run)
+    parts = [partial(prepare_reward, experiment, places.of(s), *start, s) for s in needed]
+    stages.each(lambda part: part(), [*parts, partial(prepare_common, experiment, stages.run)])
+    common = prepare_common(experiment, stages.run)
+    prepared = stages.each(lambda s: prepare_seed(experiment, places.of(s), common, s), needed)
     seeds = dict(zip(needed, prepared, strict=True))
 
-    finish = partial(finish_arm, experiment, stages, common, seeds, wanted)
+    finish = partial(finish_arm, experiment, places, common, seeds, wanted)
     done = dict(zip(experiment.arms, stages.each(finish, experiment.arms), strict=True))
     return Compared(
         common,
@@ -78,7 +92,7 @@ def compare(
 
 def finish_arm(
     experiment: Experiment,
-    stages: Stages,
+    places: Places,
     common: Common,
     seeds: dict[int, Seed],
     wanted: tuple[int, ...],
@@ -86,7 +100,7 @@ def finish_arm(
 ) -> ArmDone:
     """Choose one arm's setting, and train and evaluate it on the `wanted` seeds."""
     arm = experiment.arms[name]
-    best, scores = tune(experiment, stages, common, seeds, name, arm)
+    best, scores = tune(experiment, places, common, seeds, name, arm)
     runs = [
         (setting, seed)
         for setting in arm.settings
@@ -96,30 +110,31 @@ def finish_arm(
 
     def evaluated(at: tuple[dict[str, float], int]) -> Trained:
         setting, seed = at
-        return evaluate_arm(experiment, stages.run, common, seeds[seed], name, arm, setting)
+        run, timed = places.stages.run, places.of(seed)
+        return evaluate_arm(experiment, run, timed, common, seeds[seed], name, arm, setting)
 
-    return ArmDone(best, scores, stages.each(evaluated, runs))
+    return ArmDone(best, scores, places.stages.each(evaluated, runs))
 
 
 def tune(
     experiment: Experiment,
-    stages: Stages,
+    places: Places,
     common: Common,
     seeds: dict[int, Seed],
     name: str,
     arm: Arm,
 ) -> tuple[dict[str, float], list[float | None]]:
     """(the best setting, mean gold of each on validation prompts): None if there is no choice."""
-    run = stages.run
 
     def gold(at: tuple[dict[str, float], int]) -> float:
         setting, seed = at
         if arm.kind == "best-of-n":
+            run = places.stages.run
             rows = evaluate_n(experiment, run, common, seeds[seed], setting, "validation")
         else:
-            model = train(experiment, run, common, seeds[seed], name, arm, setting)[0]
+            model = train(experiment, places.of(seed), common, seeds[seed], name, arm, setting)[0]
             rows = evaluate_model(
-                experiment, run, common, None, None, seed, model, "final",
+                experiment, places.stages.run, common, None, None, seed, model, "final",
                 f"{name} {setting_text(setting)}, seed {seed}", "validation",
             )  # fmt: skip
         return float(np.mean([row["gold"] for row in read_jsonl(rows / "rows.jsonl")]))
@@ -127,23 +142,22 @@ def tune(
     trials = [(setting, seed) for setting in arm.settings for seed in tuning_seeds(experiment, arm)]
     if not trials:
         return arm.settings[0], [None] * len(arm.settings)
-    golds = stages.each(gold, trials)
+    golds = places.stages.each(gold, trials)
     scores = np.array(golds).reshape(len(arm.settings), -1).mean(1)
     return arm.settings[int(scores.argmax())], scores.tolist()
 
 
-def train_alone(experiment: Experiment, stages: Stages, seed: int) -> None:
+def train_alone(experiment: Experiment, places: Places, seed: int) -> None:
     """What the report gives seconds of: each arm at its setting, of one seed, one after another."""
-    run = stages.run
-    common = prepare_common(experiment, run)
-    needed = {*first_seeds(experiment), seed}
-    seeds = {s: prepare_seed(experiment, run, common, s) for s in experiment.seeds if s in needed}
+    common = prepare_common(experiment, places.stages.run)
+    needed = [s for s in experiment.seeds if s in {*first_seeds(experiment), seed}]
+    seeds = {s: prepare_seed(experiment, places.of(s), common, s) for s in needed}
     for name, arm in experiment.arms.items():
-        best, _ = tune(experiment, stages, common, seeds, name, arm)
+        best, _ = tune(experiment, places, common, seeds, name, arm)
         if arm.kind == "best-of-n":
-            evaluate_n(experiment, run, common, seeds[seed], best, "test")
+            evaluate_n(experiment, places.of(seed), common, seeds[seed], best, "test")
         else:
-            train(experiment, run, common, seeds[seed], name, arm, best)
+            train(experiment, places.of(seed), common, seeds[seed], name, arm, best)
 
 
 def first_seeds(experiment: Experiment) -> tuple[int, ...]:
@@ -156,6 +170,7 @@ def tuning_seeds(experiment: Experiment, arm: Arm) -> tuple[int, ...]:
     return first_seeds(experiment) if len(arm.settings) > 1 else ()
 
 
-def timed_seeds(experiment: Experiment) -> list[int]:
-    """Seeds that train with nothing beside them: all, or where stages run side by side the last."""
-    return list(experiment.seeds if experiment.workers == 1 else experiment.seeds[-1:])
+def timed_seeds(experiment: Experiment) -> tuple[int, ...]:
+    """Seeds whose training is timed, with nothing beside it: the last, or all if all are alike."""
+    alike = experiment.workers == 1 and experiment.timed_threads in (None, experiment.threads)
+    return experiment.seeds if alike else experiment.seeds[-1:]

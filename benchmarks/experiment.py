@@ -103,6 +103,7 @@ class Experiment(Config):
     seeds: tuple[Annotated[int, Field(ge=0)], ...] = Field(default=(0, 1, 2), min_length=1)
     tuning_seeds: int = Field(default=1, gt=0)
     threads: int = Field(default=2, gt=0)  # of each process
+    timed_threads: int | None = Field(default=None, gt=0)  # of the last seed's training, alone
     workers: int = Field(default=1, gt=0)  # stages at a time, each in a process
     task: TaskConfig = TaskConfig()
     model: ModelConfig = ModelConfig()

@@ -62,11 +62,31 @@ def stage_context(generation: GenerationConfig = TRANSFORMERS) -> dict[str, Any]
 
 
 @dataclass
+class OnThreads(Stages):
+    """Stages that run here with `threads` threads, however many this process has."""
+
+    threads: int = field(kw_only=True)
+
+    def __post_init__(self) -> None:
+        self.context = {**self.context, "threads": self.threads}
+
+    def fill_one(
+        self, folder: Path, name: str, work: Callable[..., None], inputs: dict[str, Any]
+    ) -> float:
+        before = torch.get_num_threads()
+        torch.set_num_threads(self.threads)
+        try:
+            return super().fill_one(folder, name, work, inputs)
+        finally:
+            torch.set_num_threads(before)
+
+
+@dataclass
 class SideBySide(Stages):
     """Stages that run in processes of their own, several at a time.
 
-    Each process has as many threads as one alone, so that results are the same to the bit. If one
-    of `each` items fails, the others are finished before its error is raised.
+    Each process has as many threads as one without others beside it, so that results are the same
+    to the bit. If one of `each` items fails, the others are finished before its error is raised.
     """
 
     pool: Executor = field(kw_only=True)

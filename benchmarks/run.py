@@ -5,15 +5,16 @@ import os
 import shutil
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from benchmarks.arms import unpaired
-from benchmarks.compare import compare, timed_seeds, train_alone, tuning_seeds
+from benchmarks.compare import Places, compare, timed_seeds, train_alone, tuning_seeds
 from benchmarks.experiment import Experiment
-from benchmarks.process import set_up_process, side_by_side, stage_context
+from benchmarks.process import OnThreads, set_up_process, side_by_side, stage_context
 from benchmarks.report.build import draw_report
 from benchmarks.summary import summarise
 from shared.fit import checkpoint_steps, steps_of
@@ -31,10 +32,12 @@ def run_experiment(experiment: Experiment, runs: Path) -> Path:
     set_up_process(experiment.threads)
     with progress(stage_count(experiment)) as say:
         stages = Stages(runs / ".stages", say, stage_context(experiment.generation))
-        if experiment.workers > 1:
-            run_side_by_side(experiment, stages)
-        compared = compare(experiment, stages)
-        summary = stages.run("summary", summarise, experiment=experiment, compared=compared)
+        alone = timed_stages(experiment, stages)
+        places = Places(stages, alone, timed_seeds(experiment))
+        if places.timed != experiment.seeds:
+            run_timed(experiment, places)
+        compared = compare(experiment, places)
+        summary = alone.run("summary", summarise, experiment=experiment, compared=compared)
         report = stages.run("report", draw_report, run=summary)
     for file in ("results.json", "results.schema.json", *OTHERS):
         put(summary / file, folder / file)
@@ -45,18 +48,28 @@ def run_experiment(experiment: Experiment, runs: Path) -> Path:
     return folder
 
 
-def run_side_by_side(experiment: Experiment, stages: Stages) -> None:
+def timed_stages(experiment: Experiment, stages: Stages) -> Stages:
+    """`stages` with the threads of what is timed."""
+    threads = experiment.timed_threads or experiment.threads
+    return OnThreads(stages.root, stages.report, stages.context, threads=threads)
+
+
+def run_timed(experiment: Experiment, places: Places) -> None:
     """All stages, `experiment.workers` at a time, but what a report gives seconds of: that alone.
 
     Only the last seed is timed: what is chosen on the first ones is known by then.
     """
-    timed = timed_seeds(experiment)
+    timed, workers = places.timed, experiment.workers
     others = tuple(seed for seed in experiment.seeds if seed not in timed)
-    with side_by_side(stages, experiment.workers, experiment.threads) as beside:
+    with contextlib.ExitStack() as open_:
+        beside = places
+        if workers > 1:
+            pool = open_.enter_context(side_by_side(places.stages, workers, experiment.threads))
+            beside = replace(places, stages=pool)
         if not set(timed) & set(experiment.seeds[: experiment.tuning_seeds]):
             compare(experiment, beside, only=others)
         for seed in timed:
-            train_alone(experiment, stages, seed)
+            train_alone(experiment, places, seed)
         compare(experiment, beside)
 
 

@@ -12,7 +12,7 @@ from benchmarks.statistics import interquartile_range
 from shared.stages import read_json
 
 
-def cost_of(final: list[Trained], labels: int, rate: float, timed: list[int]) -> Cost:
+def cost_of(final: list[Trained], labels: int, rate: float, timed: tuple[int, ...]) -> Cost:
     """What one arm at its setting spends, averaged over seeds; nothing for SFT.
 
     Seconds and memory are those of the seeds in `timed`, which had the machine to themselves.
@@ -34,7 +34,7 @@ def cost_of(final: list[Trained], labels: int, rate: float, timed: list[int]) ->
         labels_used=labels,
         mfu=flops / seconds / rate,
         phases={n: float(np.mean([s["phases"].get(n, 0.0) for s in alone])) for n in names},
-        timed_seeds=timed,
+        timed_seeds=list(timed),
     )
 
 

@@ -435,8 +435,11 @@ def test_other_seeds_differ_and_share_what_does_not_depend_on_them(first: Run, t
 def test_stages_side_by_side_come_to_the_same_results(
     first: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    """To the bit, two at a time; the last seed's training, whose seconds are told, is alone."""
-    changes = ["--name", "side", "--seeds", "[0, 1, 3]", *some_arms("dpo")]
+    """To the bit, two at a time; the last seed's training, whose seconds are told, is alone.
+
+    It has threads of its own number, which the machine's description tells, and the rest has not.
+    """
+    changes = ["--name", "side", "--seeds", "[0, 1, 3]", *some_arms("dpo"), "--timed-threads", "2"]
     alone = run(tiny(tmp_path, *changes), first.folder.parent)
     heard: list[tuple[str, str]] = []
 
@@ -451,11 +454,14 @@ def test_stages_side_by_side_come_to_the_same_results(
     assert [line[0] for line in side.lines] == [str(i + 1) for i in range(len(side.lines))]
     assert len(side.lines) == stage_count(side.experiment)
     found, expected = (without_times(r.results) for r in (side, alone))
-    for method in (*found["methods"].values(), *expected["methods"].values()):
-        del method["cost"]["timed_seeds"]
     assert found == expected
     assert side.results["methods"]["dpo"]["cost"]["timed_seeds"] == [3]
-    assert alone.results["methods"]["dpo"]["cost"]["timed_seeds"] == [0, 1, 3]
+    assert side.results["environment"]["threads"] == 2
+    assert first.results["methods"]["dpo"]["cost"]["timed_seeds"] == [0, 1]
+    assert first.results["environment"]["threads"] == 1
+    states = {line[2]: line[3] for line in alone.lines}
+    assert states["dpo beta=0.2, seed 1"] == "cached"
+    assert states["dpo beta=0.2, seed 3"] == "done"
     together = [running for _, running in beside(heard)]
     assert max(map(len, together)) >= 2
     timed = {"dpo beta=0.2, seed 3", "reward model, seed 3", "reference log-probabilities, seed 3"}
