@@ -23,7 +23,7 @@ from rlhf.reward import train_reward
 from rlhf.rollout import as_rows
 from shared.fit import step
 from shared.generation.engine import Sampling
-from shared.generation.hf import HFEngine
+from shared.generation.hf import HFEngine, PaddedDecoding
 from shared.logprobs import score_logps, token_logprobs
 from shared.models import load_policy, special_ids
 from shared.preferences import make_preferences
@@ -79,6 +79,11 @@ def each_prompt_read(
     return generate_batch(engine, [[Apart(token) for token in p] for p in prompts], sampling)
 
 
+def plainly_picked(logits: Tensor, tokens: Tensor) -> Tensor:
+    """`shared.kernels.picked`, left to autograd."""
+    return logits.log_softmax(-1).gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
+
+
 @dataclass(frozen=True)
 class Variant:
     """What stands in place of a name in the library, keys of the experiment, threads.
@@ -94,6 +99,11 @@ class Variant:
 
 PADDED = {"shared.packing.FAMILIES": ()}  # no model packs: transformers' own forward pass
 SDPA = {"shared.attention.SHORT": 0}  # no row is short
+AUTOGRAD = {  # also norms and rotary positions as transformers has them
+    "shared.packing.ROTARY": (),
+    "shared.logprobs.picked": plainly_picked,
+}
+CACHE = {"shared.generation.hf.Decoding": PaddedDecoding}
 WHOLE_LAYER = {"shared.packing._tell_mlp": lambda *_: None}  # nor does the last layer know
 BLOCKS = {"shared.logprobs.BLOCK": 2**12}  # logits: 38 tokens of the vocabulary of `reviews`
 PROMPTS_APART = {"shared.generation.hf.HFEngine._generate_batch": each_prompt_read}
@@ -108,6 +118,8 @@ VARIANTS = {
     "as it comes": Variant(),
     "padded": Variant(PADDED),
     "SDPA": Variant(SDPA),
+    "autograd": Variant(AUTOGRAD),
+    "transformers' cache": Variant(CACHE),
     "whole last layer": Variant(WHOLE_LAYER),
     "blocks": Variant(BLOCKS),
     "prompts apart": Variant(PROMPTS_APART, resampled=True),
@@ -135,6 +147,11 @@ EVERY = ("direct", "ppo", "reward")
 COMPARISONS = (
     Comparison("packed passes", "padded rows, transformers' own pass", DEFAULT, "padded", EVERY),
     Comparison("short attention", "SDPA on packed rows", DEFAULT, "SDPA", EVERY),
+    Comparison("gradients written out", "autograd's", DEFAULT, "autograd", EVERY),
+    Comparison(
+        "sampling without padding", "transformers' cache, padded", DEFAULT,
+        "transformers' cache", ("ppo",),
+    ),
     Comparison(
         "last MLP where it is read", "at every token", DEFAULT, "whole last layer", EVERY
     ),

@@ -23,6 +23,7 @@ from rlhf.ppo import PPOConfig
 from rlhf.reward import RewardConfig
 from shared import attention, packing
 from shared.config import InputError
+from shared.generation import decoding, hf
 from shared.generation.engine import Sampling
 from shared.generation.hf import HFEngine
 from shared.logprobs import token_logprobs
@@ -88,6 +89,44 @@ def test_short_rows_attend_in_sdpa_where_that_is_switched(
 ):
     with in_force(variant):
         assert attention_seen(monkeypatch, load_policy(policy_folder), batch) == {way}
+
+
+@pytest.mark.parametrize(("variant", "written"), [(DEFAULT, True), ("autograd", False)])
+def test_gradients_are_autograds_where_that_is_switched(
+    policy_folder: Path, batch: Sequences, variant: str, written: bool
+):
+    with in_force(variant):
+        logps = token_logprobs(load_policy(policy_folder), batch)
+    seen, waiting = set(), [logps.grad_fn]
+    while waiting:
+        node = waiting.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            waiting.extend(before for before, _ in node.next_functions)
+    ours = {"_PickedBackward", "_RMSNormBackward", "_RotateBackward"}
+    assert ours & {node.name() for node in seen} == (ours if written else set())
+
+
+@pytest.mark.parametrize(
+    ("variant", "kind"), [(DEFAULT, "Decoding"), ("transformers' cache", "PaddedDecoding")]
+)
+def test_sampling_goes_through_the_librarys_cache_where_that_is_switched(
+    monkeypatch: pytest.MonkeyPatch, policy_folder: Path, variant: str, kind: str
+):
+    started: list[str] = []
+    for known in (decoding.Decoding, hf.PaddedDecoding):
+        real = known.start
+
+        def start(self: Any, name: str = known.__name__, real: Any = real) -> Any:
+            started.append(name)
+            return real(self)
+
+        monkeypatch.setattr(known, "start", start)
+    with in_force(variant):
+        model = load_policy(policy_folder)
+        ids = special_ids(dpo.train.load_tokenizer(policy_folder))
+        hf.HFEngine(model, ids).generate([[5, 6, 7]], Sampling(max_new_tokens=2))
+    assert started == [kind]
 
 
 @pytest.mark.parametrize(("variant", "all_of_them"), [(DEFAULT, False), ("whole last layer", True)])

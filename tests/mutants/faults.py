@@ -707,7 +707,7 @@ FAULTS = (
     # Optimisations on against off
     Fault(
         "onoff: padding is not switched", "benchmarks/switches.py",
-        'PADDED = {"shared.packing.FAMILIES": ()}', 'PADDED = {"shared.packing.SHORT": 1}',
+        'PADDED = {"shared.packing.FAMILIES": ()}', 'PADDED = {"shared.packing.READ": "packed_read"}',
         "packed passes are compared with themselves", ONOFF,
     ),
     Fault(
@@ -715,6 +715,17 @@ FAULTS = (
         'return abs(end["gold_difference"]["mean"]) <= GOLD',
         'return end["gold_difference"]["mean"] <= GOLD',
         "an optimisation that costs gold passes", ONOFF,
+    ),
+    Fault(
+        "onoff: gradients are not switched", "benchmarks/switches.py",
+        '"shared.packing.ROTARY": (),', '"shared.packing.READ": "packed_read",',
+        "gradients written out are compared with themselves", ONOFF,
+    ),
+    Fault(
+        "onoff: sampling is not switched", "benchmarks/switches.py",
+        'CACHE = {"shared.generation.hf.Decoding": PaddedDecoding}',
+        'CACHE = {"shared.generation.hf.LEAVE_BELOW": 0.8}',
+        "sampling without padding is compared with itself", ONOFF,
     ),
     Fault(
         "onoff: the last step's losses", "benchmarks/switches.py",
