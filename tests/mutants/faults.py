@@ -707,7 +707,8 @@ FAULTS = (
     # Optimisations on against off
     Fault(
         "onoff: padding is not switched", "benchmarks/switches.py",
-        'PADDED = {"shared.packing.FAMILIES": ()}', 'PADDED = {"shared.packing.READ": "packed_read"}',
+        'PADDED = {"shared.packing.FAMILIES": ()}',
+        'PADDED = {"shared.packing.READ": "packed_read"}',
         "packed passes are compared with themselves", ONOFF,
     ),
     Fault(
