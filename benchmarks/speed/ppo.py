@@ -97,14 +97,16 @@ def updates() -> Iterator[Update]:
         ppo = ppo.model_copy(update={"shared_trunk": bool(trunk)})
         sampling = Sampling(max_new_tokens=16)
         yield Update("reviews", f"512 x 16, epochs {epochs}{trunk}", ppo, sampling)
-    for engine, adapted in product(("transformers", "vllm"), (False, True)):
+    # With room for 96 tokens short answers end by themselves, long ones are cut
+    drawn = ("transformers", 32), ("vllm", 32), ("vllm", 96)
+    for (engine, tokens), adapted in product(drawn, (False, True)):
         ppo = PPOConfig(rollout_size=16, epochs=1, minibatch_size=8, micro_batch_size=8, **STEADY)
-        shape = f"16 x 32, {engine}{', lora, shared trunk' if adapted else ''}"
+        shape = f"16 x {tokens}, {engine}{', lora, shared trunk' if adapted else ''}"
         yield Update(
             "smollm2-135m",
             shape,
             ppo.model_copy(update={"shared_trunk": adapted}),
-            Sampling(max_new_tokens=32),
+            Sampling(max_new_tokens=tokens),
             GenerationConfig(engine=engine),  # pyright: ignore[reportArgumentType]
             LoRAConfig() if adapted else None,
         )
