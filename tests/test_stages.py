@@ -18,8 +18,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 import shared
+from benchmarks.process import OnThreads
 from shared.config import Config
 from shared.stages import (
     Missing,
@@ -55,6 +57,14 @@ def fill(folder: Path, size: Size = SMALL, seed: int = 0, **others: object) -> N
 def fail(folder: Path, seed: int = 0) -> None:
     (folder / "half.txt").write_text("half")
     raise ArithmeticError("in the middle")
+
+
+def count_threads(folder: Path) -> None:
+    write_json(folder / "threads.json", torch.get_num_threads())
+
+
+def count_and_fail(folder: Path) -> None:
+    raise ArithmeticError(f"with {torch.get_num_threads()} threads")
 
 
 class Store:
@@ -111,6 +121,19 @@ def test_one_run_tells_of_a_stage_once(tmp_path: Path):
     stages = Stages(tmp_path, lambda name, state, seconds: said.append(state))
     assert stages.run("fill", fill, seed=1) == stages.run("fill", fill, seed=1)
     assert said == ["running", "done"]
+
+
+def test_stages_may_run_with_threads_of_their_own(tmp_path: Path):
+    """Which their address tells; afterwards the process has as many as before."""
+    here = Stages(tmp_path, lambda *_: None, {"threads": 1, "torch": "2"})
+    alone = OnThreads(here.root, here.report, here.context, threads=2)
+    folders = [stages.run("count", count_threads) for stages in (alone, here)]
+    assert [read_json(folder / "threads.json") for folder in folders] == [2, 1]
+    as_two = Stages(tmp_path, lambda *_: None, {"threads": 2, "torch": "2"}, fill=False)
+    assert as_two.run("count", count_threads) == folders[0]
+    with pytest.raises(ArithmeticError, match="with 2 threads"):
+        alone.run("fail", count_and_fail)
+    assert torch.get_num_threads() == 1
 
 
 def test_a_label_names_a_stage_on_screen_and_changes_nothing(store: Store):

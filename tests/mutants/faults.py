@@ -28,6 +28,8 @@ PACKING = ("test_packing.py", "test_kl_and_logprobs.py")
 ATTENTION = ("test_attention.py",)
 KERNELS = ("test_kernels.py",)
 MODELS = ("test_models.py", "test_ppo.py")
+RUNS = ("test_pipeline.py",)
+STAGES = ("test_stages.py",)
 SAMPLER = ("test_generation.py",)
 PAIRS = ("test_preferences.py",)
 FILTER = ("test_filtered.py",)
@@ -983,6 +985,23 @@ FAULTS = (
         "beside TRL: the ratio upside down", "benchmarks/speed/experiment.py",
         "ratio=theirs.seconds / ours.seconds", "ratio=ours.seconds / theirs.seconds",
         "the slower side looks faster", BESIDE_TRL,
+    ),
+    # Stages alone and side by side
+    Fault(
+        "timed alone: as many threads as the process has", "benchmarks/process.py",
+        "torch.set_num_threads(self.threads)", "torch.set_num_threads(before)",
+        "what is timed trains with one thread, and its address says two", STAGES,
+    ),
+    Fault(
+        "timed alone: the address keeps the process's threads", "benchmarks/process.py",
+        'self.context = {**self.context, "threads": self.threads}',
+        "self.context = dict(self.context)",
+        "what was made with other threads is taken for it", STAGES,
+    ),
+    Fault(
+        "timed alone: beside others", "benchmarks/compare.py",
+        "(self.alone if seed in self.timed else self.stages).run", "self.stages.run",
+        "seconds are told of stages that shared the machine", RUNS,
     ),
 )  # fmt: skip
 
