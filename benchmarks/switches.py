@@ -23,7 +23,7 @@ from rlhf.reward import train_reward
 from rlhf.rollout import as_rows
 from shared.fit import step
 from shared.generation.engine import Sampling
-from shared.generation.hf import HFEngine, PaddedDecoding
+from shared.generation.hf import HFEngine
 from shared.logprobs import score_logps, token_logprobs
 from shared.models import load_policy, special_ids
 from shared.preferences import make_preferences
@@ -103,7 +103,7 @@ AUTOGRAD = {  # also norms and rotary positions as transformers has them
     "shared.packing.ROTARY": (),
     "shared.logprobs.picked": plainly_picked,
 }
-CACHE = {"shared.generation.hf.Decoding": PaddedDecoding}
+CACHE = {"shared.generation.hf.packs": lambda model: False}
 WHOLE_LAYER = {"shared.packing._tell_mlp": lambda *_: None}  # nor does the last layer know
 BLOCKS = {"shared.logprobs.BLOCK": 2**12}  # logits: 38 tokens of the vocabulary of `reviews`
 PROMPTS_APART = {"shared.generation.hf.HFEngine._generate_batch": each_prompt_read}

@@ -25,12 +25,7 @@ class Decoding:
     """
 
     def __init__(
-        self,
-        model: PreTrainedModel,
-        prompts: Sequence[Sequence[int]],
-        rows: Tensor,
-        room: int,
-        pad_id: int,
+        self, model: PreTrainedModel, prompts: Sequence[Sequence[int]], rows: Tensor, room: int
     ):
         self.model, self.prompts, self.rows = model, prompts, rows.to(model.device)
         self.width = max(map(len, prompts))  # columns that are filled

@@ -57,8 +57,11 @@ class HFEngine:
         """(tokens, their log-probabilities), (B, max_new_tokens); after an EOS comes padding."""
         numbers = {prompt: i for i, prompt in enumerate(dict.fromkeys(map(tuple, prompts)))}
         rows = torch.tensor([numbers[tuple(p)] for p in prompts])
-        kind = Decoding if packs(self.model) else PaddedDecoding
-        decoding = kind(self.model, list(numbers), rows, sampling.max_new_tokens, self.pad_id)
+        about = self.model, list(numbers), rows
+        if packs(self.model):
+            decoding = Decoding(*about, room=sampling.max_new_tokens)
+        else:
+            decoding = PaddedDecoding(*about, pad_id=self.pad_id)
         logits, device = decoding.start(), self.model.device
         output = torch.full((len(prompts), sampling.max_new_tokens), self.pad_id, device=device)
         logprobs = torch.zeros(output.shape, device=device)
@@ -91,12 +94,7 @@ class PaddedDecoding:
     """`Decoding` for models that do not pack: transformers' cache, prompts padded on the left."""
 
     def __init__(
-        self,
-        model: PreTrainedModel,
-        prompts: Sequence[Sequence[int]],
-        rows: Tensor,
-        room: int,
-        pad_id: int,
+        self, model: PreTrainedModel, prompts: Sequence[Sequence[int]], rows: Tensor, pad_id: int
     ):
         self.model, self.rows = model, rows.to(model.device)
         width = max(map(len, prompts))
