@@ -2,6 +2,7 @@
 
 import math
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -10,9 +11,10 @@ import torch
 from scipy import stats
 
 from benchmarks.results import Estimate
-from benchmarks.speed.measure import measure, table
+from benchmarks.speed.measure import WORKS, measure, table
 from benchmarks.speed.sides import Choice, Done, Speed, Turns, Work, Worker, side_by_side
 from shared.config import InputError
+from shared.stages import read_json
 
 MEGABYTE = 2**20
 
@@ -53,6 +55,20 @@ def test_a_choice_that_leaves_nothing_is_refused(tmp_path: Path):
     with pytest.raises(InputError, match="no comparison has these"):
         measure([], Choice(tmp_path, 1, models=["nosuch"]))
     assert not (tmp_path / "speed" / "speed.json").exists()
+
+
+def test_a_run_that_stops_keeps_what_it_has_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    def stops(choice: Choice) -> Iterator[Speed]:
+        yield row()
+        raise KeyboardInterrupt
+
+    monkeypatch.setitem(WORKS, "dpo", stops)
+    with pytest.raises(KeyboardInterrupt):
+        measure(["dpo"], Choice(tmp_path, 1))
+    assert read_json(tmp_path / "speed" / "speed.json") == [row().model_dump(mode="json")]
+    assert (tmp_path / "speed" / "speed.md").read_text() == table([row()])
 
 
 # --- a side in a process of its own -----------------------------------------------------------

@@ -5,7 +5,7 @@ and under the same AdamW. All losses can be compared: IPO is the form per token,
 has, and TRL's KTO is handed our mismatched completions.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from importlib.metadata import version
 from itertools import count, product
 from pathlib import Path
@@ -35,9 +35,8 @@ TRAINERS = {
 }
 
 
-def speed_steps(work: str, choice: Choice) -> list[Speed]:
-    """All chosen comparisons of `work`."""
-    found = []
+def speed_steps(work: str, choice: Choice) -> Iterator[Speed]:
+    """All chosen comparisons of `work`, each as it is done."""
     for name, load in LOADS.items():
         for shape, precision in product(load.shapes, load.precisions):
             if not choice.takes(name, precision, shape):
@@ -46,8 +45,7 @@ def speed_steps(work: str, choice: Choice) -> list[Speed]:
             with TemporaryDirectory() as scratch:
                 steps = choice.rounds + 1
                 case = make_case(work, precision, load, shape, steps, policy, Path(scratch))
-                found.append(compare(case, name, shape, choice.rounds))
-    return found
+                yield compare(case, name, shape, choice.rounds)
 
 
 def compare(case: Case, model: str, shape: str, rounds: int) -> Speed:

@@ -1,6 +1,6 @@
 """`klash speed [WORK]`: which comparisons there are, and what they leave behind."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 
 from benchmarks.speed.direct import speed_steps
@@ -12,7 +12,7 @@ from benchmarks.speed.sides import Choice, Speed, cell, machine
 from shared.config import InputError
 from shared.stages import output_folder, write_json
 
-WORKS: dict[str, Callable[[Choice], list[Speed]]] = {
+WORKS: dict[str, Callable[[Choice], Iterable[Speed]]] = {
     "generation": speed_generation,
     "dpo": partial(speed_steps, "dpo"),
     "ipo": partial(speed_steps, "ipo"),
@@ -42,13 +42,19 @@ def measure_named(works: Sequence[str], choice: Choice) -> str:
 
 
 def measure(works: Sequence[str], choice: Choice) -> list[Speed]:
-    """Run the comparisons named, or all; writes `runs/speed/speed.json` and `speed.md`."""
+    """Run the comparisons named, or all; writes `runs/speed/speed.json` and `speed.md`.
+
+    After each comparison: who stops a long run keeps what it has measured.
+    """
     out = output_folder(choice.runs / "speed")
-    found = [row for work in works or WORKS for row in WORKS[work](choice)]
+    found: list[Speed] = []
+    for work in works or WORKS:
+        for row in WORKS[work](choice):
+            found.append(row)
+            write_json(out / "speed.json", [row.model_dump(mode="json") for row in found])
+            (out / "speed.md").write_text(table(found), encoding="utf-8")
     if not found:
         raise InputError("`klash speed`: no comparison has these --models, --dtypes and --shapes")
-    write_json(out / "speed.json", [row.model_dump(mode="json") for row in found])
-    (out / "speed.md").write_text(table(found), encoding="utf-8")
     return found
 
 

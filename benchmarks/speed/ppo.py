@@ -120,16 +120,17 @@ class Inputs(NamedTuple):
     prompts: list[list[int]]
 
 
-def speed_ppo(choice: Choice) -> list[Speed]:
-    """Episodes a second of whole updates, float32; vLLM's row only where vLLM is installed."""
+def speed_ppo(choice: Choice) -> Iterator[Speed]:
+    """Episodes a second of whole updates, float32, each comparison as it is done.
+
+    vLLM's rows only where vLLM is installed.
+    """
     library = install_trl(output_folder(choice.runs / "speed") / f"trl-{TRL}")
     there = importlib.util.find_spec("vllm") is not None
-    return [
-        compare(update, INPUTS[update.model](choice.runs), library, choice.rounds)
-        for update in updates()
-        if choice.takes(update.model, "float32", update.shape)
-        and (there or update.generation.engine != "vllm")
-    ]
+    for update in updates():
+        possible = there or update.generation.engine != "vllm"
+        if possible and choice.takes(update.model, "float32", update.shape):
+            yield compare(update, INPUTS[update.model](choice.runs), library, choice.rounds)
 
 
 def compare(update: Update, inputs: Inputs, library: Path, rounds: int) -> Speed:
