@@ -439,7 +439,7 @@ def test_stages_side_by_side_come_to_the_same_results(
 
     It has threads of its own number, which the machine's description tells, and the rest has not.
     """
-    changes = ["--name", "side", "--seeds", "[0, 1, 3]", *some_arms("dpo"), "--timed-threads", "2"]
+    changes = ["--name", "side", "--seeds", "[0, 3, 1]", *some_arms("dpo"), "--timed-threads", "2"]
     alone = run(tiny(tmp_path, *changes), first.folder.parent)
     heard: list[tuple[str, str]] = []
 
@@ -455,17 +455,17 @@ def test_stages_side_by_side_come_to_the_same_results(
     assert len(side.lines) == stage_count(side.experiment)
     found, expected = (without_times(r.results) for r in (side, alone))
     assert found == expected
-    assert side.results["methods"]["dpo"]["cost"]["timed_seeds"] == [3]
+    assert side.results["methods"]["dpo"]["cost"]["timed_seeds"] == [1]
     assert side.results["environment"]["threads"] == 2
     assert first.results["methods"]["dpo"]["cost"]["timed_seeds"] == [0, 1]
     assert first.results["environment"]["threads"] == 1
     states = {line[2]: line[3] for line in alone.lines}
-    assert states["dpo beta=0.2, seed 1"] == "cached"
-    assert states["dpo beta=0.2, seed 3"] == "done"
+    made = ("dpo beta=0.2", "reward model", "reference log-probabilities")
+    assert {states[f"{name}, seed 0"] for name in made} == {"cached"}  # of the first run
+    assert {states[f"{name}, seed 1"] for name in made} == {"done"}  # there with one thread
     together = [running for _, running in beside(heard)]
     assert max(map(len, together)) >= 2
-    timed = {"dpo beta=0.2, seed 3", "reward model, seed 3", "reference log-probabilities, seed 3"}
-    for label in timed:
+    for label in (f"{name}, seed 1" for name in made):
         assert {tuple(running) for one, running in beside(heard) if one == label} == {(label,)}
     again = run(side.experiment, tmp_path / "runs")
     assert set(again.states) == {"cached"}
