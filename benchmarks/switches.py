@@ -79,6 +79,13 @@ def each_prompt_read(
     return generate_batch(engine, [[Apart(token) for token in p] for p in prompts], sampling)
 
 
+def every_row_computed(ids: Tensor) -> tuple[Tensor, Tensor]:
+    """`shared.packing.number_distinct` where rows have nothing in common."""
+    new = ids >= 0
+    number = new.flatten().cumsum(0).view(new.shape) - 1
+    return new, number.masked_fill(~new, 0)
+
+
 def plainly_picked(logits: Tensor, tokens: Tensor) -> Tensor:
     """`shared.kernels.picked`, left to autograd."""
     return logits.log_softmax(-1).gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
@@ -106,7 +113,11 @@ AUTOGRAD = {  # also norms and rotary positions as transformers has them
 CACHE = {"shared.generation.hf.packs": lambda model: False}
 WHOLE_LAYER = {"shared.packing._tell_mlp": lambda *_: None}  # nor does the last layer know
 BLOCKS = {"shared.logprobs.BLOCK": 2**12}  # logits: 38 tokens of the vocabulary of `reviews`
-PROMPTS_APART = {"shared.generation.hf.HFEngine._generate_batch": each_prompt_read}
+APART = {
+    "shared.generation.hf.HFEngine._generate_batch": each_prompt_read,
+    "shared.generation.decoding.number_distinct": every_row_computed,
+    "shared.packing.number_distinct": every_row_computed,
+}
 SCORED_AGAIN = {"dpo.train.Dataset": ScoredAgain}
 NO_REUSE = ("--ppo.reuse_logprobs=false",)
 HALVES = (
@@ -122,12 +133,12 @@ VARIANTS = {
     "transformers' cache": Variant(CACHE),
     "whole last layer": Variant(WHOLE_LAYER),
     "blocks": Variant(BLOCKS),
-    "prompts apart": Variant(PROMPTS_APART, resampled=True),
+    "rows apart": Variant(APART, resampled=True),
     "scored again": Variant(SCORED_AGAIN),
     "no reuse": Variant(keys=NO_REUSE),
     "two threads": Variant(threads=2),
     "halves": Variant(keys=HALVES),
-    "all off": Variant({**PADDED, **PROMPTS_APART, **SCORED_AGAIN}, NO_REUSE, 2, resampled=True),
+    "all off": Variant({**PADDED, **APART, **SCORED_AGAIN}, NO_REUSE, 2, resampled=True),
 }
 DEFAULT = "as it comes"
 
@@ -157,8 +168,7 @@ COMPARISONS = (
     ),
     Comparison("logits in blocks", "all at once", "blocks", DEFAULT, ("direct", "ppo")),
     Comparison(
-        "prompts read once", "once a sample, in making pairs",
-        DEFAULT, "prompts apart", ("direct", "reward"),
+        "shared beginnings once", "in every row, from the pairs on", DEFAULT, "rows apart", EVERY
     ),
     Comparison("reused log-probabilities", "one more pass", DEFAULT, "no reuse", ("ppo",)),
     Comparison("reference scored once", "in every step", DEFAULT, "scored again", ("direct",)),

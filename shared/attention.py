@@ -1,10 +1,10 @@
 """Causal attention where a batch's tokens are packed (`shared.packing`).
 
-Rows are gathered from the flat tokens (a shared prompt's keys and values into each row that holds
-it), attend causally, aligned to the left, where padding comes last and is never looked at, and the
-outputs are put back. Short rows on a CPU do it in one operation with its gradient written out: each
-head's rows are gathered as matrix products want them, in bands of similar length, and no tensor is
-copied in between. Longer rows, and GPUs, go through transformers' SDPA.
+Rows are gathered from the flat tokens (a shared beginning's keys and values into each row that
+holds it), attend causally, aligned to the left, where padding comes last and is never looked at,
+and the outputs are put back. Short rows on a CPU do it in one operation with its gradient written
+out: each head's rows are gathered as matrix products want them, in bands of similar length, and no
+tensor is copied in between. Longer rows, and GPUs, go through transformers' SDPA.
 """
 # pyright: reportIncompatibleMethodOverride=false
 
@@ -52,7 +52,7 @@ class HeadRows:
     keys: Tensor  # (K,) likewise the key and the value
     outputs: Tensor  # (N heads,) where among the queries the output of each is computed
     first: Tensor  # (N key heads,) one place of each among the keys
-    again: Tensor  # (A,) the other places: those of a shared prompt, in rows after its first
+    again: Tensor  # (A,) the other places: shared beginnings, where they are only read
     again_of: Tensor  # (A,) and whose they are
 
 
@@ -62,7 +62,7 @@ class Pass:
 
     rows: Tensor  # (B, L) number of the token in each place; 0 where there is padding
     back: Tensor  # (N,) where in the flattened `rows` each token's attention is read
-    starts: Tensor  # (B,) tokens of a row that an earlier one computes: a shared prompt's
+    starts: Tensor  # (B,) tokens of a row that another one computes: a shared beginning's
     lengths: Tensor  # (B,) tokens of a row
     read: Tensor  # (R,) numbers of the tokens whose last states are read
     _heads: dict[tuple[int, int], HeadRows] = field(default_factory=dict)
@@ -126,15 +126,14 @@ class Pass:
         return HeadRows(bands, of_query, of_key, outputs, first, again, of_key[again])
 
     def _bands(self, heads: int) -> Iterator[tuple[list[int], bool]]:
-        """(rows, whether they leave a shared prompt's queries out) of each band.
+        """(rows, whether they leave a shared beginning's queries out) of each band.
 
-        They do where such prompts are the larger part of the rows: that takes a mask for each.
+        They do where it is the larger part of a row: that takes a mask of the row's own.
         """
         starts, lengths = self.starts.tolist(), self.lengths.tolist()
-        sharing = [row for row, start in enumerate(starts) if start > 0]
-        skip = 2 * sum(starts) > sum(lengths[row] for row in sharing)
-        whole = [row for row in range(len(starts)) if not (skip and starts[row])]
-        for rows, skipped in ((whole, False), (sharing if skip else [], True)):
+        shared = [2 * start > length for start, length in zip(starts, lengths, strict=True)]
+        for skipped in (False, True):
+            rows = [row for row, most in enumerate(shared) if most == skipped]
             keys = [max(VECTOR, lengths[row]) for row in rows]
             queries = [lengths[row] - skipped * starts[row] for row in rows]
             for band in cut_in_bands(queries, keys, heads):

@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
@@ -62,14 +63,14 @@ class Meter:
     ) -> None:
         """Counts a pass over `batch`; with `backward` also its gradient and the trained tokens.
 
-        A prompt that a packed pass computes once for several rows is counted once. Without
+        What a packed pass computes once for several rows is counted once. Without
         `logits` a policy's output head is not used; `ends`: only each row's last token is read.
         """
         lengths = batch.attention.sum(1).tolist()
         at = At(sum(lengths), sum(lengths), int(batch.mask.sum()) if logits else 0)
         if packs(model):
-            tokens, predicting = distinct_tokens(batch)
-            at = at._replace(trunk=tokens, last_mlp=len(lengths) if ends else predicting)
+            tokens, read = distinct_tokens(batch, batch.last if ends else batch.predicting)
+            at = at._replace(trunk=tokens, last_mlp=read)
         flops = forward_flops(model, lengths, at)
         self.flops += flops
         if backward:
@@ -80,11 +81,11 @@ class Meter:
     def generation(
         self, model: PreTrainedModel, prompts: list[list[int]], completions: list[list[int]]
     ) -> None:
-        """Counts sampled completions (token ids); a prompt is computed once for all of its own."""
+        """Counts sampled completions (token ids), and what prompts begin with in common once."""
         generated = sum(map(len, completions))
         self.generated_tokens += generated
         lengths = [len(p) + len(c) for p, c in zip(prompts, completions, strict=True)]
-        tokens = distinct_prompt_tokens(prompts) + generated
+        tokens = distinct_beginnings(prompts) + generated
         self.flops += forward_flops(model, lengths, At(tokens, tokens, generated))
 
     def state(self) -> dict[str, Any]:
@@ -123,8 +124,10 @@ def forward_flops(model: PreTrainedModel, lengths: list[int], at: At | None = No
     return 2.0 * products + sum(2.0 * n * n * causal for n in lengths)
 
 
-def distinct_prompt_tokens(prompts: list[list[int]]) -> int:
-    return sum(map(len, set(map(tuple, prompts))))
+def distinct_beginnings(rows: list[list[int]]) -> int:
+    """Tokens of `rows`, those that they begin with in common once."""
+    shared = map(os.path.commonprefix, pairwise(sorted(rows)))
+    return sum(map(len, rows)) - sum(map(len, shared))
 
 
 _matrices: WeakKeyDictionary[nn.Module, tuple[At, At]] = WeakKeyDictionary()

@@ -186,9 +186,7 @@ def state_values(model: PreTrainedModel, batch: Sequences) -> Tensor:
 
 def sequence_scores(model: PreTrainedModel, batch: Sequences) -> Tensor:
     """The raw score at each row's last token (EOS unless it was cut), found by length, (B,)."""
-    last = torch.zeros_like(batch.attention, dtype=torch.bool)
-    last[torch.arange(len(last)), batch.prompt_width + batch.lengths - 1] = True
-    return token_scalars(model, batch, last)
+    return token_scalars(model, batch, batch.last)
 
 
 class Scorer:

@@ -41,6 +41,13 @@ class Sequences(NamedTuple):
         return at
 
     @property
+    def last(self) -> Tensor:
+        """Where each row's last token is, (B, P + T)."""
+        at = torch.zeros_like(self.attention, dtype=torch.bool)
+        at[torch.arange(len(at)), self.prompt_width + self.lengths - 1] = True
+        return at
+
+    @property
     def positions(self) -> Tensor:
         """Position of each token in its own row, (B, P + T), whatever the padding before it."""
         return (self.attention.cumsum(1) - 1).clamp(min=0)

@@ -1,6 +1,6 @@
 """What several test files read numbers and weights with."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -77,3 +77,8 @@ def minimiser(loss: Callable[[Tensor], Tensor], *shape: int) -> Tensor:
 
     optimizer.step(closure)
     return x.detach()
+
+
+def beginnings(rows: Iterable[list[int]]) -> set[tuple[int, ...]]:
+    """What each token ends, all that stands before it included: equal ones are computed once."""
+    return {tuple(row[: end + 1]) for row in rows for end in range(len(row))}

@@ -55,7 +55,9 @@ def policy_folder(
             if weights.ndim == 2:
                 weights *= 10 if weights is embeddings else 4
         embeddings[:, 0] += 2.0  # a direction that every state shares: along it lies EOS
-        embeddings[special_ids(tokenizer).eos, 0] += 0.85
+        ids = special_ids(tokenizer)
+        embeddings[ids.eos, 0] += 0.85
+        embeddings[ids.pad, 0] -= 2.0  # never said: plain transformers reads a score before it
     save(model, tokenizer, folder)
     return folder
 

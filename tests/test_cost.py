@@ -135,10 +135,11 @@ def test_a_backward_pass_costs_what_pytorch_counts():
 
 def test_generation_counts_prompt_and_completion_once():
     model, meter = llama(), Meter()
-    meter.generation(model, [[5] * 5, [6] * 6, [5] * 5], [[7] * 10, [7] * 20, [8] * 4])
+    prompts = [[5] * 5, [5, *[6] * 5], [5] * 5]  # of the 16 tokens one is the second's and first's
+    meter.generation(model, prompts, [[7] * 10, [7] * 20, [8] * 4])
     assert meter.generated_tokens == 34
     assert meter.train_tokens == 0
-    expected = forward_flops(model, [15, 26, 9], At(5 + 6 + 34, 5 + 6 + 34, 34))
+    expected = forward_flops(model, [15, 26, 9], At(5 + 5 + 34, 5 + 5 + 34, 34))
     assert meter.flops == pytest.approx(expected)
     assert expected < forward_flops(model, [15, 26, 9])
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate import Accelerator
-from checks import close, weights
+from checks import beginnings, close, weights
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -140,10 +140,9 @@ def test_the_cached_reference_equals_one_computed_row_by_row(
 def test_scoring_the_reference_is_paid_for(
     tmp_path: Path, policy_folder: Path, preferences_folder: Path
 ):
-    """A pass over all completions, each distinct prompt computed once; none of it is training."""
+    """A pass over all completions, what they begin with in common once; none of it is training."""
     model, pairs = load_policy(policy_folder), read_pairs(preferences_folder / "train.jsonl")
     prompts, completions = unpaired_rows(pairs)
-    tokens = sum(map(len, set(map(tuple, prompts)))) + sum(map(len, completions))
     folders = tmp_path / "reference", tmp_path / "mismatched"
     for folder in folders:
         folder.mkdir()
@@ -153,11 +152,10 @@ def test_scoring_the_reference_is_paid_for(
     for folder, of in zip(folders, (completions, dealt), strict=True):
         cost = json.loads((folder / "cost.json").read_text())
         lengths = [len(p) + len(c) for p, c in zip(prompts, of, strict=True)]
-        predicted = sum(map(len, of))
-        read = predicted - (len(prompts) - len(set(map(tuple, prompts))))
-        assert cost["flops"] == pytest.approx(
-            forward_flops(model, lengths, At(tokens, read, predicted))
-        )
+        rows = [*zip(prompts, of, strict=True)]
+        read = {(*p, *c[:end]) for p, c in rows for end in range(len(c))}
+        at = At(len(beginnings(p + c for p, c in rows)), len(read), sum(map(len, of)))
+        assert cost["flops"] == pytest.approx(forward_flops(model, lengths, at))
         assert cost["train_tokens"] == 0
 
 

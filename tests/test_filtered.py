@@ -303,7 +303,7 @@ def test_the_control_drops_as_many_each_epoch_as_the_filter_would(start, pairs: 
     control = start(random=True)
     for epoch in range(3):
         passed = [r["chosen"] > r["sample"] for r in control.audit if r["epoch"] == epoch]
-        assert len(control.kept(epoch)) == sum(passed)
+        assert len(control.kept(epoch)) == max(round(0.1 * len(pairs)), sum(passed))
         if epoch:
             assert control.judged(epoch) == control.kept(epoch - 1)
 

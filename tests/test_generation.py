@@ -14,6 +14,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from shared.generation import hf
 from shared.generation.engine import Completions, Sampling
 from shared.generation.hf import HFEngine, moved_up
 from shared.kl import masked_sum
@@ -234,6 +235,18 @@ def test_first_tokens_are_drawn_from_the_softmax(
 ):
     for seed, prompt in enumerate(prompts[:3]):
         assert first_token_fits(engine, prompt, temperature, seed) > 1e-4
+
+
+@pytest.mark.parametrize("uniform", [0.0, 0.3, 1 - 2**-53])
+def test_a_token_without_probability_is_never_drawn(
+    monkeypatch: pytest.MonkeyPatch, uniform: float
+):
+    """At the ends of the random numbers too: 0 falls on the first that has some."""
+    monkeypatch.setattr(torch, "rand", lambda *size, **about: torch.full(size, uniform, **about))
+    logits = torch.tensor([[-torch.inf, 0.0, -torch.inf, 0.0]] * 3)
+    tokens, logprobs = hf._draw(logits, 1.0)
+    assert tokens.tolist() == [1 if uniform < 0.5 else 3] * 3
+    torch.testing.assert_close(logprobs, torch.full((3,), 0.5).log())
 
 
 def test_the_test_of_the_softmax_sees_another_temperature(

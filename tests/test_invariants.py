@@ -220,7 +220,7 @@ def test_a_kto_step_of_one_row_or_of_one_label_reads_the_baseline_of_another_pro
     model, ref = load_policy(policy_folder), load_policy(policy_folder)
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter *= 1.1
+            parameter *= 1.3
     pairs = read_pairs(preferences_folder / "train.jsonl")
     prompts = [p.prompt_ids for p in pairs] * 2
     completions = [p.chosen_ids for p in pairs] + [p.rejected_ids for p in pairs]

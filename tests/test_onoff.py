@@ -140,7 +140,7 @@ def test_the_last_mlp_sees_every_token_where_that_is_switched(
             lambda _, __, out: seen.append(out.shape[1])
         )
         token_logprobs(model, batch)
-    tokens, predicting = packing.distinct_tokens(batch)
+    tokens, predicting = packing.distinct_tokens(batch, batch.predicting)
     assert seen == [tokens if all_of_them else predicting]
     assert predicting < tokens
 
@@ -159,10 +159,16 @@ def test_logits_come_in_blocks_where_that_is_switched(
     assert whole or max(rows) * model.config.vocab_size <= 2**12
 
 
-def test_each_prompt_is_read_for_itself_where_that_is_switched(policy_folder: Path):
+def test_each_row_is_read_for_itself_where_that_is_switched(policy_folder: Path, batch: Sequences):
     special, tokens = special_ids(dpo.train.load_tokenizer(policy_folder)), []
     prompts, drawn = [[5, 6], [5, 6], [7], [5, 6]], []
-    for variant, first in ((DEFAULT, 3), ("prompts apart", 7), ("all off", 8)):
+    whole, distinct = int(batch.attention.sum()), packing.pack(batch).ids.shape[1]
+    assert distinct < whole
+    for variant, *counts in (
+        (DEFAULT, 3, distinct),
+        ("rows apart", 7, whole),
+        ("all off", 8, batch.ids.numel()),  # with padding where no model packs
+    ):
         tokens.clear()
         with in_force(variant):
             model = load_policy(policy_folder)
@@ -170,7 +176,8 @@ def test_each_prompt_is_read_for_itself_where_that_is_switched(policy_folder: Pa
                 lambda _, inputs, __: tokens.append(inputs[0].numel())
             )
             drawn.append(HFEngine(model, special).generate(prompts, DRAWN))
-        assert tokens[0] == first  # with padding where no model packs
+            token_logprobs(model, batch)
+        assert [tokens[0], tokens[-1]] == counts
     assert drawn[0].ids == drawn[1].ids == drawn[2].ids
     assert all(type(token) is int for row in drawn[1].ids for token in row)
 
@@ -465,13 +472,13 @@ def test_pairs_are_shared_but_where_sampling_is_switched():
         assert label == f", {variant}"
         return Path(name)
 
-    for variant in (DEFAULT, "padded", "prompts apart"):
+    for variant in (DEFAULT, "padded", "rows apart"):
         for name in ("sft", "preferences", "ppo"):
             under(variant, run)(name, print)
     assert ran == [
         ("sft", None), ("preferences", None), ("ppo", DEFAULT),
         ("sft", None), ("preferences", None), ("ppo", "padded"),
-        ("sft", None), ("preferences", "prompts apart"), ("ppo", "prompts apart"),
+        ("sft", None), ("preferences", "rows apart"), ("ppo", "rows apart"),
     ]  # fmt: skip
 
 

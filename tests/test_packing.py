@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from checks import beginnings
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
@@ -39,8 +40,13 @@ CONFIGS: dict[str, PreTrainedConfig] = {
     "qwen2": Qwen2Config(**GROUPED),
     "qwen3": Qwen3Config(**GROUPED, head_dim=8),
 }
-PROMPTS = [[7, 8, 9], [7, 8, 9, 10, 11], [9], [7, 8, 9], [9], [PAD, 8, 9], [8, 9]]
-COMPLETIONS = [[5, 6, 7, EOS], [EOS], [5] * 8, [6, EOS], [12, 13, EOS], [5, 6], [PAD, 5, EOS]]
+# Rows that begin alike: as one prompt, with longer prompts, past their prompts, and to the end
+PROMPTS = [[7, 8, 9], [7, 8, 9, 10, 11], [9], [7, 8, 9], [9], [PAD, 8, 9], [8, 9], [7, 8], [9]]
+COMPLETIONS = [
+    *([5, 6, 7, EOS], [EOS], [5] * 8, [6, EOS], [12, 13, EOS], [5, 6], [PAD, 5, EOS]),
+    *([9, 5, 6, 7, 4], [12, 13, EOS]),
+]
+ROWS = [[*p, *c] for p, c in zip(PROMPTS, COMPLETIONS, strict=True)]
 
 
 def policy(config: PreTrainedConfig) -> PreTrainedModel:
@@ -134,13 +140,11 @@ def test_values_and_scores_are_those_of_padded_rows(config: PreTrainedConfig):
     torch.testing.assert_close(found[batch.mask], values[batch.mask], atol=1e-5, rtol=1e-5)
 
 
-def test_a_prompt_is_computed_once_and_padding_never():
-    packed = pack(batch_of())
-    distinct = {tuple(prompt) for prompt in PROMPTS}
-    tokens = sum(map(len, distinct)) + sum(map(len, COMPLETIONS))
+def test_what_rows_begin_with_is_computed_once_and_padding_never():
+    packed, tokens = pack(batch_of()), len(beginnings(ROWS))
     assert packed.ids.shape == packed.positions.shape == (1, tokens)
     assert packed.back.shape == (tokens,)
-    assert packed.rows.shape == (7, 9)  # the longest row: a prompt of 1 with a completion of 8
+    assert packed.rows.shape == (9, 9)  # the longest row: a prompt of 1 with a completion of 8
 
 
 def test_each_row_reads_its_own_tokens_in_their_order():
@@ -232,12 +236,12 @@ def test_scores_where_positions_are_not_read_are_those_of_each_row_alone():
 
 
 def test_distinct_tokens_are_those_that_packing_leaves():
-    found, predicting = distinct_tokens(batch_of())
-    packed = pack(batch_of())
-    assert found == packed.ids.shape[1]
-    assert predicting == len(packed.place[batch_of().predicting].unique())
-    same = collate([[5, 6]] * 3 + [[6]], [[7]] * 4, PAD)
-    assert distinct_tokens(same) == (2 + 1 + 4, 2)
+    batch, every, rows = batch_of(), beginnings(ROWS), zip(PROMPTS, COMPLETIONS, strict=True)
+    before = {(*p, *c[:end]) for p, c in rows for end in range(len(c))}
+    assert distinct_tokens(batch, batch.predicting) == (len(every), len(before))
+    assert distinct_tokens(batch, batch.last) == (len(every), len(set(map(tuple, ROWS))))
+    same = collate([[5, 6]] * 3 + [[6]], [[7], [8], [9], [7]], PAD)
+    assert distinct_tokens(same, same.predicting) == (2 + 1 + 4, 2)
 
 
 def test_the_last_mlp_sees_the_tokens_that_are_read_and_no_other(config: PreTrainedConfig):
@@ -249,12 +253,14 @@ def test_the_last_mlp_sees_the_tokens_that_are_read_and_no_other(config: PreTrai
         for layer in below.h if config.model_type == "gpt2" else below.layers:
             inner = next(m for m in layer.mlp.modules() if isinstance(m, torch.nn.Linear | Conv1D))
             inner.register_forward_hook(lambda _, __, out: seen.append(out.shape[-2]))
-    tokens, predicting = distinct_tokens(batch_of())
+    batch = batch_of()
+    tokens, predicting = distinct_tokens(batch, batch.predicting)
+    ends = distinct_tokens(batch, batch.last)[1]
     token_logprobs(policy_, batch_of())
     sequence_scores(reward, batch_of())
     state_values(reward, batch_of())
-    assert seen == [tokens, predicting, tokens, len(PROMPTS), tokens, predicting]
-    assert len(PROMPTS) < predicting < tokens
+    assert seen == [tokens, predicting, tokens, ends, tokens, predicting]
+    assert ends < predicting < tokens
     seen.clear()
     policy_(torch.tensor([[5, 6, 7, 8]]))
     assert seen == [4, 4]

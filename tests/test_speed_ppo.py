@@ -34,8 +34,10 @@ def inputs(
     tokenizer: PreTrainedTokenizerBase,
     task_config: TaskConfig,
 ) -> Inputs:
+    """Prompts that begin differently: in any minibatch all of their tokens are computed."""
     texts = make_task(task_config).prompts("ppo", EPISODES, 0)
-    return Inputs(policy_folder, reward_folder, [tokenizer(text).input_ids for text in texts])
+    prompts = [[5 + row, *tokenizer(text).input_ids] for row, text in enumerate(texts)]
+    return Inputs(policy_folder, reward_folder, prompts)
 
 
 @pytest.mark.parametrize("trunk", [False, True])

@@ -125,12 +125,18 @@ def speed_ppo(choice: Choice) -> Iterator[Speed]:
 
     vLLM's rows only where vLLM is installed.
     """
-    library = install_trl(output_folder(choice.runs / "speed") / f"trl-{TRL}")
     there = importlib.util.find_spec("vllm") is not None
-    for update in updates():
-        possible = there or update.generation.engine != "vllm"
-        if possible and choice.takes(update.model, "float32", update.shape):
-            yield compare(update, INPUTS[update.model](choice.runs), library, choice.rounds)
+    chosen = [
+        update
+        for update in updates()
+        if (there or update.generation.engine != "vllm")
+        and choice.takes(update.model, "float32", update.shape)
+    ]
+    if not chosen:
+        return
+    library = install_trl(output_folder(choice.runs / "speed") / f"trl-{TRL}")
+    for update in chosen:
+        yield compare(update, INPUTS[update.model](choice.runs), library, choice.rounds)
 
 
 def compare(update: Update, inputs: Inputs, library: Path, rounds: int) -> Speed:

@@ -6,7 +6,6 @@ aligned to the right, so that a step writes one column and copies nothing else.
 """
 
 from collections.abc import Sequence
-from itertools import chain
 from typing import Any
 
 import torch
@@ -15,13 +14,14 @@ from transformers import PreTrainedModel
 
 from shared.attention import VECTOR, Pass
 from shared.models import trunk
-from shared.packing import pass_inputs
+from shared.packing import number_distinct, pass_inputs
 
 
 class Decoding:
     """B rows, each a prompt's, which grow by a token a step, at most `room` times.
 
-    Row b begins with `prompts[rows[b]]`; a prompt is read once for all of its rows.
+    Row b begins with `prompts[rows[b]]`, all different; what they begin with in common is read
+    once.
     """
 
     def __init__(
@@ -36,28 +36,28 @@ class Decoding:
         """Read the prompts: logits of each row's first token, (B, V)."""
         device = self.model.device
         lengths = torch.tensor([len(p) for p in self.prompts], device=device)
-        column = torch.arange(self.width, device=device)
-        real = column < lengths.unsqueeze(1)
-        number = (real.flatten().cumsum(0) - 1).view(real.shape)
-        ids = torch.tensor([[*chain(*self.prompts)]], device=device)
-        positions = column.expand(real.shape)[real].unsqueeze(0)
-        last = lengths.cumsum(0) - 1
+        padded = [[*prompt, *[-1] * (self.width - len(prompt))] for prompt in self.prompts]
+        ids, column = torch.tensor(padded, device=device), torch.arange(self.width, device=device)
+        new, numbers = number_distinct(ids)
+        last = numbers.gather(1, lengths.unsqueeze(1) - 1).squeeze(1)
         told = _Prompts(
-            rows=number.masked_fill(~real, 0),
-            back=real.flatten().nonzero().squeeze(1),
-            starts=torch.zeros_like(lengths),
+            rows=numbers,
+            back=new.flatten().nonzero().squeeze(1),
+            starts=lengths - new.sum(1),
             lengths=lengths,
             read=last,
             decoding=self,
         )
         # Where a row's prompt stands, aligned to the right: the first columns are hidden
         first = self.width - lengths[self.rows]
-        self.tokens = (last[self.rows].unsqueeze(1) - column.flip(0)).clamp(min=0)  # (B, width)
+        places = (column - first.unsqueeze(1)).clamp(min=0)
+        self.tokens = numbers[self.rows].gather(1, places)  # (B, width)
         self.hidden = (torch.arange(self.columns, device=device) < first.unsqueeze(1)).float()
         self.hidden[:, self.width :] = 1
         self.hidden.masked_fill_(self.hidden.bool(), -torch.inf)  # (B, columns)
         self.positions = lengths[self.rows] - 1
-        states = self._states(ids, positions, told)[last]
+        positions = column.expand(new.shape)[new]
+        states = self._states(ids[new][None], positions[None], told)[last]
         return self._logits(states)[self.rows]
 
     def step(self, tokens: Tensor) -> Tensor:

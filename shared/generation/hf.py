@@ -135,11 +135,15 @@ class PaddedDecoding:
 def _draw(logits: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
     """One token a row and its log-probability, (B, V) -> (B,) each; at temperature 0 the likeliest.
 
-    Greedy tokens have the log-probability of temperature 1.
+    Greedy tokens have the log-probability of temperature 1. One random number a row is enough, and
+    a sum in float64 exact enough, where `multinomial` takes one random number a token.
     """
     probabilities = (logits / (temperature or 1.0)).softmax(-1)
     if temperature == 0:
         tokens = logits.argmax(-1, keepdim=True)
     else:
-        tokens = torch.multinomial(probabilities, 1)
+        up_to = probabilities.cumsum(-1, dtype=torch.float64)
+        drawn = torch.rand(len(logits), 1, dtype=torch.float64, device=logits.device)
+        tokens = torch.searchsorted(up_to, drawn * up_to[:, -1:], right=True)
+        tokens = tokens.clamp(max=logits.shape[1] - 1)
     return tokens.squeeze(1), probabilities.gather(1, tokens).log().squeeze(1)

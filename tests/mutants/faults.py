@@ -458,8 +458,8 @@ FAULTS = (
     ),
     Fault(
         "packing: positions of the flat row", "shared/packing.py",
-        "batch.ids[kept][None], batch.positions[kept][None]",
-        "batch.ids[kept][None], torch.arange(int(kept.sum()))[None]",
+        "positions, back = column.expand(new.shape)[new],",
+        "positions, back = torch.arange(int(new.sum())),",
         "tokens stand where they do not", PACKING,
     ),
     Fault(
@@ -475,9 +475,19 @@ FAULTS = (
         "states that no one reads are computed to their end", ("test_packing.py",),
     ),
     Fault(
-        "packing: padding compared as tokens", "shared/packing.py",
-        "batch.ids[:, :width].masked_fill(padding, -1)", "batch.ids[:, :width]",
-        "a prompt that begins with the pad token is taken for a shorter one", PACKING,
+        "packing: taken from where it is taken too", "shared/packing.py",
+        "own.masked_fill(shared, 0).cummax(0).values", "own - shared.long()",
+        "of three rows that begin alike the last reads other tokens", PACKING,
+    ),
+    Fault(
+        "packing: only neighbours share", "shared/packing.py",
+        "key=ids.tolist().__getitem__", "key=range(len(ids)).__getitem__",
+        "rows with others between them are computed for themselves", PACKING,
+    ),
+    Fault(
+        "cost: only neighbours share", "shared/cost.py",
+        "pairwise(sorted(rows))", "pairwise(rows)",
+        "more FLOPs are counted than sampling takes", ("test_cost.py",),
     ),
     Fault(
         "attention: the next token is seen", "shared/attention.py",
@@ -504,7 +514,7 @@ FAULTS = (
     ),
     Fault(
         "attention: short shared prompts are left out too", "shared/attention.py",
-        "skip = 2 * sum(starts) > sum(lengths[row] for row in sharing)", "skip = bool(sharing)",
+        "2 * start > length for", "start > 0 for",
         "a mask for each row where one would do", ATTENTION,
     ),
     Fault(
@@ -545,9 +555,9 @@ FAULTS = (
     ),
     # Reward and value models
     Fault(
-        "score: one token early", "shared/models.py",
-        "batch.prompt_width + batch.lengths - 1] = True",
-        "batch.prompt_width + batch.lengths - 2] = True",
+        "score: one token early", "shared/sequences.py",
+        "self.prompt_width + self.lengths - 1] = True",
+        "self.prompt_width + self.lengths - 2] = True",
         "the score is not read at EOS", MODELS,
     ),
     Fault(
@@ -588,6 +598,16 @@ FAULTS = (
         "probabilities = (logits / (temperature or 1.0)).softmax(-1)",
         "probabilities = logits.softmax(-1)",
         "always temperature 1", SAMPLER,
+    ),
+    Fault(
+        "generation: one random number for all", "shared/generation/hf.py",
+        "torch.rand(len(logits), 1,", "torch.rand(1, 1,",
+        "equal prompts get equal tokens", SAMPLER,
+    ),
+    Fault(
+        "generation: impossible tokens", "shared/generation/hf.py",
+        "right=True", "right=False",
+        "a random number of 0 draws a first token that has no probability", SAMPLER,
     ),
     Fault(
         "generation: positions stand still", "shared/generation/hf.py",
