@@ -6,6 +6,7 @@ no second copy of the model as its reference.
 """
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -62,21 +63,51 @@ def plain_weights(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
     LoRA is added to copies, one matrix at a time: the base weights are read and never written.
     Weights that two layers share are named once.
     """
-    below = below_lora(model)
-    adapted: dict[str, Any] = {}
-    if below is not model:
-        from peft.tuners.lora import LoraLayer
-
-        adapted = {name: m for name, m in below.named_modules() if isinstance(m, LoraLayer)}
-    for name, weight in below.named_parameters():
+    adapted = adapted_layers(model)
+    for name, weight in below_lora(model).named_parameters():
         if ".lora_" in name or name.startswith(f"{VALUE_HEAD}."):
             continue
         plain = name.replace(".base_layer.", ".")
-        layer, weight = adapted.get(plain.removesuffix(".weight")), weight.detach()
-        if layer is not None:
-            for adapter in layer.active_adapters:
-                weight = weight + layer.get_delta_weight(adapter).detach()
-        yield plain, weight
+        layer = adapted.get(plain.removesuffix(".weight"))
+        yield plain, weight.detach() if layer is None else merged_weight(layer)
+
+
+def adapted_layers(model: PreTrainedModel) -> dict[str, Any]:
+    """peft's LoRA layers by name; of a model without an adapter none."""
+    if (below := below_lora(model)) is model:
+        return {}
+    from peft.tuners.lora import LoraLayer
+
+    return {name: m for name, m in below.named_modules() if isinstance(m, LoraLayer)}
+
+
+def merged_weight(layer: Any) -> Tensor:
+    """A layer's weight with LoRA added, a copy."""
+    weight = layer.base_layer.weight.detach()
+    for adapter in layer.active_adapters:
+        weight = weight + layer.get_delta_weight(adapter).detach()
+    return weight
+
+
+@contextmanager
+def merged(model: PreTrainedModel) -> Iterator[None]:
+    """Within it the policy says the same from fewer products: LoRA is in its weights.
+
+    For passes without gradients. Afterwards the base weights are what they were, to the bit.
+    """
+    layers = [*adapted_layers(model).values()]
+    if not layers:
+        yield
+        return
+    kept = [layer.base_layer.weight.data for layer in layers]
+    try:
+        for layer in layers:
+            layer.base_layer.weight.data = merged_weight(layer)
+        with model.disable_adapter():  # pyright: ignore[reportCallIssue]
+            yield
+    finally:
+        for layer, weight in zip(layers, kept, strict=True):
+            layer.base_layer.weight.data = weight
 
 
 def add_value_head(model: PreTrainedModel) -> PreTrainedModel:

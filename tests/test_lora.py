@@ -21,9 +21,17 @@ from dpo.train import DirectConfig, train_direct
 from shared.cost import Meter
 from shared.fit import OptimizerConfig, prepare, step
 from shared.generation.engine import Sampling
+from shared.generation.hf import HFEngine
 from shared.logprobs import logprobs_and_values, policy_values, token_logprobs
-from shared.lora import LoRAConfig, add_value_head, plain_weights, value_head, with_lora
-from shared.models import save
+from shared.lora import (
+    LoRAConfig,
+    add_value_head,
+    merged,
+    plain_weights,
+    value_head,
+    with_lora,
+)
+from shared.models import SpecialIds, save
 from shared.packing import let_pack
 from shared.sequences import Sequences
 
@@ -134,6 +142,42 @@ def test_a_saved_lora_policy_is_a_plain_folder_that_says_the_same(
     with torch.no_grad():
         close(token_logprobs(read, batch_of()), expected, 5e-5)
         close(token_logprobs(model, batch_of()), expected, 0)  # saving changed nothing
+
+
+# Sampling
+
+
+def test_within_merged_the_policy_says_the_same_and_no_adapter_is_asked(config: PreTrainedConfig):
+    model, asked = moved(with_lora(start(config), LORA, seed=0)), []
+    for name, module in model.named_modules():
+        if name.endswith("lora_A.default"):
+            module.register_forward_hook(lambda *_: asked.append(1))
+    before = weights(model).clone()
+    with torch.no_grad():
+        expected = token_logprobs(model, batch_of())
+        assert asked
+        asked.clear()
+        with pytest.raises(ZeroDivisionError), merged(model):
+            close(token_logprobs(model, batch_of()), expected, 5e-5)
+            assert not asked
+            raise ZeroDivisionError
+        assert torch.equal(weights(model), before)
+        assert torch.equal(token_logprobs(model, batch_of()), expected)
+    assert [n for n, p in model.named_parameters() if p.requires_grad == (".lora_" not in n)] == []
+
+
+def test_samples_are_drawn_from_merged_weights():
+    model = moved(with_lora(start(CONFIGS["llama"]), LORA, seed=0))
+    asked: list[int] = []
+    for name, module in model.named_modules():
+        if name.endswith("lora_A.default"):
+            module.register_forward_hook(lambda *_: asked.append(1))
+    with torch.no_grad():
+        alone = model(torch.tensor([[7, 8, 9]])).logits[0, -1].log_softmax(-1)
+        asked.clear()
+        drawn = HFEngine(model, SpecialIds(0, 1)).generate([[7, 8, 9]], Sampling(max_new_tokens=1))
+    assert not asked
+    assert drawn.logprobs[0][0] == pytest.approx(alone[drawn.ids[0][0]].item(), abs=2e-5)
 
 
 # FLOPs

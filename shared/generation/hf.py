@@ -13,6 +13,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 from shared.generation.decoding import Decoding
 from shared.generation.engine import Completions, Sampling, require_tokens
+from shared.lora import merged
 from shared.models import SpecialIds
 from shared.packing import packs
 from shared.sequences import by_length
@@ -37,7 +38,7 @@ class HFEngine:
         logprobs: list[list[float]] = [[] for _ in prompts]
         was_training = self.model.training
         self.model.eval()
-        with torch.random.fork_rng():
+        with torch.random.fork_rng(), merged(self.model):
             torch.manual_seed(sampling.seed)
             for rows in by_length([len(p) for p in prompts], self.batch_size):
                 drawn = self._generate_batch([prompts[i] for i in rows], sampling)

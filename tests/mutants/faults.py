@@ -600,6 +600,16 @@ FAULTS = (
         "always temperature 1", SAMPLER,
     ),
     Fault(
+        "lora: merged weights stay", "shared/lora.py",
+        "layer.base_layer.weight.data = weight", "pass",
+        "sampling adds the adapter to the weights it was trained on", ("test_lora.py",),
+    ),
+    Fault(
+        "lora: merged without the adapter", "shared/lora.py",
+        "layer.base_layer.weight.data = merged_weight(layer)", "pass",
+        "PPO samples from its reference", ("test_lora.py",),
+    ),
+    Fault(
         "generation: one random number for all", "shared/generation/hf.py",
         "torch.rand(len(logits), 1,", "torch.rand(1, 1,",
         "equal prompts get equal tokens", SAMPLER,
