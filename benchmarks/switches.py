@@ -115,7 +115,6 @@ WHOLE_LAYER = {"shared.packing._tell_mlp": lambda *_: None}  # nor does the last
 BLOCKS = {"shared.logprobs.BLOCK": 2**12}  # logits: 38 tokens of the vocabulary of `reviews`
 APART = {
     "shared.generation.hf.HFEngine._generate_batch": each_prompt_read,
-    "shared.generation.decoding.number_distinct": every_row_computed,
     "shared.packing.number_distinct": every_row_computed,
 }
 SCORED_AGAIN = {"dpo.train.Dataset": ScoredAgain}

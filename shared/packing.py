@@ -47,10 +47,18 @@ def pack(batch: Sequences) -> Packed:
     column = torch.arange(int(lengths.max()), device=real.device)
     ids = batch.ids.gather(1, (start.unsqueeze(1) + column).clamp(max=real.shape[1] - 1))
     inside = column < lengths.unsqueeze(1)
-    new, rows = number_distinct(ids.masked_fill(~inside, -1))
-    place = torch.zeros_like(batch.ids).masked_scatter(real, rows[inside])
-    positions, back = column.expand(new.shape)[new], new.flatten().nonzero().squeeze(1)
-    return Packed(ids[new][None], positions[None], place, rows, back, lengths - new.sum(1), lengths)
+    packed = pack_rows(ids.masked_fill(~inside, -1))
+    place = torch.zeros_like(batch.ids).masked_scatter(real, packed.rows[inside])
+    return packed._replace(place=place)
+
+
+def pack_rows(ids: Tensor) -> Packed:
+    """`pack` of rows that are aligned to the left, with -1 after each, (B, L)."""
+    new, rows = number_distinct(ids)
+    lengths = (ids >= 0).sum(1)
+    positions = torch.arange(ids.shape[1], device=ids.device).expand(ids.shape)[new]
+    back = new.flatten().nonzero().squeeze(1)
+    return Packed(ids[new][None], positions[None], rows, rows, back, lengths - new.sum(1), lengths)
 
 
 def number_distinct(ids: Tensor) -> tuple[Tensor, Tensor]:

@@ -147,11 +147,18 @@ def test_a_saved_lora_policy_is_a_plain_folder_that_says_the_same(
 # Sampling
 
 
-def test_within_merged_the_policy_says_the_same_and_no_adapter_is_asked(config: PreTrainedConfig):
-    model, asked = moved(with_lora(start(config), LORA, seed=0)), []
+def times_asked(model: PreTrainedModel) -> list[int]:
+    """An entry for each time that a part of the adapter computes something from now on."""
+    asked: list[int] = []
     for name, module in model.named_modules():
         if name.endswith("lora_A.default"):
             module.register_forward_hook(lambda *_: asked.append(1))
+    return asked
+
+
+def test_within_merged_the_policy_says_the_same_and_no_adapter_is_asked(config: PreTrainedConfig):
+    model = moved(with_lora(start(config), LORA, seed=0))
+    asked = times_asked(model)
     before = weights(model).clone()
     with torch.no_grad():
         expected = token_logprobs(model, batch_of())
@@ -168,10 +175,7 @@ def test_within_merged_the_policy_says_the_same_and_no_adapter_is_asked(config: 
 
 def test_samples_are_drawn_from_merged_weights():
     model = moved(with_lora(start(CONFIGS["llama"]), LORA, seed=0))
-    asked: list[int] = []
-    for name, module in model.named_modules():
-        if name.endswith("lora_A.default"):
-            module.register_forward_hook(lambda *_: asked.append(1))
+    asked = times_asked(model)
     with torch.no_grad():
         alone = model(torch.tensor([[7, 8, 9]])).logits[0, -1].log_softmax(-1)
         asked.clear()

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from shared.attention import VECTOR, Pass
 from shared.models import trunk
-from shared.packing import number_distinct, pass_inputs
+from shared.packing import pack_rows, pass_inputs
 
 
 class Decoding:
@@ -35,29 +35,20 @@ class Decoding:
     def start(self) -> Tensor:
         """Read the prompts: logits of each row's first token, (B, V)."""
         device = self.model.device
-        lengths = torch.tensor([len(p) for p in self.prompts], device=device)
         padded = [[*prompt, *[-1] * (self.width - len(prompt))] for prompt in self.prompts]
-        ids, column = torch.tensor(padded, device=device), torch.arange(self.width, device=device)
-        new, numbers = number_distinct(ids)
-        last = numbers.gather(1, lengths.unsqueeze(1) - 1).squeeze(1)
-        told = _Prompts(
-            rows=numbers,
-            back=new.flatten().nonzero().squeeze(1),
-            starts=lengths - new.sum(1),
-            lengths=lengths,
-            read=last,
-            decoding=self,
-        )
+        packed = pack_rows(torch.tensor(padded, device=device))
+        lengths = packed.lengths
+        last = packed.rows.gather(1, lengths.unsqueeze(1) - 1).squeeze(1)
+        told = _Prompts(self, *packed[3:], read=last)
         # Where a row's prompt stands, aligned to the right: the first columns are hidden
         first = self.width - lengths[self.rows]
-        places = (column - first.unsqueeze(1)).clamp(min=0)
-        self.tokens = numbers[self.rows].gather(1, places)  # (B, width)
+        places = torch.arange(self.width, device=device) - first.unsqueeze(1)
+        self.tokens = packed.rows[self.rows].gather(1, places.clamp(min=0))  # (B, width)
         self.hidden = (torch.arange(self.columns, device=device) < first.unsqueeze(1)).float()
         self.hidden[:, self.width :] = 1
         self.hidden.masked_fill_(self.hidden.bool(), -torch.inf)  # (B, columns)
         self.positions = lengths[self.rows] - 1
-        positions = column.expand(new.shape)[new]
-        states = self._states(ids[new][None], positions[None], told)[last]
+        states = self._states(packed.ids, packed.positions, told)[last]
         return self._logits(states)[self.rows]
 
     def step(self, tokens: Tensor) -> Tensor:
@@ -117,8 +108,8 @@ class Decoding:
 class _Prompts(Pass):
     """The first pass, whose keys and values are kept."""
 
-    def __init__(self, decoding: Decoding, **about: Tensor):
-        super().__init__(**about)  # pyright: ignore
+    def __init__(self, decoding: Decoding, *rows: Tensor, read: Tensor):
+        super().__init__(*rows, read=read)
         self.decoding = decoding
 
     def attend(

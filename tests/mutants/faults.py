@@ -458,8 +458,8 @@ FAULTS = (
     ),
     Fault(
         "packing: positions of the flat row", "shared/packing.py",
-        "positions, back = column.expand(new.shape)[new],",
-        "positions, back = torch.arange(int(new.sum())),",
+        "positions = torch.arange(ids.shape[1], device=ids.device).expand(ids.shape)[new]",
+        "positions = torch.arange(int(new.sum()))",
         "tokens stand where they do not", PACKING,
     ),
     Fault(
