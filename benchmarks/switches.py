@@ -73,10 +73,10 @@ class Apart(int):
 
 
 def each_prompt_read(
-    engine: HFEngine, prompts: Sequence[Sequence[int]], sampling: Sampling
+    engine: HFEngine, prompts: Sequence[Sequence[int]], *drawing: Any
 ) -> tuple[Tensor, Tensor]:
     """`HFEngine._generate_batch` where no two prompts are equal."""
-    return generate_batch(engine, [[Apart(token) for token in p] for p in prompts], sampling)
+    return generate_batch(engine, [[Apart(token) for token in p] for p in prompts], *drawing)
 
 
 def every_row_computed(ids: Tensor) -> tuple[Tensor, Tensor]:

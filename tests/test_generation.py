@@ -19,7 +19,7 @@ from shared.generation.engine import Completions, Sampling
 from shared.generation.hf import HFEngine, moved_up
 from shared.kl import masked_sum
 from shared.logprobs import completion_logits, gather_logprobs, score_logps
-from shared.models import load_policy, save, special_ids
+from shared.models import SpecialIds, load_policy, save, special_ids
 from shared.packing import packs
 from shared.sequences import collate
 from shared.tasks.registry import TaskConfig, make_task
@@ -206,6 +206,17 @@ def test_the_company_of_other_prompts_does_not_matter(engine: HFEngine, prompts:
     assert turned[::-1] == together
 
 
+def test_nor_does_it_change_what_a_prompt_draws(engine: HFEngine, prompts: list[list[int]]):
+    """Else a token that rounding changes, and with it an end, would change all that follow."""
+    together = draw(engine, prompts).ids
+    assert len({len(ids) for ids in together}) > 3
+    assert draw(engine, prompts[:16]).ids == together[:16]
+    few = HFEngine(engine.model, SpecialIds(engine.pad_id, engine.eos_id), batch_size=5)
+    assert draw(few, prompts).ids == together
+    other = [prompts[0], *prompts[:1:-1], prompts[1]]
+    assert draw(engine, other).ids[0] == together[0]
+
+
 # --- the distribution -------------------------------------------------------------------------
 
 
@@ -239,12 +250,12 @@ def test_first_tokens_are_drawn_from_the_softmax(
 
 @pytest.mark.parametrize("uniform", [0.0, 0.3, 1 - 2**-53])
 def test_a_token_without_probability_is_never_drawn(
-    monkeypatch: pytest.MonkeyPatch, uniform: float
+    uniform: float,
 ):
     """At the ends of the random numbers too: 0 falls on the first that has some."""
-    monkeypatch.setattr(torch, "rand", lambda *size, **about: torch.full(size, uniform, **about))
     logits = torch.tensor([[-torch.inf, 0.0, -torch.inf, 0.0]] * 3)
-    tokens, logprobs = hf._draw(logits, 1.0)
+    numbers = torch.full((3,), uniform, dtype=torch.float64)
+    tokens, logprobs = hf._draw(logits, numbers, 1.0)
     assert tokens.tolist() == [1 if uniform < 0.5 else 3] * 3
     torch.testing.assert_close(logprobs, torch.full((3,), 0.5).log())
 

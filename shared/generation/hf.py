@@ -38,10 +38,15 @@ class HFEngine:
         logprobs: list[list[float]] = [[] for _ in prompts]
         was_training = self.model.training
         self.model.eval()
-        with torch.random.fork_rng(), merged(self.model):
-            torch.manual_seed(sampling.seed)
+        # A prompt's numbers are its own: what others draw, and when they end, changes none
+        generator = torch.Generator().manual_seed(sampling.seed)
+        numbers = torch.rand(
+            len(prompts), sampling.max_new_tokens, generator=generator, dtype=torch.float64
+        )
+        with merged(self.model):
             for rows in by_length([len(p) for p in prompts], self.batch_size):
-                drawn = self._generate_batch([prompts[i] for i in rows], sampling)
+                batch = [prompts[i] for i in rows], numbers[torch.tensor(rows)]
+                drawn = self._generate_batch(*batch, sampling.temperature)
                 for row, tokens, at in zip(rows, *(t.tolist() for t in drawn), strict=True):
                     end = tokens.index(self.eos_id) + 1 if self.eos_id in tokens else len(tokens)
                     ids[row], logprobs[row] = tokens[:end], at[:end]
@@ -53,26 +58,30 @@ class HFEngine:
         return 0.0
 
     def _generate_batch(
-        self, prompts: Sequence[Sequence[int]], sampling: Sampling
+        self, prompts: Sequence[Sequence[int]], numbers: Tensor, temperature: float
     ) -> tuple[Tensor, Tensor]:
-        """(tokens, their log-probabilities), (B, max_new_tokens); after an EOS comes padding."""
-        numbers = {prompt: i for i, prompt in enumerate(dict.fromkeys(map(tuple, prompts)))}
-        rows = torch.tensor([numbers[tuple(p)] for p in prompts])
-        about = self.model, list(numbers), rows
+        """(tokens, their log-probabilities), (B, T) each; after an EOS comes padding.
+
+        `numbers` (B, T), in [0, 1): each draws a token, of at most T.
+        """
+        distinct = {prompt: i for i, prompt in enumerate(dict.fromkeys(map(tuple, prompts)))}
+        rows = torch.tensor([distinct[tuple(p)] for p in prompts])
+        about = self.model, list(distinct), rows
         if packs(self.model):
-            decoding = Decoding(*about, room=sampling.max_new_tokens)
+            decoding = Decoding(*about, room=numbers.shape[1])
         else:
             decoding = PaddedDecoding(*about, pad_id=self.pad_id)
         logits, device = decoding.start(), self.model.device
-        output = torch.full((len(prompts), sampling.max_new_tokens), self.pad_id, device=device)
+        numbers = numbers.to(device)
+        output = torch.full(numbers.shape, self.pad_id, device=device)
         logprobs = torch.zeros(output.shape, device=device)
         going = torch.arange(len(prompts), device=device)  # output rows of those still decoded
         ended = torch.zeros(len(prompts), dtype=torch.bool, device=device)
-        for t in range(sampling.max_new_tokens):
-            tokens, logprobs[going, t] = _draw(logits.float(), sampling.temperature)
+        for t in range(numbers.shape[1]):
+            tokens, logprobs[going, t] = _draw(logits.float(), numbers[going, t], temperature)
             output[going, t] = tokens.masked_fill(ended, self.pad_id)
             ended = ended | (tokens == self.eos_id)
-            if ended.all() or t + 1 == sampling.max_new_tokens:
+            if ended.all() or t + 1 == numbers.shape[1]:
                 break
             if (~ended).sum() < LEAVE_BELOW * len(ended):
                 stay = moved_up(~ended)
@@ -133,18 +142,17 @@ class PaddedDecoding:
         ).logits[:, -1]
 
 
-def _draw(logits: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+def _draw(logits: Tensor, numbers: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
     """One token a row and its log-probability, (B, V) -> (B,) each; at temperature 0 the likeliest.
 
-    Greedy tokens have the log-probability of temperature 1. One random number a row is enough, and
-    a sum in float64 exact enough, where `multinomial` takes one random number a token.
+    A row's token is where its number, in [0, 1), falls among the cumulated probabilities, summed in
+    float64. Greedy tokens have the log-probability of temperature 1.
     """
     probabilities = (logits / (temperature or 1.0)).softmax(-1)
     if temperature == 0:
         tokens = logits.argmax(-1, keepdim=True)
     else:
         up_to = probabilities.cumsum(-1, dtype=torch.float64)
-        drawn = torch.rand(len(logits), 1, dtype=torch.float64, device=logits.device)
-        tokens = torch.searchsorted(up_to, drawn * up_to[:, -1:], right=True)
+        tokens = torch.searchsorted(up_to, numbers.unsqueeze(1) * up_to[:, -1:], right=True)
         tokens = tokens.clamp(max=logits.shape[1] - 1)
     return tokens.squeeze(1), probabilities.gather(1, tokens).log().squeeze(1)

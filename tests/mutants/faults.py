@@ -611,8 +611,19 @@ FAULTS = (
     ),
     Fault(
         "generation: one random number for all", "shared/generation/hf.py",
-        "torch.rand(len(logits), 1,", "torch.rand(1, 1,",
+        "_draw(logits.float(), numbers[going, t], temperature)",
+        "_draw(logits.float(), numbers[:1, t], temperature)",
         "equal prompts get equal tokens", SAMPLER,
+    ),
+    Fault(
+        "generation: random numbers of those still there", "shared/generation/hf.py",
+        "numbers[going, t], temperature)", "numbers[: len(going), t], temperature)",
+        "where one row ends another goes on with its random numbers", SAMPLER,
+    ),
+    Fault(
+        "generation: random numbers in the order of the batch", "shared/generation/hf.py",
+        "numbers[torch.tensor(rows)]", "numbers[: len(rows)]",
+        "what a prompt draws depends on its company", SAMPLER,
     ),
     Fault(
         "generation: impossible tokens", "shared/generation/hf.py",
