@@ -19,6 +19,7 @@ from transformers.utils import logging as transformers_logging
 
 from shared.cost import versions
 from shared.generation.start import TRANSFORMERS, GenerationConfig, engine_version
+from shared.native import kind
 from shared.stages import Stages, fill_stage, stage_key
 
 A = TypeVar("A")
@@ -58,7 +59,8 @@ def quiet_libraries() -> None:
 
 def stage_context(generation: GenerationConfig = TRANSFORMERS) -> dict[str, Any]:
     """What changes results besides configuration and code: part of every stage's address."""
-    return {**versions(), **engine_version(generation), "threads": torch.get_num_threads()}
+    here = {"threads": torch.get_num_threads(), "kernels": kind()}
+    return {**versions(), **engine_version(generation), **here}
 
 
 @dataclass

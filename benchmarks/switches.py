@@ -105,9 +105,8 @@ class Variant:
 
 
 PADDED = {"shared.packing.FAMILIES": ()}  # no model packs: transformers' own forward pass
-SDPA = {"shared.attention.SHORT": 0}  # no row is short
-AUTOGRAD = {  # also norms and rotary positions as transformers has them
-    "shared.packing.ROTARY": (),
+PYTORCH = {  # norms, rotary positions, MLPs and attention as transformers has them
+    "shared.native.library": lambda: None,
     "shared.logprobs.picked": plainly_picked,
 }
 CACHE = {"shared.generation.hf.packs": lambda model: False}
@@ -127,8 +126,7 @@ HALVES = (
 VARIANTS = {
     "as it comes": Variant(),
     "padded": Variant(PADDED),
-    "SDPA": Variant(SDPA),
-    "autograd": Variant(AUTOGRAD),
+    "PyTorch": Variant(PYTORCH),
     "transformers' cache": Variant(CACHE),
     "whole last layer": Variant(WHOLE_LAYER),
     "blocks": Variant(BLOCKS),
@@ -137,7 +135,7 @@ VARIANTS = {
     "no reuse": Variant(keys=NO_REUSE),
     "two threads": Variant(threads=2),
     "halves": Variant(keys=HALVES),
-    "all off": Variant({**PADDED, **APART, **SCORED_AGAIN}, NO_REUSE, 2, resampled=True),
+    "all off": Variant({**PADDED, **PYTORCH, **APART, **SCORED_AGAIN}, NO_REUSE, 2, resampled=True),
 }
 DEFAULT = "as it comes"
 
@@ -156,8 +154,7 @@ class Comparison(NamedTuple):
 EVERY = ("direct", "ppo", "reward")
 COMPARISONS = (
     Comparison("packed passes", "padded rows, transformers' own pass", DEFAULT, "padded", EVERY),
-    Comparison("short attention", "SDPA on packed rows", DEFAULT, "SDPA", EVERY),
-    Comparison("gradients written out", "autograd's", DEFAULT, "autograd", EVERY),
+    Comparison("kernels in C", "PyTorch's operations, SDPA", DEFAULT, "PyTorch", EVERY),
     Comparison(
         "sampling without padding", "transformers' cache, padded", DEFAULT,
         "transformers' cache", ("ppo",),

@@ -1,7 +1,8 @@
-"""Three small operations with their gradients written out, for CPUs: there a training step's time
-goes into passes over memory, and autograd makes twice as many of them.
+"""Operations with their gradients written out, for CPUs: there a training step's time goes into
+passes over memory, and autograd makes twice as many of them.
 
-Each is equal to the plain form but for rounding. Gradients of gradients are not there.
+Each is equal to the plain form but for rounding. Gradients of gradients are not there. All but
+`picked` are written in C (`kernels.c`), and are there where `shared.native` is.
 """
 # pyright: reportIncompatibleMethodOverride=false
 
@@ -12,7 +13,10 @@ from torch import Tensor
 from torch.amp import custom_bwd, custom_fwd  # pyright: ignore[reportPrivateImportUsage]
 from torch.autograd.function import once_differentiable
 
+from shared.native import call
+
 CHUNK = 2**20  # logits that one pass over them takes at a time: they stay in the processor's cache
+RUNS = 16  # of rows, whose gradients of a norm's weights are summed apart: as in kernels.c
 whole = custom_fwd(device_type="cpu", cast_inputs=torch.float32)  # in float32, whatever surrounds
 whole_back = custom_bwd(device_type="cpu")
 
@@ -34,6 +38,14 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return _Rotate.apply(x, cos, sin)  # pyright: ignore[reportReturnType]
 
 
+def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    """gate * sigmoid(gate) * up, of equal shapes.
+
+    Shazeer 2020 (arXiv:2002.05202), eq. 6, without its matrix products.
+    """
+    return _SwiGLU.apply(gate, up)  # pyright: ignore[reportReturnType]
+
+
 def picked(logits: Tensor, tokens: Tensor) -> Tensor:
     """log p(token) of each row, (M, V), (M,) -> (M,).
 
@@ -46,30 +58,29 @@ class _RMSNorm(torch.autograd.Function):
     @staticmethod
     @whole
     def forward(ctx: Any, x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
-        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-        scale = norm.square_().div_(x.shape[-1]).add_(epsilon).rsqrt_()
+        x, size = x.contiguous(), x.shape[-1]
+        y, scale = torch.empty_like(x), x.new_empty(x.numel() // size)
+        call("rms_norm", len(scale), size, epsilon, x, weight, y, scale)
         ctx.save_for_backward(x, weight, scale)
-        return (x * scale).mul_(weight)
+        return y
 
     @staticmethod
     @once_differentiable
     @whole_back
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None]:
         x, weight, scale = ctx.saved_tensors
-        size = x.shape[-1]
-        rows, g, scale = x.reshape(-1, size), gradient.reshape(-1, size), scale.reshape(-1, 1)
-        # A layer norm whose mean is 0, but for the gradient that goes through its mean
-        mean = torch.zeros_like(scale)
-        about = g, rows, [size], mean, scale, weight, None, [True, True, False]
-        of_x, of_weight, _ = torch.ops.aten.native_layer_norm_backward(*about)
-        of_x += torch.mv(g, weight).div_(size).unsqueeze_(1).mul_(scale)
-        return of_x.view(x.shape), of_weight, None
+        rows, size = len(scale), len(weight)
+        of_x, of_weight = torch.empty_like(x), x.new_empty(RUNS, size)
+        told = x, weight, scale, gradient.contiguous(), of_x, of_weight
+        call("rms_norm_backward", rows, size, *told)
+        return of_x, of_weight.sum(0), None
 
 
 class _Rotate(torch.autograd.Function):
     @staticmethod
     @whole
     def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        cos, sin = cos.contiguous(), sin.contiguous()
         ctx.save_for_backward(cos, sin)
         return _turned(x, cos, sin, 1)
 
@@ -82,11 +93,28 @@ class _Rotate(torch.autograd.Function):
 
 
 def _turned(x: Tensor, cos: Tensor, sin: Tensor, sign: int) -> Tensor:
-    half = x.shape[-1] // 2
-    sin, turned = sin[..., :half], x * cos
-    turned[..., :half].addcmul_(x[..., half:], sin, value=-sign)
-    turned[..., half:].addcmul_(x[..., :half], sin, value=sign)
-    return turned
+    x, y = x.contiguous(), torch.empty(x.shape)
+    call("rotate", *x.shape, sign, x, cos, sin, y)
+    return y
+
+
+class _SwiGLU(torch.autograd.Function):
+    @staticmethod
+    @whole
+    def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
+        gate, up, y = gate.contiguous(), up.contiguous(), torch.empty(gate.shape)
+        call("swiglu", y.numel(), gate, up, y)
+        ctx.save_for_backward(gate, up)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    @whole_back
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:
+        gate, up = ctx.saved_tensors
+        of_gate, of_up = torch.empty_like(gate), torch.empty_like(up)
+        call("swiglu_backward", gate.numel(), gate, up, gradient.contiguous(), of_gate, of_up)
+        return of_gate, of_up
 
 
 class _Picked(torch.autograd.Function):

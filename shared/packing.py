@@ -7,7 +7,7 @@ batch's distinct tokens; `shared.attention` knows which of them see each other.
 
 It plugs into transformers as an attention implementation, so the models stay the library's own.
 The last layer's MLP sees only the tokens whose states are read: its others end in nothing. Models
-of Llama's kind also take `shared.kernels` for their norms and rotary positions.
+of Llama's kind also take `shared.kernels` for their norms, rotary positions and MLPs.
 Families other than FAMILIES, and models that attend through a sliding window, run on padded rows.
 """
 
@@ -20,7 +20,8 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.masking_utils import sdpa_mask
 
 from shared.attention import Pass, packed_attention, rotary_attention
-from shared.kernels import rms_norm
+from shared.kernels import rms_norm, swiglu
+from shared.native import here
 from shared.sequences import Sequences
 
 PACKED, READ = "klash_packed", "packed_read"
@@ -107,14 +108,24 @@ def let_pack(model: PreTrainedModel) -> PreTrainedModel:
                     module.forward = MethodType(rotary_attention, module)
                 elif hasattr(module, "variance_epsilon"):
                     module.forward = MethodType(_norm, module)
+                elif hasattr(module, "up_proj") and model.config.hidden_act == "silu":
+                    module.forward = MethodType(_mlp, module)
     return model
 
 
 def _norm(self: Any, hidden_states: Tensor) -> Tensor:
     """`forward` of an RMSNorm layer, as its class has it."""
-    if hidden_states.is_cpu and hidden_states.dtype == torch.float32:
+    if here(hidden_states) and hidden_states.dtype == torch.float32:
         return rms_norm(hidden_states, self.weight, self.variance_epsilon)
     return type(self).forward(self, hidden_states)
+
+
+def _mlp(self: Any, x: Tensor) -> Tensor:
+    """`forward` of an MLP, as its class has it; bfloat16 is left to PyTorch's own operations."""
+    gate, up = self.gate_proj(x), self.up_proj(x)
+    if here(gate) and gate.dtype == torch.float32:
+        return self.down_proj(swiglu(gate, up))
+    return self.down_proj(self.act_fn(gate) * up)
 
 
 def packed_inputs(packed: Packed, read: Tensor) -> dict[str, Any]:

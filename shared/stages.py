@@ -110,7 +110,7 @@ def stage_key(
 def code_hash(module: str) -> str:
     """Hash of the syntax (not the comments) of `module` and of all project modules it imports.
 
-    Templates and style sheets beside a module belong to it.
+    Templates, style sheets and C beside a module belong to it.
     """
     found, queue = {}, [module]
     while queue:
@@ -127,7 +127,7 @@ def code_hash(module: str) -> str:
         tree = ast.parse(Path(spec.origin).read_text(encoding="utf-8"))
         found[current] = hashlib.sha256(ast.dump(tree).encode()).hexdigest()
         for beside in Path(spec.origin).parent.iterdir():
-            if beside.suffix in (".html", ".css"):
+            if beside.suffix in (".html", ".css", ".c"):
                 found[str(beside.name)] = _sha256(beside)
         queue.extend(_project_imports(tree))
     return _digest(found)

@@ -1,24 +1,34 @@
-"""Attention of packed tokens: row by row with SDPA, and which work is left out."""
-
-import itertools
+"""Attention of packed tokens: row by row with SDPA, where a shared beginning is there once."""
 
 import pytest
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from shared import attention
-from shared.attention import Pass, attend, cut_in_bands
+from shared.attention import Pass, attend
 from shared.packing import Packed, pack
 from shared.sequences import collate
 
 PAD, EOS = 0, 1
-SHORT_PROMPTS = [[7, 8, 9], [7, 8, 9, 10, 11], [9], [7, 8, 9], [9], [PAD, 8, 9], [8, 9], [10]]
+PROMPTS = [[7, 8, 9], [7, 8, 9, 10, 11], [9], [7, 8, 9], [9], [PAD, 8, 9], [8, 9], [10]]
 ENDED = [12, 13, EOS]
 COMPLETIONS = [[5, 6, 7, EOS], [EOS], [5] * 8, [6, 5, EOS], ENDED, [5, 6], [PAD, 5, EOS], ENDED]
 LONG, OTHER = [*range(20, 45)], [*range(20, 40)]
 # Most of what their rows hold; the last row is another's, and computes nothing
 LONG_PROMPTS = [LONG, LONG, OTHER, LONG, [9], OTHER, [8], [9]]
+# More positions than are computed at a time, and rows that begin in the middle of those
+SPREAD = [
+    [*range(20, 90)],
+    [*range(20, 90)],
+    [9],
+    [*range(20, 53)],
+    [8],
+    [9],
+    [*range(20, 84)],
+    [10],
+]
+Heads = tuple[Tensor, Tensor, Tensor]
+EACH = {"short": PROMPTS, "long": LONG_PROMPTS, "spread": SPREAD}
 
 
 def over(prompts: list[list[int]]) -> tuple[Packed, Pass]:
@@ -40,86 +50,77 @@ def row_by_row(prompts: list[list[int]], query: Tensor, key: Tensor, value: Tens
     return output
 
 
-@pytest.mark.parametrize("band", [1, 2**12, 2**30], ids=["many bands", "some", "one"])
-@pytest.mark.parametrize("prompts", [SHORT_PROMPTS, LONG_PROMPTS], ids=["short", "long"])
+def drawn(tokens: int, key_heads: int, size: int, scale: float = 1.0) -> Heads:
+    """Query (of 4 heads), key, value."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(tokens, heads, size) for heads in (4, key_heads, key_heads)]
+    q, k, v = ((torch.randn(s, generator=generator) * scale).requires_grad_() for s in shapes)
+    return q, k, v
+
+
+@pytest.mark.parametrize("size", [8, 32, 40])
+@pytest.mark.parametrize("prompts", EACH.values(), ids=EACH)
 @pytest.mark.parametrize("key_heads", [4, 2, 1])
 def test_attention_and_its_gradient_are_sdpas_of_each_row(
-    monkeypatch: pytest.MonkeyPatch, key_heads: int, prompts: list[list[int]], band: int
+    key_heads: int, prompts: list[list[int]], size: int
 ):
     """Query heads in groups on fewer key heads, as repeated keys would have it."""
-    monkeypatch.setattr(attention, "BAND", band)
-    if band == 1:
-        monkeypatch.setattr(attention, "VECTOR", 1)
-    torch.manual_seed(0)
     packed, told = over(prompts)
-    tokens = packed.ids.shape[1]
-    query = torch.randn(tokens, 4, 8, requires_grad=True)
-    key, value = (torch.randn(tokens, key_heads, 8, requires_grad=True) for _ in range(2))
-    outputs, gradients = [], []
-    for output in (
-        attend(query, key, value, told, 0.3),
-        row_by_row(prompts, query, key, value),
-    ):
-        outputs.append(output)
-        gradients.append(torch.autograd.grad(output.square().sum(), (query, key, value)))
-    torch.testing.assert_close(*outputs, atol=1e-5, rtol=1e-5)
-    for ours, theirs in zip(*gradients, strict=True):
-        torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
-    bands = told.heads(key_heads, 4 // key_heads).bands
-    if band == 1:
-        assert len(bands) > 4
-    if band == 2**30:  # those that ask all of their queries, and those that need not
-        assert len(bands) == (2 if prompts is LONG_PROMPTS else 1)
+    tensors = drawn(packed.ids.shape[1], key_heads, size)
+    q, k, v = (t.detach().double().requires_grad_() for t in tensors)
+    output, truth = attend(*tensors, told, 0.3), row_by_row(prompts, q, k, v)
+    torch.testing.assert_close(output, truth.float(), atol=1e-5, rtol=1e-5)
+    ours = torch.autograd.grad(output.square().sum(), tensors)
+    theirs = torch.autograd.grad(truth.square().sum(), (q, k, v))
+    for found, expected in zip(ours, theirs, strict=True):
+        largest = expected.abs().max().item()
+        assert largest > 1
+        torch.testing.assert_close(found, expected.float(), atol=4e-6 * largest, rtol=1e-5)
 
 
-@pytest.mark.parametrize(("prompts", "times"), [(LONG_PROMPTS, 1), (SHORT_PROMPTS, 3)])
-def test_the_queries_of_a_long_shared_beginning_are_asked_once(
-    prompts: list[list[int]], times: int
-):
-    """And of a short one in every row: a mask for each row would cost more than it saves."""
-    packed, told = over(prompts)
-    asked = told.heads(1, 1).queries.tolist()
-    shared = packed.rows[0, 1].item()  # the second token of the first prompt
-    assert prompts.count(prompts[0]) > 1
-    assert asked.count(shared) == times
+def test_large_logits_attend_to_the_largest_alone():
+    packed, told = over(PROMPTS)
+    tensors = drawn(packed.ids.shape[1], 2, 8, scale=100.0)
+    output, truth = attend(*tensors, told, 0.3), row_by_row(PROMPTS, *tensors)
+    torch.testing.assert_close(output, truth, atol=1e-4, rtol=1e-4)
+    assert all(t.isfinite().all() for t in torch.autograd.grad(output.sum(), tensors))
+
+
+@pytest.mark.parametrize("which", range(3))
+def test_what_is_not_a_number_is_not_hidden(which: int):
+    """Else a training that has diverged would go on."""
+    packed, told = over(PROMPTS)
+    tensors = drawn(packed.ids.shape[1], 4, 8)
+    with torch.no_grad():
+        tensors[which][packed.rows[2, 0]] = torch.nan
+    output = attend(*tensors, told, 0.3)
+    assert output[packed.rows[2, :9]].isnan().all(2).any(1).any()
+    assert all(t.isnan().any() for t in torch.autograd.grad(output.sum(), tensors)[:2])
+    assert output[packed.rows[1, :6]].isfinite().all()  # another row
+
+
+def test_threads_change_no_bit():
+    packed, told = over(LONG_PROMPTS)
+    tensors, found = drawn(packed.ids.shape[1], 2, 32), []
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 2, 5):
+            torch.set_num_threads(threads)
+            output = attend(*tensors, told, 0.3)
+            found.append([output, *torch.autograd.grad(output.square().sum(), tensors)])
+    finally:
+        torch.set_num_threads(before)
+    for other in found[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
 
 
 def test_half_precision_goes_in_and_comes_out():
-    packed, told = over(SHORT_PROMPTS)
+    packed, told = over(PROMPTS)
     tokens = torch.randn(packed.ids.shape[1], 2, 8).bfloat16()
     found = attend(tokens, tokens, tokens, told, 0.3)
-    alone = attend(*[tokens.float()] * 3, told, 0.3)
+    whole = tokens.float()
+    alone = attend(whole, whole, whole, told, 0.3)
     assert found.dtype == torch.bfloat16
     torch.testing.assert_close(found, alone.bfloat16())
     with torch.autocast("cpu", torch.bfloat16):
-        torch.testing.assert_close(attend(*[tokens.float()] * 3, told, 0.3), alone)
-
-
-def cost(bands: list[list[int]], queries: list[int], keys: list[int], heads: int) -> int:
-    def area(band: list[int]) -> int:
-        return len(band) * max(queries[i] for i in band) * max(keys[i] for i in band)
-
-    return sum(heads * area(band) + attention.BAND for band in bands)
-
-
-@pytest.mark.parametrize("seed", range(6))
-@pytest.mark.parametrize("heads", [1, 12])
-def test_bands_are_the_cheapest_of_all_cuts(seed: int, heads: int):
-    generator = torch.Generator().manual_seed(seed)
-    keys = torch.randint(1, 60, (7,), generator=generator).tolist()
-    queries = [max(1, k - 10 * (seed % 2)) for k in keys]
-    order = sorted(range(7), key=keys.__getitem__)
-    cuts = itertools.chain(*(itertools.combinations(range(1, 7), n) for n in range(7)))
-    every = [
-        [order[a:b] for a, b in itertools.pairwise((0, *cut, 7))]
-        for cut in cuts
-    ]  # fmt: skip
-    best = min(cost(bands, queries, keys, heads) for bands in every)
-    found = cut_in_bands(queries, keys, heads)
-    assert cost(found, queries, keys, heads) == best
-    assert sorted(itertools.chain(*found)) == list(range(7))
-
-
-def test_no_rows_make_no_bands():
-    assert cut_in_bands([], [], 4) == []
-    assert cut_in_bands([3], [3], 4) == [[0]]
+        torch.testing.assert_close(attend(whole, whole, whole, told, 0.3), alone)

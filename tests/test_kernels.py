@@ -5,9 +5,10 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import Tensor
+from torch.nn.functional import silu
 from transformers.models.llama.modeling_llama import LlamaRMSNorm, apply_rotary_pos_emb
 
-from shared.kernels import picked, rms_norm, rotate
+from shared.kernels import picked, rms_norm, rotate, swiglu
 
 SEED = torch.Generator().manual_seed(0)
 
@@ -34,7 +35,7 @@ def both(ours: Callable[..., Tensor], plain: Callable[..., Tensor], *inputs: Ten
         torch.testing.assert_close(mine, theirs, atol=2e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("shape", [(7, 16), (1, 9, 16), (5, 3, 16)])
+@pytest.mark.parametrize("shape", [(7, 16), (1, 90, 16), (5, 3, 16)])
 def test_rms_norm_is_llamas(shape: tuple[int, ...]):
     layer = LlamaRMSNorm(16, eps=0.1)  # so large that it matters
 
@@ -73,6 +74,46 @@ def test_a_product_of_rotated_vectors_knows_only_how_far_apart_they_are():
         torch.testing.assert_close(along, along[:1].expand_as(along), atol=1e-4, rtol=0)
 
 
+@pytest.mark.parametrize("shape", [(3,), (16,), (5, 19), (2, 3, 32)])
+def test_swiglu_is_a_gated_silu(shape: tuple[int, ...]):
+    """Vectors hold 16 numbers: what is left of them counts too."""
+    both(swiglu, lambda gate, up: silu(gate) * up, 4 * drawn(*shape), drawn(*shape))
+
+
+def test_swiglu_far_out_is_the_gate_or_nothing():
+    gate = torch.tensor([-1e4, -90.0, 0.0, 90.0, 1e4], requires_grad=True)
+    up = torch.full((5,), 2.0, requires_grad=True)
+    found = swiglu(gate, up)
+    torch.testing.assert_close(found, torch.tensor([0.0, 0.0, 0.0, 180.0, 2e4]))
+    of_gate, of_up = torch.autograd.grad(found.sum(), (gate, up))
+    torch.testing.assert_close(of_gate, torch.tensor([0.0, 0.0, 1.0, 2.0, 2.0]))
+    torch.testing.assert_close(of_up, torch.tensor([0.0, 0.0, 0.0, 90.0, 1e4]))
+
+
+def test_what_is_not_a_number_is_not_hidden():
+    """Else a training that has diverged would go on."""
+    x, weight = torch.ones(3, 20), torch.ones(20)
+    x[1, 4] = torch.nan
+    assert rms_norm(x, weight, 1e-6).isnan().any(1).tolist() == [False, True, False]
+    for gated in (swiglu(x, torch.ones(3, 20)), swiglu(torch.ones(3, 20), x)):
+        assert gated.isnan().nonzero().tolist() == [[1, 4]]
+
+
+def test_threads_change_no_bit():
+    x, weight, gate = drawn(50, 2, 32), drawn(32), drawn(50, 2, 32)
+    cos, sin = angles(50, 32)
+    before, found = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 5):
+            torch.set_num_threads(threads)
+            y = swiglu(gate, rotate(rms_norm(x, weight, 1e-6), cos, sin))
+            found.append([y, *torch.autograd.grad(y.square().sum(), (x, weight, gate))])
+    finally:
+        torch.set_num_threads(before)
+    for other in found[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
+
+
 def test_picked_is_log_softmax_at_the_token():
     tokens = torch.tensor([0, 4, 2, 2])
 
@@ -95,9 +136,10 @@ def test_picked_stands_large_logits():
 def test_in_a_region_of_bfloat16_they_compute_in_float32(dtype: torch.dtype):
     x, weight, (cos, sin) = drawn(5, 2, 8), drawn(8), angles(5, 8)
     inputs = x.detach().to(dtype)
-    alone = [rms_norm(inputs.float(), weight, 1e-6), rotate(inputs.float(), cos, sin)]
+    whole = inputs.float()
+    alone = [rms_norm(whole, weight, 1e-6), rotate(whole, cos, sin), swiglu(whole, whole)]
     with torch.autocast("cpu", torch.bfloat16):
-        region = [rms_norm(inputs, weight, 1e-6), rotate(inputs, cos, sin)]
+        region = [rms_norm(inputs, weight, 1e-6), rotate(inputs, cos, sin), swiglu(inputs, inputs)]
     for a, b in zip(alone, region, strict=True):
         assert b.dtype == torch.float32
         torch.testing.assert_close(b, a)

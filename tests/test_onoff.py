@@ -21,7 +21,7 @@ from benchmarks.switches import COMPARISONS, DEFAULT, VARIANTS, apart, in_force,
 from dpo.train import DirectConfig
 from rlhf.ppo import PPOConfig
 from rlhf.reward import RewardConfig
-from shared import attention, packing
+from shared import attention, native, packing
 from shared.config import InputError
 from shared.generation import decoding, hf
 from shared.generation.engine import Sampling
@@ -82,16 +82,16 @@ def test_models_pack_but_where_rows_are_padded(variant: str, policy_folder: Path
 
 
 @pytest.mark.parametrize(
-    ("variant", "way"), [(DEFAULT, "attend"), ("SDPA", "sdpa_attention_forward")]
+    ("variant", "way"), [(DEFAULT, "attend"), ("PyTorch", "sdpa_attention_forward")]
 )
-def test_short_rows_attend_in_sdpa_where_that_is_switched(
+def test_rows_attend_in_sdpa_where_that_is_switched(
     monkeypatch: pytest.MonkeyPatch, policy_folder: Path, batch: Sequences, variant: str, way: str
 ):
     with in_force(variant):
         assert attention_seen(monkeypatch, load_policy(policy_folder), batch) == {way}
 
 
-@pytest.mark.parametrize(("variant", "written"), [(DEFAULT, True), ("autograd", False)])
+@pytest.mark.parametrize(("variant", "written"), [(DEFAULT, True), ("PyTorch", False)])
 def test_gradients_are_autograds_where_that_is_switched(
     policy_folder: Path, batch: Sequences, variant: str, written: bool
 ):
@@ -103,7 +103,7 @@ def test_gradients_are_autograds_where_that_is_switched(
         if node is not None and node not in seen:
             seen.add(node)
             waiting.extend(before for before, _ in node.next_functions)
-    ours = {"_PickedBackward", "_RMSNormBackward", "_RotateBackward"}
+    ours = {f"_{name}Backward" for name in ("Attend", "Picked", "RMSNorm", "Rotate", "SwiGLU")}
     assert ours & {node.name() for node in seen} == (ours if written else set())
 
 
@@ -215,7 +215,7 @@ def test_keys_are_changed_and_fit_the_experiment():
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_afterwards_everything_is_as_it_was(variant: str):
     def standing() -> list[Any]:
-        places = packing.FAMILIES, attention.SHORT, packing._tell_mlp
+        places = packing.FAMILIES, native.library, packing._tell_mlp
         places = *places, switches.HFEngine._generate_batch
         return [*places, dpo.train.Dataset, dpo.train.step, torch.get_num_threads()]
 

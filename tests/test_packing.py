@@ -21,7 +21,7 @@ from transformers import (
 )
 from transformers.pytorch_utils import Conv1D
 
-from shared import attention, logprobs
+from shared import logprobs, native
 from shared.generation.engine import Sampling
 from shared.generation.hf import HFEngine
 from shared.logprobs import token_logprobs
@@ -266,15 +266,19 @@ def test_the_last_mlp_sees_the_tokens_that_are_read_and_no_other(config: PreTrai
     assert seen == [4, 4]
 
 
-def test_long_rows_and_short_ones_say_the_same(
+def test_without_a_c_compiler_the_same_is_said(
     config: PreTrainedConfig, monkeypatch: pytest.MonkeyPatch
 ):
-    found = []
-    for short in (0, 2**22):
-        monkeypatch.setattr(attention, "SHORT", short)
+    found, drawn = [], []
+    for compiled in (native.library(), None):
+        monkeypatch.setattr(native, "library", lambda compiled=compiled: compiled)
         model = let_pack(policy(config))
         numbers = token_logprobs(model, batch_of())
         numbers.sum().backward()
         found.append([numbers.detach(), *(p.grad for p in model.parameters())])
-    for long, plain in zip(*found, strict=True):
-        torch.testing.assert_close(plain, long, atol=2e-4, rtol=1e-4)
+        engine = HFEngine(model, SpecialIds(PAD, EOS))
+        drawn.append(engine.generate([[5, 6], [7], [5, 6, 8]], Sampling(max_new_tokens=6)).ids)
+    assert native.kind() == "PyTorch"
+    assert drawn[0] == drawn[1]
+    for ours, plain in zip(*found, strict=True):
+        torch.testing.assert_close(ours, plain, atol=2e-4, rtol=1e-4)

@@ -12,9 +12,11 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from shared.attention import VECTOR, Pass
+from shared.attention import Pass
 from shared.models import trunk
 from shared.packing import pack_rows, pass_inputs
+
+VECTOR = 16  # numbers; softmax over fewer is ten times slower each
 
 
 class Decoding:
@@ -66,10 +68,6 @@ class Decoding:
         self.cache[:, :, new, :, : self.width] = self.cache[:, :, rows[new], :, : self.width]
         self.cache = self.cache[:, :, : len(rows)]
         self.hidden, self.positions = self.hidden[rows], self.positions[rows]
-
-    def short(self, heads: int) -> bool:
-        """A step's attention weights are few in any case."""
-        return True
 
     def attend(
         self, layer: Any, query: Tensor, key: Tensor, value: Tensor, **options: Any

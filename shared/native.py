@@ -1,0 +1,74 @@
+"""`kernels.c`, compiled by the machine's C compiler when a process first needs it: a second's work.
+
+Where there is no compiler (or `CC=false` says so), PyTorch's own operations do the same, slower.
+"""
+
+import ctypes
+import logging
+import os
+import shutil
+import subprocess
+import tempfile
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+SOURCE = Path(__file__).with_name("kernels.c")
+FLAGS = ("-O3", "-march=native", "-fopenmp", "-fno-math-errno", "-shared", "-fPIC")
+TYPES = {"n": ctypes.c_int64, "f": ctypes.c_float, "*": ctypes.c_void_p}
+FUNCTIONS = {  # after the number of threads: whole numbers, floats, tensors
+    "rms_norm": "nnf****",
+    "rms_norm_backward": "nn******",
+    "rotate": "nnnf****",
+    "swiglu": "n***",
+    "swiglu_backward": "n*****",
+    "attend": "******",
+    "attend_backward": "***********",
+}
+
+
+def here(tensor: Tensor) -> bool:
+    """Whether `call` can compute with `tensor`."""
+    return tensor.is_cpu and library() is not None
+
+
+def call(function: str, *arguments: Any) -> None:
+    """Run a function of `kernels.c` on this process's threads; tensors are contiguous float32."""
+    tensors = [a for a in arguments if isinstance(a, Tensor)]
+    assert all(t.is_contiguous() and t.dtype == torch.float32 for t in tensors)
+    told = [a.data_ptr() if isinstance(a, Tensor) else a for a in arguments]
+    getattr(library(), function)(torch.get_num_threads(), *told)
+
+
+def kind() -> str:
+    """What runs the operations that `kernels.c` holds: results differ in their last digits."""
+    return "PyTorch" if library() is None else "C"
+
+
+@cache
+def library() -> ctypes.CDLL | None:
+    """The compiled functions, or None: the reason is logged once."""
+    compiler = shutil.which(os.environ.get("CC", "cc"))
+    if compiler is None:
+        return _missing("no C compiler was found")
+    with tempfile.TemporaryDirectory() as folder:
+        target = Path(folder) / "kernels.so"
+        command = [compiler, *FLAGS, "-o", str(target), str(SOURCE), "-lm"]
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode != 0:
+            return _missing(f"{compiler} failed: {done.stderr.strip()[:500]}")
+        found = ctypes.CDLL(str(target))
+    for name, types in FUNCTIONS.items():
+        getattr(found, name).argtypes = [ctypes.c_int, *(TYPES[t] for t in types)]
+        getattr(found, name).restype = None
+    return found
+
+
+def _missing(reason: str) -> None:
+    logging.getLogger(__name__).warning(
+        "norms, MLPs and attention run on PyTorch's own operations, some slower: %s",
+        reason,
+    )

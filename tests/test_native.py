@@ -1,0 +1,56 @@
+"""What is written in C is compiled where that can be done, and missed where it cannot."""
+
+import logging
+from pathlib import Path
+
+import pytest
+import torch
+
+from shared import native
+
+
+def test_here_it_is_compiled_and_computes():
+    """All tests of its functions rest on this."""
+    assert native.kind() == "C"
+    gate, y = torch.ones(20), torch.zeros(20)
+    native.call("swiglu", 20, gate, 2 * gate, y)
+    torch.testing.assert_close(y, 2 * torch.ones(20).sigmoid())
+
+
+@pytest.mark.parametrize(
+    ("compiler", "reason"), [("no-such-compiler", "no C compiler was found"), ("false", "failed")]
+)
+def test_without_a_compiler_there_is_nothing_and_the_log_says_why(
+    compiler: str, reason: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    monkeypatch.setenv("CC", compiler)
+    with caplog.at_level(logging.WARNING):
+        assert native.library.__wrapped__() is None
+    assert reason in caplog.text
+    assert "PyTorch" in caplog.text
+
+
+def test_what_the_compiler_says_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    broken = tmp_path / "kernels.c"
+    broken.write_text("int f(void) { return nothing; }")
+    monkeypatch.setattr(native, "SOURCE", broken)
+    assert native.library.__wrapped__() is None
+    assert "nothing" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [torch.ones(20, dtype=torch.float64), torch.ones(20, 2)[:, 0]],
+    ids=["dtype", "strides"],
+)
+def test_a_tensor_of_another_layout_is_no_argument(wrong: torch.Tensor):
+    """C would read other numbers, or beyond them."""
+    with pytest.raises(AssertionError):
+        native.call("swiglu", 20, torch.ones(20), wrong, torch.zeros(20))
+
+
+def test_other_devices_are_left_to_pytorch():
+    assert native.here(torch.ones(1))
+    assert not native.here(torch.ones(1, device="meta"))
