@@ -13,7 +13,6 @@
 #define LANES 16
 #define TALL 8 /* rows of a product that are held in registers */
 #define BLOCK 32 /* positions whose attention is computed at a time */
-#define RUNS 16 /* of rows, whose gradients of a norm's weights are summed apart */
 
 typedef float lanes __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 typedef int32_t whole __attribute__((vector_size(4 * LANES), aligned(4)));
@@ -67,15 +66,15 @@ void rms_norm(int threads, count rows, count size, float epsilon, const float *r
     }
 }
 
-/* `of_weight`: (RUNS, size), to be summed. */
-void rms_norm_backward(int threads, count rows, count size, const float *restrict x,
+/* `of_weight`: (runs, size), each of a run of rows, to be summed. */
+void rms_norm_backward(int threads, count runs, count rows, count size, const float *restrict x,
                        const float *restrict weight, const float *restrict scale,
                        const float *restrict g, float *restrict of_x, float *restrict of_weight) {
     #pragma omp parallel for num_threads(threads)
-    for (count run = 0; run < RUNS; run++) {
+    for (count run = 0; run < runs; run++) {
         float *sum = of_weight + run * size;
         memset(sum, 0, size * sizeof(float));
-        for (count i = rows * run / RUNS; i < rows * (run + 1) / RUNS; i++) {
+        for (count i = rows * run / runs; i < rows * (run + 1) / runs; i++) {
             const float *a = x + i * size, *b = g + i * size, s = scale[i];
             float *c = of_x + i * size, product = 0;
             #pragma omp simd reduction(+ : product)

@@ -16,7 +16,7 @@ from torch.autograd.function import once_differentiable
 from shared.native import call
 
 CHUNK = 2**20  # logits that one pass over them takes at a time: they stay in the processor's cache
-RUNS = 16  # of rows, whose gradients of a norm's weights are summed apart: as in kernels.c
+RUNS = 16  # of rows, whose gradients of a norm's weights are summed apart
 whole = custom_fwd(device_type="cpu", cast_inputs=torch.float32)  # in float32, whatever surrounds
 whole_back = custom_bwd(device_type="cpu")
 
@@ -72,7 +72,7 @@ class _RMSNorm(torch.autograd.Function):
         rows, size = len(scale), len(weight)
         of_x, of_weight = torch.empty_like(x), x.new_empty(RUNS, size)
         told = x, weight, scale, gradient.contiguous(), of_x, of_weight
-        call("rms_norm_backward", rows, size, *told)
+        call("rms_norm_backward", RUNS, rows, size, *told)
         return of_x, of_weight.sum(0), None
 
 

@@ -6,6 +6,7 @@ Where there is no compiler (or `CC=false` says so), PyTorch's own operations do 
 import ctypes
 import logging
 import os
+import shlex
 import shutil
 import subprocess
 import tempfile
@@ -21,7 +22,7 @@ FLAGS = ("-O3", "-march=native", "-fopenmp", "-fno-math-errno", "-shared", "-fPI
 TYPES = {"n": ctypes.c_int64, "f": ctypes.c_float, "*": ctypes.c_void_p}
 FUNCTIONS = {  # after the number of threads: whole numbers, floats, tensors
     "rms_norm": "nnf****",
-    "rms_norm_backward": "nn******",
+    "rms_norm_backward": "nnn******",
     "rotate": "nnnf****",
     "swiglu": "n***",
     "swiglu_backward": "n*****",
@@ -51,16 +52,19 @@ def kind() -> str:
 @cache
 def library() -> ctypes.CDLL | None:
     """The compiled functions, or None: the reason is logged once."""
-    compiler = shutil.which(os.environ.get("CC", "cc"))
-    if compiler is None:
-        return _missing("no C compiler was found")
+    compiler = shlex.split(os.environ.get("CC") or "cc")
+    if shutil.which(compiler[0]) is None:
+        return _missing(f"no C compiler was found ({compiler[0]})")
     with tempfile.TemporaryDirectory() as folder:
         target = Path(folder) / "kernels.so"
-        command = [compiler, *FLAGS, "-o", str(target), str(SOURCE), "-lm"]
+        command = [*compiler, *FLAGS, "-o", str(target), str(SOURCE), "-lm"]
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode != 0:
-            return _missing(f"{compiler} failed: {done.stderr.strip()[:500]}")
-        found = ctypes.CDLL(str(target))
+            return _missing(f"{compiler[0]} failed: {done.stderr.strip()[:500]}")
+        try:
+            found = ctypes.CDLL(str(target))
+        except OSError as error:  # such as a temporary folder from which nothing may be run
+            return _missing(f"what {compiler[0]} made cannot be loaded: {error}")
     for name, types in FUNCTIONS.items():
         getattr(found, name).argtypes = [ctypes.c_int, *(TYPES[t] for t in types)]
         getattr(found, name).restype = None

@@ -1,6 +1,7 @@
 """What is written in C is compiled where that can be done, and missed where it cannot."""
 
 import logging
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -28,6 +29,25 @@ def test_without_a_compiler_there_is_nothing_and_the_log_says_why(
         assert native.library.__wrapped__() is None
     assert reason in caplog.text
     assert "PyTorch" in caplog.text
+
+
+def test_what_cannot_be_loaded_is_missed_too(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    """As from a temporary folder that is mounted so that nothing in it may be run."""
+    monkeypatch.setattr(native.subprocess, "run", lambda command, **_: touched(command))
+    assert native.library.__wrapped__() is None
+    assert "cannot be loaded" in caplog.text
+
+
+def touched(command: list[str]) -> subprocess.CompletedProcess[str]:
+    Path(command[command.index("-o") + 1]).touch()
+    return subprocess.CompletedProcess(command, 0, "", "")
+
+
+def test_a_compiler_with_options_of_its_own(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("CC", "cc -O1")
+    assert native.library.__wrapped__() is not None
 
 
 def test_what_the_compiler_says_is_told(
