@@ -102,14 +102,20 @@ def let_pack(model: PreTrainedModel) -> PreTrainedModel:
             last.register_forward_pre_hook(_tell_mlp, with_kwargs=True)
             last.mlp.register_forward_pre_hook(_gather_read)
             last.mlp.register_forward_hook(_spread_read)
-        if model.config.model_type in ROTARY:
-            for module in below.modules():
-                if hasattr(module, "q_proj"):
-                    module.forward = MethodType(rotary_attention, module)
-                elif hasattr(module, "variance_epsilon"):
-                    module.forward = MethodType(_norm, module)
-                elif hasattr(module, "up_proj") and model.config.hidden_act == "silu":
-                    module.forward = MethodType(_mlp, module)
+        with_kernels(model)
+    return model
+
+
+def with_kernels(model: PreTrainedModel) -> PreTrainedModel:
+    """Let a model of Llama's kind compute with `shared.kernels`, packed or not; others stay."""
+    if model.config.model_type in ROTARY:
+        for module in model.modules():
+            if hasattr(module, "q_proj"):
+                module.forward = MethodType(rotary_attention, module)
+            elif hasattr(module, "variance_epsilon"):
+                module.forward = MethodType(_norm, module)
+            elif hasattr(module, "up_proj") and model.config.hidden_act == "silu":
+                module.forward = MethodType(_mlp, module)
     return model
 
 

@@ -6,6 +6,7 @@ together, in [-1, 1]: negation, boosters and "but" make it compositional (Hutto 
 The same grammar that writes the corpus parses what a policy writes.
 """
 
+import bisect
 import functools
 from collections.abc import Sequence
 
@@ -83,6 +84,8 @@ GRAMMAR: Grammar = {
     "SEEING": [(0.75, ("SAW",)), (0.25, ("did", "not", "SEE"))],
 } | {name: [(1.0, (word,)) for word in words.split()] for name, words in _WORDS.items()}
 
+_KINDS = {name: frozenset(words.split()) for name, words in _WORDS.items()}
+
 PAD, EOS, UNKNOWN = "<pad>", "</s>", "<unk>"
 
 
@@ -113,20 +116,7 @@ class Reviews:
         )
 
     def prompts(self, split: Split, count: int, seed: int) -> list[str]:
-        rng = np.random.default_rng([seed, len(split), ord(split[0])])
-        found: dict[str, None] = {}
-        drawn = 0
-        while len(found) < count:
-            prompt = sample("PROMPT", rng)
-            drawn += 1
-            if split_of(prompt) == split:
-                found[prompt] = None
-            if drawn > 1000 + 200 * count:
-                raise InputError(
-                    f"reviews: found {len(found)} different `{split}` prompts, {count} were asked "
-                    "for; the grammar has no more, ask for fewer"
-                )
-        return list(found)
+        return list(_prompts(split, count, seed))
 
     def corpus(self, count: int, seed: int) -> list[tuple[str, str]]:
         rng = np.random.default_rng([seed, 1])
@@ -144,13 +134,31 @@ class Reviews:
         return 1.0 / (1.0 + np.exp(-self.config.label_scale * (gold_a - gold_b)))
 
 
+@functools.lru_cache(maxsize=16)  # a process evaluates many policies on the same prompts
+def _prompts(split: Split, count: int, seed: int) -> tuple[str, ...]:
+    rng = np.random.default_rng([seed, len(split), ord(split[0])])
+    found: dict[str, None] = {}
+    drawn = 0
+    while len(found) < count:
+        prompt = sample("PROMPT", rng)
+        drawn += 1
+        if split_of(prompt) == split:
+            found[prompt] = None
+        if drawn > 1000 + 200 * count:
+            raise InputError(
+                f"reviews: found {len(found)} different `{split}` prompts, {count} were asked "
+                "for; the grammar has no more, ask for fewer"
+            )
+    return tuple(found)
+
+
 def sample(symbol: str, rng: np.random.Generator) -> str:
     """Text drawn from `symbol`."""
     if symbol not in GRAMMAR:
         return symbol
     cumulative, rules = _rules(symbol)
-    choice = int(np.searchsorted(cumulative, rng.random(), side="right"))
-    return " ".join(sample(part, rng) for part in rules[min(choice, len(rules) - 1)])
+    choice = bisect.bisect_right(cumulative, rng.random(), hi=len(rules) - 1)
+    return " ".join([sample(part, rng) for part in rules[choice]])
 
 
 def accepts(symbol: str, words: Sequence[str]) -> bool:
@@ -172,8 +180,9 @@ def _what_follows(prompt: str) -> str:
 
 def _ends(symbol: str, words: Sequence[str], starts: set[int]) -> set[int]:
     """Where a derivation of `symbol` that begins at one of `starts` can end (no left recursion)."""
-    if symbol not in GRAMMAR:
-        return {i + 1 for i in starts if i < len(words) and words[i] == symbol}
+    if symbol in _KINDS or symbol not in GRAMMAR:
+        kind = _KINDS.get(symbol, (symbol,))
+        return {i + 1 for i in starts if i < len(words) and words[i] in kind}
     ends: set[int] = set()
     for _, rule in GRAMMAR[symbol]:
         positions = starts
@@ -184,6 +193,6 @@ def _ends(symbol: str, words: Sequence[str], starts: set[int]) -> set[int]:
 
 
 @functools.cache
-def _rules(symbol: str) -> tuple[np.ndarray, list[tuple[str, ...]]]:
+def _rules(symbol: str) -> tuple[list[float], list[tuple[str, ...]]]:
     weights = np.array([weight for weight, _ in GRAMMAR[symbol]])
-    return np.cumsum(weights / weights.sum()), [rule for _, rule in GRAMMAR[symbol]]
+    return np.cumsum(weights / weights.sum()).tolist(), [rule for _, rule in GRAMMAR[symbol]]
