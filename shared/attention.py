@@ -83,9 +83,9 @@ class _Attend(torch.autograd.Function):
         ctx: Any, query: Tensor, key: Tensor, value: Tensor, over: Pass, scaling: float
     ) -> Tensor:
         q, k, v = query.contiguous(), key.contiguous(), value.contiguous()
-        output, sums = torch.empty_like(q), q.new_empty(q.shape[:2])
-        call("attend", _rows(q, k, over, scaling), q, k, v, output, sums)
-        ctx.save_for_backward(q, k, v, output, sums)
+        output, about = torch.empty_like(q), q.new_empty(*q.shape[:2], 2)
+        call("attend", _rows(q, k, over, scaling), q, k, v, output, about)
+        ctx.save_for_backward(q, k, v, about)
         ctx.over, ctx.scaling = over, scaling
         return output
 
@@ -93,10 +93,10 @@ class _Attend(torch.autograd.Function):
     @once_differentiable
     @whole_back
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, output, sums = ctx.saved_tensors
+        q, k, v, about = ctx.saved_tensors
         of_q, of_k, of_v = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
         parts = q.new_empty(*ctx.over.rows.shape, 2, *k.shape[1:])
-        told = q, k, v, output, sums, gradient.contiguous(), of_q, of_k, of_v, parts
+        told = q, k, v, about, gradient.contiguous(), of_q, of_k, of_v, parts
         call("attend_backward", _rows(q, k, ctx.over, ctx.scaling), *told)
         return of_q, of_k, of_v, None, None
 

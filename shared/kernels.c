@@ -12,7 +12,7 @@
 
 #define LANES 16
 #define TALL 8 /* rows of a product that are held in registers */
-#define BLOCK 32 /* positions whose attention is computed at a time */
+#define BLOCK 16 /* positions whose attention is computed at a time */
 
 typedef float lanes __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 typedef int32_t whole __attribute__((vector_size(4 * LANES), aligned(4)));
@@ -26,11 +26,35 @@ static inline lanes all(float x) { return x - (lanes){0}; }
 static inline lanes choose(whole which, lanes a, lanes b) {
     return (lanes)(((whole)a & which) | ((whole)b & ~which));
 }
-static inline float total(lanes x) {
-    float sum = 0;
-    for (int i = 0; i < LANES; i++) sum += x[i];
-    return sum;
+/* Of a and b, in turn: the first `step` lanes of each 2 x step (LOW) or the others (HIGH). */
+#define LOW(i, step) ((i) & (step) ? LANES + (i) - (step) : (i))
+#define HIGH(i, step) ((i) & (step) ? LANES + (i) : (i) + (step))
+#define EACH(f, s)                                                                               \
+    f(0, s), f(1, s), f(2, s), f(3, s), f(4, s), f(5, s), f(6, s), f(7, s), f(8, s), f(9, s),    \
+        f(10, s), f(11, s), f(12, s), f(13, s), f(14, s), f(15, s)
+#ifdef __clang__
+#define MIXED(a, b, f, s) __builtin_shufflevector(a, b, EACH(f, s))
+#else
+#define MIXED(a, b, f, s) __builtin_shuffle(a, b, (whole){EACH(f, s)})
+#endif
+#define SWAP(x, step)                                                                            \
+    for (int i = 0; i < LANES; i++)                                                              \
+        if (!(i & (step))) {                                                                     \
+            const lanes a = x[i], b = x[i + (step)];                                             \
+            x[i] = MIXED(a, b, LOW, step), x[i + (step)] = MIXED(a, b, HIGH, step);              \
+        }
+
+/* LANES rows of LANES numbers become columns. */
+static inline void turn(const float *from, count apart, float *to, count to_apart) {
+    lanes x[LANES];
+    for (int i = 0; i < LANES; i++) x[i] = get(from + i * apart);
+    SWAP(x, 1)
+    SWAP(x, 2)
+    SWAP(x, 4)
+    SWAP(x, 8)
+    for (int i = 0; i < LANES; i++) put(to + i * to_apart, x[i]);
 }
+
 static inline count up_to(count n, count step) { return (n + step - 1) / step * step; }
 static inline count least(count a, count b) { return a < b ? a : b; }
 
@@ -148,28 +172,34 @@ typedef struct {
     float scaling;
 } Rows;
 
-/* One row's keys and values of a head, and a block of its queries: all padded with zeros. */
+/* One row's keys and values of a head, and a block of its queries. Weights lie key by key, so that
+   a vector holds one key's for LANES queries. What fills the blocks up is computed with, but no
+   number that is kept depends on it. */
 typedef struct {
-    count wide, across, tall;
-    float *keys, *keys_turned, *values, *values_turned, *of_keys, *of_values; /* wide x across */
-    float *queries, *outputs, *of_queries; /* tall x wide */
+    count wide, tall, across; /* a vector's numbers, a row's keys, a block's queries: rounded up */
+    float *keys, *values, *of_keys, *of_values; /* tall x wide */
+    float *queries, *outputs, *of_queries; /* across x wide */
+    float *queries_turned, *outputs_turned; /* wide x across */
     float *weights, *of_weights; /* tall x across */
+    float *tops, *shares; /* across: of the softmax, its largest logit and 1 / its sum */
+    int32_t *positions; /* across: of a query, counted from the block's first */
     float *all;
 } Desk;
 
 static Desk desk(const Rows *of) {
-    Desk d = {.wide = up_to(of->size, LANES), .across = up_to(of->width, LANES),
-              .tall = up_to(BLOCK * of->group, TALL)};
-    const count held = d.wide * d.across, asked = d.tall * d.wide, seen = d.tall * d.across;
-    const count room = up_to((6 * held + 3 * asked + 2 * seen) * sizeof(float), 64);
-    float *at = d.all = aligned_alloc(64, room);
-    memset(at, 0, room);
-    float **of_row[] = {&d.keys,          &d.keys_turned, &d.values,
-                        &d.values_turned, &d.of_keys,     &d.of_values};
-    for (int i = 0; i < 6; i++, at += held) *of_row[i] = at;
-    float **of_block[] = {&d.queries, &d.outputs, &d.of_queries};
-    for (int i = 0; i < 3; i++, at += asked) *of_block[i] = at;
-    d.weights = at, d.of_weights = at + seen;
+    Desk d = {.wide = up_to(of->size, LANES), .tall = up_to(of->width, TALL),
+              .across = up_to(BLOCK * of->group, LANES)};
+    const count held = d.tall * d.wide, asked = d.across * d.wide, seen = d.tall * d.across;
+    const count room = 4 * held + 5 * asked + 2 * seen + 3 * d.across;
+    float *at = d.all = aligned_alloc(64, up_to(room * sizeof(float), 64));
+    float **of_row[] = {&d.keys, &d.values, &d.of_keys, &d.of_values};
+    for (int i = 0; i < 4; i++, at += held) *of_row[i] = at;
+    float **of_block[] = {&d.queries, &d.outputs, &d.of_queries, &d.queries_turned,
+                          &d.outputs_turned};
+    for (int i = 0; i < 5; i++, at += asked) *of_block[i] = at;
+    d.weights = at, d.of_weights = at + seen, at += 2 * seen;
+    d.tops = at, d.shares = at + d.across, d.positions = (int32_t *)(at + 2 * d.across);
+    for (count i = 0; i < d.across; i++) d.positions[i] = i / of->group;
     return d;
 }
 
@@ -191,19 +221,16 @@ static inline __attribute__((always_inline)) void product(
 }
 
 static inline void copy(const float *from, float *to, count size) {
-    for (count i = 0; i < size; i += LANES) put_some(to + i, some(from + i, size - i), size - i);
+    count i = 0;
+    for (; i + LANES <= size; i += LANES) put(to + i, get(from + i));
+    if (i < size) memcpy(to + i, from + i, (size - i) * sizeof(float));
 }
 
-/* Vectors of head h of a row's tokens: `plain` (length, wide), `turned` (wide, across). */
-static void gather(const Rows *of, const Desk *d, count b, count h, const float *x, float *plain,
-                   float *turned) {
+/* Vectors of key head h of a row's tokens, (length, wide). */
+static void gather(const Rows *of, const Desk *d, count b, count h, const float *x, float *row) {
     const count *token = of->token + b * of->width;
-    for (count t = 0; t < of->lengths[b]; t++) {
-        const float *from = x + (token[t] * of->kv + h) * of->size;
-        if (plain) copy(from, plain + t * d->wide, of->size);
-        if (turned)
-            for (count i = 0; i < of->size; i++) turned[i * d->across + t] = from[i];
-    }
+    for (count t = 0; t < of->lengths[b]; t++)
+        copy(x + (token[t] * of->kv + h) * of->size, row + t * d->wide, of->size);
 }
 
 /* A position's queries of key head h: where the first is among those of all tokens. */
@@ -211,12 +238,16 @@ static inline count queries(const Rows *of, count b, count h, count position) {
     return (of->token[b * of->width + position] * of->kv + h) * of->group;
 }
 static void fetch(const Rows *of, const Desk *d, count b, count h, count first, count last,
-                  const float *x, float *block) {
+                  const float *x, float *block, float *turned) {
+    float *to = block;
     for (count t = first; t < last; t++) {
         const float *from = x + queries(of, b, h, t) * of->size;
-        for (count e = 0; e < of->group; e++, from += of->size, block += d->wide)
-            copy(from, block, of->size);
+        for (count e = 0; e < of->group; e++, from += of->size, to += d->wide)
+            copy(from, to, of->size);
     }
+    for (count i = 0; i < (last - first) * of->group; i += LANES)
+        for (count j = 0; j < d->wide; j += LANES)
+            turn(block + i * d->wide + j, d->wide, turned + j * d->across + i, d->across);
 }
 static void store(const Rows *of, const Desk *d, count b, count h, count first, count last,
                   const float *block, float *x) {
@@ -227,133 +258,151 @@ static void store(const Rows *of, const Desk *d, count b, count h, count first, 
     }
 }
 
-/* A query's logits become weights, 0 from `keys` on; the log of the sum of exponentials. */
-static float softmax(float *s, count keys, count seen, float scaling) {
-    lanes most = all(-INFINITY), sums = {0};
-    for (count j = 0; j < seen; j += LANES) {
-        const lanes x = choose(LANE + (int32_t)j < (int32_t)keys, get(s + j), all(-INFINITY));
-        most = choose(x > most, x, most);
-    }
-    float top = most[0];
-    for (int i = 1; i < LANES; i++) top = most[i] > top ? most[i] : top;
-    for (count j = 0; j < seen; j += LANES) {
-        const lanes x = power((get(s + j) - top) * scaling);
-        const lanes w = choose(LANE + (int32_t)j < (int32_t)keys, x, (lanes){0});
-        put(s + j, w);
-        sums += w;
-    }
-    const float sum = total(sums);
-    for (count j = 0; j < seen; j += LANES) put(s + j, get(s + j) / sum);
-    return top * scaling + logf(sum);
+/* Positions of LANES queries, from the i-th of a block on. */
+static inline whole place(const Desk *d, count first, count i) {
+    whole found;
+    memcpy(&found, d->positions + i, sizeof found);
+    return found + (int32_t)first;
 }
 
-/* q, out (tokens, kv group, size); k, v (tokens, kv, size); `sums` (tokens, kv group): logs of the
-   softmax's. A token's queries are those of the row that computes it. */
+/* Logits of LANES queries, `across` apart from key to key, become weights: 0 for keys that come
+   after the query's position. Those before `first` come before all. */
+static void softmax(float *s, count across, count first, count keys, whole position, float scaling,
+                    float *top, float *share) {
+    lanes most = all(-INFINITY), sum = {0};
+    for (count j = 0; j < keys; j++) {
+        const lanes x = get(s + j * across);
+        const whole held = (int32_t)j <= position;
+        most = choose((x > most) & held, x, most);
+    }
+    for (count j = 0; j < keys; j++) {
+        lanes x = power((get(s + j * across) - most) * scaling);
+        if (j >= first) x = choose((int32_t)j <= position, x, (lanes){0});
+        put(s + j * across, x);
+        sum += x;
+    }
+    put(top, most * scaling);
+    put(share, 1 / sum);
+    for (count j = 0; j < keys; j++) put(s + j * across, get(s + j * across) / sum);
+}
+
+/* The same weights anew, and from their gradients those of the logits: 0 too where weights are. */
+static void softmax_backward(float *s, float *of_s, count across, count first, count keys,
+                             whole position, float scaling, lanes top, lanes share) {
+    lanes along = {0};
+    for (count j = 0; j < keys; j++) {
+        lanes x = power(get(s + j * across) * scaling - top) * share, g = get(of_s + j * across);
+        if (j >= first) {
+            const whole held = (int32_t)j <= position;
+            x = choose(held, x, (lanes){0}), g = choose(held, g, (lanes){0});
+        }
+        put(s + j * across, x);
+        along += x * g;
+    }
+    for (count j = 0; j < keys; j++) {
+        lanes g = get(s + j * across) * (get(of_s + j * across) - along) * scaling;
+        if (j >= first) g = choose((int32_t)j <= position, g, (lanes){0});
+        put(of_s + j * across, g);
+    }
+}
+
+/* q, out (tokens, kv group, size); k, v (tokens, kv, size); `about` (tokens, kv group, 2): of the
+   softmax, the largest logit and 1 / the sum. A token's queries are those of the row that computes
+   it. */
 void attend(int threads, const Rows *of, const float *q, const float *k, const float *v, float *out,
-            float *sums) {
+            float *about) {
     #pragma omp parallel num_threads(threads)
     {
         const Desk d = desk(of);
-        #pragma omp for schedule(dynamic) collapse(2)
+        #pragma omp for schedule(guided) collapse(2)
         for (count b = 0; b < of->rows; b++)
             for (count h = 0; h < of->kv; h++) {
                 const count length = of->lengths[b];
-                gather(of, &d, b, h, k, NULL, d.keys_turned);
-                gather(of, &d, b, h, v, d.values, NULL);
+                gather(of, &d, b, h, k, d.keys);
+                gather(of, &d, b, h, v, d.values);
                 for (count first = of->starts[b]; first < length; first += BLOCK) {
-                    const count last = least(first + BLOCK, length), seen = up_to(last, LANES);
-                    const count m = (last - first) * of->group, tall = up_to(m, TALL);
-                    fetch(of, &d, b, h, first, last, q, d.queries);
-                    product(tall, seen, of->size, d.queries, d.wide, 1, d.keys_turned, d.across,
-                            d.weights, d.across, 0);
-                    float *s = d.weights;
-                    for (count t = first; t < last; t++)
-                        for (count e = 0; e < of->group; e++, s += d.across)
-                            sums[queries(of, b, h, t) + e] = softmax(s, t + 1, seen, of->scaling);
-                    product(tall, d.wide, last, d.weights, d.across, 1, d.values, d.wide, d.outputs,
-                            d.wide, 0);
+                    const count last = least(first + BLOCK, length);
+                    const count asked = (last - first) * of->group, n = up_to(asked, LANES);
+                    fetch(of, &d, b, h, first, last, q, d.queries, d.queries_turned);
+                    product(up_to(last, TALL), n, of->size, d.keys, d.wide, 1, d.queries_turned,
+                            d.across, d.weights, d.across, 0);
+                    for (count i = 0; i < n; i += LANES)
+                        softmax(d.weights + i, d.across, first, last, place(&d, first, i),
+                                of->scaling, d.tops + i, d.shares + i);
+                    product(up_to(asked, TALL), d.wide, last, d.weights, 1, d.across, d.values,
+                            d.wide, d.outputs, d.wide, 0);
                     store(of, &d, b, h, first, last, d.outputs, out);
+                    for (count t = first, i = 0; t < last; t++) {
+                        float *to = about + 2 * queries(of, b, h, t);
+                        for (count e = 0; e < of->group; e++, i++, to += 2)
+                            to[0] = d.tops[i], to[1] = d.shares[i];
+                    }
                 }
             }
         free(d.all);
     }
 }
 
-static inline float dot(const float *a, const float *b, count size) {
-    lanes sum = {0};
-    for (count i = 0; i < size; i += LANES) sum += some(a + i, size - i) * some(b + i, size - i);
-    return total(sum);
-}
-
-/* The gradients of a query's logits, from those of its weights; both 0 from `keys` on. */
-static void softmax_backward(float *s, float *of_s, count keys, count seen, float scaling,
-                             float sum, float along) {
-    for (count j = 0; j < seen; j += LANES) {
-        const whole held = LANE + (int32_t)j < (int32_t)keys;
-        const lanes w = choose(held, power(get(s + j) * scaling - sum), (lanes){0});
-        put(s + j, w);
-        put(of_s + j, choose(held, w * (get(of_s + j) - along) * scaling, (lanes){0}));
-    }
-}
-
-/* `parts` (rows, width, 2, kv, size): what each row adds to its tokens' keys and values. */
+/* `parts` (rows, width, 2, kv, size): what each row adds to keys and values that it does not
+   compute itself. */
 void attend_backward(int threads, const Rows *of, const float *q, const float *k, const float *v,
-                     const float *out, const float *sums, const float *g, float *of_q, float *of_k,
-                     float *of_v, float *parts) {
+                     const float *about, const float *g, float *of_q, float *of_k, float *of_v,
+                     float *parts) {
     const count size = of->size, kv = of->kv;
     #pragma omp parallel num_threads(threads)
     {
         const Desk d = desk(of);
-        #pragma omp for schedule(dynamic) collapse(2)
+        #pragma omp for schedule(guided) collapse(2)
         for (count b = 0; b < of->rows; b++)
             for (count h = 0; h < kv; h++) {
-                const count length = of->lengths[b], held = up_to(length, LANES) * d.wide;
-                gather(of, &d, b, h, k, d.keys, d.keys_turned);
-                gather(of, &d, b, h, v, NULL, d.values_turned);
-                memset(d.of_keys, 0, held * sizeof(float));
-                memset(d.of_values, 0, held * sizeof(float));
+                const count length = of->lengths[b], *token = of->token + b * of->width;
+                gather(of, &d, b, h, k, d.keys);
+                gather(of, &d, b, h, v, d.values);
+                memset(d.of_keys, 0, up_to(length, TALL) * d.wide * sizeof(float));
+                memset(d.of_values, 0, up_to(length, TALL) * d.wide * sizeof(float));
                 for (count first = of->starts[b]; first < length; first += BLOCK) {
-                    const count last = least(first + BLOCK, length), seen = up_to(last, LANES);
-                    const count m = (last - first) * of->group, tall = up_to(m, TALL);
-                    fetch(of, &d, b, h, first, last, q, d.queries);
-                    fetch(of, &d, b, h, first, last, g, d.outputs);
-                    product(tall, seen, size, d.queries, d.wide, 1, d.keys_turned, d.across,
+                    const count last = least(first + BLOCK, length), tall = up_to(last, TALL);
+                    const count asked = (last - first) * of->group, n = up_to(asked, LANES);
+                    fetch(of, &d, b, h, first, last, q, d.queries, d.queries_turned);
+                    fetch(of, &d, b, h, first, last, g, d.outputs, d.outputs_turned);
+                    for (count t = first, i = 0; t < last; t++) {
+                        const float *from = about + 2 * queries(of, b, h, t);
+                        for (count e = 0; e < of->group; e++, i++, from += 2)
+                            d.tops[i] = from[0], d.shares[i] = from[1];
+                    }
+                    product(tall, n, size, d.keys, d.wide, 1, d.queries_turned, d.across,
                             d.weights, d.across, 0);
-                    product(tall, seen, size, d.outputs, d.wide, 1, d.values_turned, d.across,
+                    product(tall, n, size, d.values, d.wide, 1, d.outputs_turned, d.across,
                             d.of_weights, d.across, 0);
-                    count i = 0;
-                    for (count t = first; t < last; t++)
-                        for (count e = 0; e < of->group; e++, i++) {
-                            const count n = queries(of, b, h, t) + e;
-                            const float along = dot(d.outputs + i * d.wide, out + n * size, size);
-                            softmax_backward(d.weights + i * d.across, d.of_weights + i * d.across,
-                                             t + 1, seen, of->scaling, sums[n], along);
-                        }
-                    product(tall, d.wide, last, d.of_weights, d.across, 1, d.keys, d.wide,
-                            d.of_queries, d.wide, 0);
-                    product(seen, d.wide, m, d.of_weights, 1, d.across, d.queries, d.wide,
+                    for (count i = 0; i < n; i += LANES)
+                        softmax_backward(d.weights + i, d.of_weights + i, d.across, first, tall,
+                                         place(&d, first, i), of->scaling, get(d.tops + i),
+                                         get(d.shares + i));
+                    product(up_to(asked, TALL), d.wide, last, d.of_weights, 1, d.across, d.keys,
+                            d.wide, d.of_queries, d.wide, 0);
+                    product(tall, d.wide, asked, d.of_weights, d.across, 1, d.queries, d.wide,
                             d.of_keys, d.wide, 1);
-                    product(seen, d.wide, m, d.weights, 1, d.across, d.outputs, d.wide,
+                    product(tall, d.wide, asked, d.weights, d.across, 1, d.outputs, d.wide,
                             d.of_values, d.wide, 1);
                     store(of, &d, b, h, first, last, d.of_queries, of_q);
                 }
                 for (count t = 0; t < length; t++) {
+                    const int own = t >= of->starts[b];
+                    const count at = (token[t] * kv + h) * size;
                     float *to = parts + ((b * of->width + t) * 2 * kv + h) * size;
-                    copy(d.of_keys + t * d.wide, to, size);
-                    copy(d.of_values + t * d.wide, to + kv * size, size);
+                    copy(d.of_keys + t * d.wide, own ? of_k + at : to, size);
+                    copy(d.of_values + t * d.wide, own ? of_v + at : to + kv * size, size);
                 }
             }
         free(d.all);
         #pragma omp for
         for (count h = 0; h < 2 * kv; h++) {
             float *sum = h < kv ? of_k + h * size : of_v + (h - kv) * size;
-            for (count n = 0; n < of->tokens; n++)
-                memset(sum + n * kv * size, 0, size * sizeof(float));
             for (count b = 0; b < of->rows; b++)
-                for (count t = 0; t < of->lengths[b]; t++) {
-                    const count place = b * of->width + t;
-                    float *to = sum + of->token[place] * kv * size;
-                    const float *from = parts + (place * 2 * kv + h) * size;
+                for (count t = 0; t < of->starts[b]; t++) {
+                    const count at = b * of->width + t;
+                    float *to = sum + of->token[at] * kv * size;
+                    const float *from = parts + (at * 2 * kv + h) * size;
                     for (count j = 0; j < size; j++) to[j] += from[j];
                 }
         }

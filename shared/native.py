@@ -27,7 +27,7 @@ FUNCTIONS = {  # after the number of threads: whole numbers, floats, tensors
     "swiglu": "n***",
     "swiglu_backward": "n*****",
     "attend": "******",
-    "attend_backward": "***********",
+    "attend_backward": "**********",
 }
 
 

@@ -491,13 +491,35 @@ FAULTS = (
     ),
     Fault(
         "attention: the next token is seen", "shared/kernels.c",
-        "softmax(s, t + 1, seen, of->scaling)", "softmax(s, t + 2, seen, of->scaling)",
+        "if (j >= first) x = choose((int32_t)j <= position, x, (lanes){0});",
+        "if (j >= first) x = choose((int32_t)j <= position + 1, x, (lanes){0});",
         "a token is predicted from itself", ATTENTION,
     ),
     Fault(
         "attention: the next token is seen in the gradient", "shared/kernels.c",
-        "t + 1, seen, of->scaling, sums[n], along)", "t + 2, seen, of->scaling, sums[n], along)",
+        "            const whole held = (int32_t)j <= position;\n            x = choose",
+        "            const whole held = (int32_t)j <= position + 1;\n            x = choose",
         "gradients of another function", ATTENTION,
+    ),
+    Fault(
+        "attention: keys after a block learn from it", "shared/kernels.c",
+        "d.across, first, tall,\n", "d.across, first, last,\n",
+        "what only fills a block up becomes a gradient", ATTENTION,
+    ),
+    Fault(
+        "attention: every row says what a token's gradient is", "shared/kernels.c",
+        "const int own = t >= of->starts[b];", "const int own = 1;",
+        "a shared beginning learns from one of its rows, whichever comes last", ATTENTION,
+    ),
+    Fault(
+        "attention: columns in another order", "shared/kernels.c",
+        "    SWAP(x, 4)\n", "",
+        "queries are multiplied by other numbers of the keys", ATTENTION,
+    ),
+    Fault(
+        "attention: queries of one position are taken for several", "shared/kernels.c",
+        "d.positions[i] = i / of->group;", "d.positions[i] = i;",
+        "grouped queries see what comes after them", ATTENTION,
     ),
     Fault(
         "attention: a shared prompt learns from one of its rows", "shared/kernels.c",
@@ -507,7 +529,7 @@ FAULTS = (
     ),
     Fault(
         "attention: logits unscaled in the gradient", "shared/kernels.c",
-        "* (get(of_s + j) - along) * scaling", "* (get(of_s + j) - along)",
+        "(get(of_s + j * across) - along) * scaling;", "(get(of_s + j * across) - along);",
         "queries and keys learn at another rate", ATTENTION,
     ),
     Fault(
@@ -524,20 +546,24 @@ FAULTS = (
     ),
     Fault(
         "attention: only the first block of positions", "shared/kernels.c",
-        "product(tall, d.wide, last, d.weights,",
-        "product(tall, d.wide, least(last, BLOCK), d.weights,",
+        "d.wide, last, d.weights, 1, d.across, d.values,",
+        "d.wide, least(last, BLOCK), d.weights, 1, d.across, d.values,",
         "what stands far back in a long row is not seen", ATTENTION,
     ),
     Fault(
-        "attention: the sum of a vector forgets its last number", "shared/kernels.c",
-        "for (int i = 0; i < LANES; i++) sum += x[i];",
-        "for (int i = 0; i < LANES - 1; i++) sum += x[i];",
-        "weights do not sum to one where rows are long", ATTENTION,
+        "attention: the sum forgets the first key", "shared/kernels.c",
+        "        sum += x;\n", "        if (j > 0) sum += x;\n",
+        "weights do not sum to one", ATTENTION,
     ),
     Fault(
         "attention: what is left of a vector is not copied", "shared/kernels.c",
-        "    else memcpy(at, &x, left * sizeof(float));\n", "",
+        "    if (i < size) memcpy(to + i, from + i, (size - i) * sizeof(float));\n", "",
         "heads of a size that is no multiple of 16", ATTENTION,
+    ),
+    Fault(
+        "swiglu: what is left of a vector is not written", "shared/kernels.c",
+        "    else memcpy(at, &x, left * sizeof(float));\n", "",
+        "states of a size that is no multiple of 16", KERNELS,
     ),
     Fault(
         "kernels: NaN becomes a number", "shared/kernels.c",
