@@ -134,11 +134,19 @@ def prepare_reference(
     ) if unpaired(experiment) else None  # fmt: skip
 
 
+def prepare_data(
+    experiment: Experiment, run: Run, sft: Path, scale_samples: Path, seed: int
+) -> tuple[Path, Path, Path, Path | None]:
+    """(preferences, reward model, `prepare_reference`) of one seed: what reads no other samples."""
+    preferences, reward = prepare_reward(experiment, run, sft, scale_samples, seed)
+    return preferences, reward, *prepare_reference(experiment, run, sft, preferences, seed)
+
+
 def prepare_seed(experiment: Experiment, run: Run, common: Common, seed: int) -> Seed:
     """Preferences, reward model and reference log-probabilities of one seed."""
     sft, task = common.sft, experiment.task
-    preferences, reward = prepare_reward(experiment, run, sft, common.scale_samples, seed)
-    reference, mismatched = prepare_reference(experiment, run, sft, preferences, seed)
+    data = prepare_data(experiment, run, sft, common.scale_samples, seed)
+    preferences, reward, reference, mismatched = data
     return Seed(
         seed=seed,
         preferences=preferences,

@@ -21,7 +21,7 @@ from benchmarks.arms import (
     evaluate_model,
     evaluate_n,
     prepare_common,
-    prepare_reward,
+    prepare_data,
     prepare_seed,
     prepare_start,
     setting_text,
@@ -73,8 +73,8 @@ def compare(
     stages, wanted = places.stages, experiment.seeds if only is None else only
     needed = [s for s in experiment.seeds if s in {*wanted, *first_seeds(experiment)}]
     start = prepare_start(experiment, stages.run)
-    parts = [partial(prepare_reward, experiment, places.of(s), *start, s) for s in needed]
-    stages.each(lambda part: part(), [*parts, partial(prepare_common, experiment, stages.run)])
+    parts = [partial(prepare_data, experiment, places.of(s), *start, s) for s in needed]
+    stages.each(lambda part: part(), [partial(prepare_common, experiment, stages.run), *parts])
     common = prepare_common(experiment, stages.run)
     prepared = stages.each(lambda s: prepare_seed(experiment, places.of(s), common, s), needed)
     seeds = dict(zip(needed, prepared, strict=True))
