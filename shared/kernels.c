@@ -192,6 +192,7 @@ static Desk desk(const Rows *of) {
     const count held = d.tall * d.wide, asked = d.across * d.wide, seen = d.tall * d.across;
     const count room = 4 * held + 5 * asked + 2 * seen + 3 * d.across;
     float *at = d.all = aligned_alloc(64, up_to(room * sizeof(float), 64));
+    memset(at, 0, room * sizeof(float)); /* what lay there may be denormal: a hundred times slower */
     float **of_row[] = {&d.keys, &d.values, &d.of_keys, &d.of_values};
     for (int i = 0; i < 4; i++, at += held) *of_row[i] = at;
     float **of_block[] = {&d.queries, &d.outputs, &d.of_queries, &d.queries_turned,
