@@ -214,6 +214,17 @@ def test_what_was_computed_for_a_prompt_before_a_sync_is_not_used_after_it(engin
     assert largest_difference(engine, [prompt], 1.0) <= 1e-4
 
 
+def test_what_prompts_of_a_batch_begin_with_in_common_is_read_once(engine: VLLMEngine):
+    """As far as it fills a block, even where nothing was read before."""
+    from vllm import SamplingParams
+
+    engine.sync()
+    prompts = [{"prompt_token_ids": [*range(5, 40), end]} for end in (41, 42, 43)]
+    outputs = engine.llm.generate(prompts, SamplingParams(max_tokens=1), use_tqdm=False)
+    read_before = [output.num_cached_tokens for output in outputs]
+    assert read_before == [0, 32, 32]
+
+
 def test_one_engine_serves_policies_of_one_architecture_in_turn(
     engine: VLLMEngine, policy_folder: Path, tmp_path: Path, tokenizer: PreTrainedTokenizerBase
 ):

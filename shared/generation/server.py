@@ -26,7 +26,14 @@ from transformers import PreTrainedModel
 from shared.config import InputError
 from shared.generation.engine import Completions, Dtype, EngineLost, Sampling, require_tokens
 from shared.generation.sync import require_fresh, require_same_architecture
-from shared.generation.vllm import ENVIRONMENT, INSTALL, WORKER, require_room, sampling_params
+from shared.generation.vllm import (
+    CPU_BLOCK,
+    ENVIRONMENT,
+    INSTALL,
+    WORKER,
+    require_room,
+    sampling_params,
+)
 from shared.lora import plain_weights
 from shared.models import SpecialIds, require_model
 
@@ -163,6 +170,6 @@ def become_server(folder: Path, *, host: str, port: int, dtype: Dtype, transfer:
     if transfer == "nccl":
         words += ["--weight-transfer-config", json.dumps({"backend": "nccl"})]
     if not torch.cuda.is_available():
-        words.append("--enforce-eager")
+        words += ["--enforce-eager", "--block-size", str(CPU_BLOCK)]
     server = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", *words]
     os.execv(sys.executable, server)

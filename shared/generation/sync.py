@@ -12,7 +12,8 @@ from shared.logprobs import token_logprobs
 from shared.models import SpecialIds
 from shared.sequences import collate
 
-PROBES, PROBE_TOKENS = 4, 8  # fixed prompts, and the most tokens of each prompt and completion
+PROBES, PROBE_TOKENS = 4, 8  # fixed prompts, and the most tokens of each
+DRAWN = 2  # tokens after each: every weight says its part of the first, the cache of the second
 SHAPE = (
     "model_type", "vocab_size", "hidden_size", "num_hidden_layers", "intermediate_size",
     "num_attention_heads", "num_key_value_heads", "head_dim", "tie_word_embeddings",
@@ -42,7 +43,7 @@ def probe(engine: Engine, ids: SpecialIds, temperature: float) -> float:
     stride = max(1, len(words) // (PROBES * PROBE_TOKENS))
     spread = words[::stride]
     prompts = [spread[i::PROBES][:PROBE_TOKENS] for i in range(PROBES)]
-    draw = Sampling(max_new_tokens=PROBE_TOKENS, temperature=temperature)
+    draw = Sampling(max_new_tokens=DRAWN, temperature=temperature)
     return largest_difference(engine, prompts, draw, ids.pad)
 
 

@@ -30,6 +30,7 @@ ENVIRONMENT = {
     "VLLM_LOGGING_LEVEL": "ERROR",
     "VLLM_NO_USAGE_STATS": "1",
 }
+CPU_BLOCK = 32  # tokens, the fewest there: whole blocks that prompts begin with are read once
 INCIDENTAL = ("_name_or_path", "dtype", "transformers_version", "use_cache")
 INSTALL = "pip install vllm==0.33.0 on a CUDA machine, `make vllm` for a CPU"
 
@@ -158,7 +159,9 @@ def _start(architecture: str, folder: str, dtype: Dtype, memory_share: float) ->
             "--generation.engine transformers"
         ) from error
     gpu = torch.cuda.is_available()
-    extra = {"gpu_memory_utilization": memory_share, "enable_sleep_mode": True} if gpu else {}
+    extra: dict[str, Any] = {"gpu_memory_utilization": memory_share, "enable_sleep_mode": True}
+    if not gpu:
+        extra = {"block_size": CPU_BLOCK}
     with _own_threads_and_seeds():
         try:
             _running[key] = LLM(

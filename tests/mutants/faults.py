@@ -983,6 +983,11 @@ FAULTS = (
         "prompts are read with the weights of before", VLLM,
     ),
     Fault(
+        "vllm: long blocks", "shared/generation/vllm.py",
+        "CPU_BLOCK = 32", "CPU_BLOCK = 128",
+        "a chat's system prompt is read again for every prompt of a batch", VLLM,
+    ),
+    Fault(
         "vllm: no weights are sent", "shared/generation/vllm.py",
         'self.llm.collective_rpc("klash_load", args=(plain_weights(self.model),))', "pass",
         "every rollout is the first policy's", VLLM,
