@@ -17,7 +17,7 @@ from shared.models import Scorer, load_policy, load_tokenizer, special_ids
 from shared.optimum import best_of_n_logps
 from shared.preferences import read_pairs
 from shared.samples import read_samples
-from shared.sequences import by_length, collate
+from shared.sequences import SCORING, Limit, by_length, collate
 from shared.stages import write_json, write_jsonl
 from shared.tasks.registry import TaskConfig, make_task
 from shared.tasks.task import Split, Task
@@ -164,12 +164,13 @@ def measure_kl(
     prompts: list[list[int]],
     completions: list[list[int]],
     pad_id: int,
-    batch_size: int = 256,
+    limit: Limit = SCORING,
 ) -> dict[str, list[Any]]:
     """Nats per sequence: the exact KL summed over positions, and the sums of k1 and k3."""
     sums = {name: torch.zeros(len(prompts)) for name in ("kl", "k1", "k3")}
     row = model.config.get_text_config().vocab_size * max(map(len, completions))
-    for rows in by_length([len(c) for c in completions], max(1, min(batch_size, BLOCK // row))):
+    limit = limit._replace(rows=max(1, min(limit.rows, BLOCK // row)))
+    for rows in by_length([*map(len, completions)], [*map(len, prompts)], limit):
         batch = collate([prompts[i] for i in rows], [completions[i] for i in rows], pad_id)
         batch = batch.to(model.device)
         logits, ref_logits = (completion_logits(m, batch) for m in (model, ref_model))

@@ -229,7 +229,7 @@ def probe(
     reference (`reference`), and of each token of samples, as PPO takes them (`samples`).
     """
     with in_force(variant):
-        about = start, preferences, reference, None, "dpo", {"beta": 1.0}, direct.micro_batch_size
+        about = start, preferences, reference, None, "dpo", {"beta": 1.0}, direct.limit
         data = dpo.train.Dataset(*about)
         model, ids = load_policy(policy / checkpoint).eval(), special_ids(data.tokenizer)
         count, half = min(PAIRS, len(data.pairs)), len(data.pairs)

@@ -53,8 +53,8 @@ def train_filtered(
     ends before it does. With `filtering.random` the same number of pairs goes each epoch, drawn
     blindly: what filtering gains beyond training on fewer pairs is the difference between the two.
     """
-    direct, micro_batch_size = with_setting(direct, setting), direct.micro_batch_size
-    data = Dataset(policy, preferences, reference, None, "dpo", setting, micro_batch_size)
+    direct = with_setting(direct, setting)
+    data = Dataset(policy, preferences, reference, None, "dpo", setting, direct.limit)
     model, scorer = with_lora(load_policy(policy), lora, seed), Scorer(reward_model)
     special = special_ids(data.tokenizer)
     engine = make_engine(generation, model, special, policy, sampling.temperature)

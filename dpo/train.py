@@ -29,20 +29,28 @@ from shared.logprobs import sequence_logps
 from shared.lora import LoRAConfig, with_lora
 from shared.models import load_policy, load_tokenizer, save, special_ids
 from shared.preferences import Pair, read_pairs
-from shared.sequences import Sequences, by_length, collate
+from shared.sequences import SCORING, Limit, Sequences, by_length, collate
 from shared.stages import write_json
 
 
 class DirectConfig(Config):
     """What all direct methods share, so that they differ in the loss alone.
 
-    A setting may hold its own `learning_rate` beside its loss's hyperparameters.
+    A setting may hold its own `learning_rate` beside its loss's hyperparameters. One pass holds at
+    most `micro_batch_size` pairs and `micro_batch_tokens` tokens, padding included (a longer pair
+    goes alone): that changes memory and speed, never the step.
     """
 
     optimizer: OptimizerConfig = OptimizerConfig(learning_rate=5e-4)
     epochs: int = Field(default=2, gt=0)
     batch_size: int = Field(default=64, gt=0)  # pairs; 2 completions each
-    micro_batch_size: int = Field(default=64, gt=0)
+    micro_batch_size: int = Field(default=64, gt=0)  # pairs
+    micro_batch_tokens: int = Field(default=2**14, gt=0)
+
+    @property
+    def limit(self) -> Limit:
+        """What one pass holds: `micro_batch_size` pairs, or twice as many completions."""
+        return Limit(2 * self.micro_batch_size, self.micro_batch_tokens)
 
 
 LEARNING_RATE = "learning_rate"
@@ -106,8 +114,8 @@ def train_direct(
 
     Unpaired losses need `mismatched`, the stage that `score_mismatched` fills.
     """
-    direct, micro_batch_size = with_setting(direct, setting), direct.micro_batch_size
-    data = Dataset(policy, preferences, reference, mismatched, loss, setting, micro_batch_size)
+    direct = with_setting(direct, setting)
+    data = Dataset(policy, preferences, reference, mismatched, loss, setting, direct.limit)
     steps = steps_of(len(data.pairs), direct.batch_size, direct.epochs)
     model = with_lora(load_policy(policy), lora, seed)
     trainee = prepare(model, direct.optimizer, steps)
@@ -136,7 +144,7 @@ class Dataset:
         mismatched: Path | None,
         loss: str,
         setting: dict[str, float],
-        micro_batch_size: int,
+        limit: Limit,
     ):
         check_setting(loss, setting)
         self.tokenizer = load_tokenizer(policy)
@@ -152,7 +160,7 @@ class Dataset:
             if mismatched is None:
                 raise ValueError(f"loss `{loss}` needs mismatched completions")
             self.mismatched = read_mismatched(mismatched)
-        self.micro_batch_size = micro_batch_size
+        self.limit = limit
         self.meter = Meter()
 
     def batches(
@@ -191,12 +199,14 @@ class Dataset:
         count = len(self.pairs)
         if self.unpaired and self.labelled:
             sizes = [len(self.completions[row]) for row in rows]
-            for group in by_length(sizes, 2 * self.micro_batch_size):
+            before = [len(self.prompts[row]) for row in rows]
+            for group in by_length(sizes, before, self.limit):
                 yield sorted(rows[i] for i in group)
             return
         pairs = [row for row in rows if row < count]
         sizes = [max(len(self.completions[i]), len(self.completions[count + i])) for i in pairs]
-        for group in by_length(sizes, self.micro_batch_size):
+        before = [len(self.prompts[i]) for i in pairs]
+        for group in by_length(sizes, before, self.limit.of_pairs()):
             chosen = [pairs[i] for i in group]
             yield [*chosen, *(count + i for i in chosen)]
 
@@ -214,7 +224,8 @@ class Dataset:
         """Log-ratios of the step's prompts with other prompts' completions, (len(rows),)."""
         partner = self.mismatched.partner[torch.tensor(rows)].tolist()
         ratios = torch.zeros(len(rows))
-        for group in by_length([len(self.completions[j]) for j in partner], 256):
+        sizes = [len(self.completions[j]) for j in partner], [len(self.prompts[i]) for i in rows]
+        for group in by_length(*sizes, SCORING):
             batch = collate(
                 [self.prompts[rows[i]] for i in group],
                 [self.completions[partner[i]] for i in group],

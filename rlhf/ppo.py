@@ -36,7 +36,7 @@ from shared.kl import k1
 from shared.logprobs import logprobs_and_values, token_logprobs
 from shared.lora import LoRAConfig
 from shared.models import load_tokenizer, save, state_values
-from shared.sequences import by_length
+from shared.sequences import Limit, by_length
 from shared.stages import write_json
 from shared.tasks.registry import TaskConfig, make_task
 
@@ -51,7 +51,8 @@ class PPOConfig(Config):
     `shared_trunk`: the value function is a second head of the policy, from V = 0, and one step
     trains both, on policy loss + `vf_coef` * value loss, at the policy's rate (Ziegler et al.
     2019); else a model of its own, from the reward model. `reuse_logprobs`: an engine whose
-    log-probabilities are the policy's own saves a pass over the samples.
+    log-probabilities are the policy's own saves a pass over the samples. One pass of an update
+    holds at most `micro_batch_size` rows and `micro_batch_tokens` tokens, padding included.
     """
 
     episodes: int = Field(default=10240, gt=0)
@@ -59,6 +60,7 @@ class PPOConfig(Config):
     epochs: int = Field(default=2, gt=0)
     minibatch_size: int = Field(default=128, gt=0)
     micro_batch_size: int = Field(default=64, gt=0)
+    micro_batch_tokens: int = Field(default=2**14, gt=0)
     optimizer: OptimizerConfig = OptimizerConfig(
         learning_rate=5e-4, schedule="constant", adam_epsilon=1e-5
     )
@@ -77,6 +79,11 @@ class PPOConfig(Config):
     importance_cap: float | None = Field(default=None, gt=0)
     max_approx_kl: float = Field(default=0.1, gt=0)
     max_kl: float = Field(default=60.0, gt=0)
+
+    @property
+    def limit(self) -> Limit:
+        """What one pass of an update holds."""
+        return Limit(self.micro_batch_size, self.micro_batch_tokens)
 
     @property
     def value_optimizer(self) -> OptimizerConfig:
@@ -269,8 +276,9 @@ def update_models(actors: Actors, rollout: Rollout, ppo: PPOConfig, seed: int) -
     losses, sums, first = Losses(actors, ppo), {}, {}
     for rows in batches(len(rollout.values), ppo.minibatch_size, ppo.epochs, seed):
         lengths = rollout.sequences.lengths[torch.tensor(rows)].tolist()
+        before = rollout.sequences.prompt_lengths[torch.tensor(rows)].tolist()
         parts = []
-        for group in by_length(lengths, ppo.micro_batch_size):
+        for group in by_length(lengths, before, ppo.limit):
             part = rollout.rows(torch.tensor([rows[i] for i in group]))
             parts.append((part, float(part.sequences.mask.sum())))
         if actors.value is None:

@@ -24,7 +24,7 @@ from shared.models import (
 )
 from shared.preferences import Pair, read_pairs
 from shared.samples import read_samples
-from shared.sequences import Sequences, by_length, collate
+from shared.sequences import Limit, Sequences, by_length, collate
 from shared.stages import write_json
 from shared.tasks.registry import TaskConfig, make_task
 
@@ -33,14 +33,21 @@ class RewardConfig(Config):
     """Bradley-Terry training from the SFT policy's trunk. `center` > 0 keeps scores near 0.
 
     `normalise`: scores in SFT within-prompt deviations; else in log-odds, as they were learnt.
+    One pass holds at most `micro_batch_size` pairs and `micro_batch_tokens` tokens, with padding.
     """
 
     optimizer: OptimizerConfig = OptimizerConfig(learning_rate=5e-4)
     epochs: int = Field(default=3, gt=0)
     batch_size: int = Field(default=32, gt=0)
     micro_batch_size: int = Field(default=32, gt=0)
+    micro_batch_tokens: int = Field(default=2**14, gt=0)
     center: float = Field(default=0.0, ge=0)
     normalise: bool = True
+
+    @property
+    def limit(self) -> Limit:
+        """What one pass holds: `micro_batch_size` pairs."""
+        return Limit(2 * self.micro_batch_size, self.micro_batch_tokens)
 
 
 def train_reward(
@@ -60,7 +67,7 @@ def train_reward(
     log = []
     with meter.phase("train"):
         for rows in batches(len(pairs), reward.batch_size, reward.epochs, seed):
-            micro_batches = pair_batches([pairs[i] for i in rows], pad_id, reward.micro_batch_size)
+            micro_batches = pair_batches([pairs[i] for i in rows], pad_id, reward.limit)
             try:
                 log.append(step(trainee, micro_batches, loss))
             except Diverged as error:  # nothing that scores can go on without it
@@ -96,11 +103,10 @@ def reward_loss(meter: Meter, center: float) -> Loss[Part]:
     return loss
 
 
-def pair_batches(pairs: list[Pair], pad_id: int, micro_batch_size: int) -> list[tuple[Part, float]]:
+def pair_batches(pairs: list[Pair], pad_id: int, limit: Limit) -> list[tuple[Part, float]]:
     """Micro-batches of pairs of similar length, chosen rows first and then the rejected ones."""
-    groups = by_length(
-        [max(len(p.chosen_ids), len(p.rejected_ids)) for p in pairs], micro_batch_size
-    )
+    lengths = [max(len(p.chosen_ids), len(p.rejected_ids)) for p in pairs]
+    groups = by_length(lengths, [len(p.prompt_ids) for p in pairs], limit.of_pairs())
     return [(part_of([pairs[i] for i in rows], pad_id), float(len(rows))) for rows in groups]
 
 

@@ -31,7 +31,7 @@ from shared.models import (
     state_values,
 )
 from shared.packing import packs
-from shared.sequences import Sequences, by_length, collate
+from shared.sequences import SCORING, Sequences, by_length, collate
 from shared.tasks.task import Task
 
 
@@ -220,7 +220,7 @@ def score_rollout(
     if sampled is not None:
         rollout = rollout._replace(logprobs=as_rows(sampled, whole))
     scores = actors.scorer.score_all(prompts, completions).to(device)
-    for group in by_length([len(c) for c in completions], 256):
+    for group in by_length([*map(len, completions)], [*map(len, prompts)], SCORING):
         index = torch.tensor(group)
         batch = rollout.rows(index).sequences
         columns = batch.mask.shape[1]

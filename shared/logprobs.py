@@ -12,7 +12,7 @@ from shared.kernels import picked
 from shared.lora import value_head
 from shared.models import last_states
 from shared.packing import packs
-from shared.sequences import Sequences, by_length, collate
+from shared.sequences import SCORING, Limit, Sequences, by_length, collate
 
 BLOCK = 2**26  # logits held at once: 256 MiB in float32
 
@@ -137,13 +137,13 @@ def score_logps(
     prompts: Sequence[Sequence[int]],
     completions: Sequence[Sequence[int]],
     pad_id: int,
-    batch_size: int = 256,
+    limit: Limit = SCORING,
     *,
     meter: Meter | None = None,
 ) -> Tensor:
     """`sequence_logps` of any number of rows in their order, no gradients, on the CPU, (N,)."""
     logps = torch.zeros(len(prompts))
-    for rows in by_length([len(c) for c in completions], batch_size):
+    for rows in by_length([*map(len, completions)], [*map(len, prompts)], limit):
         batch = collate([prompts[i] for i in rows], [completions[i] for i in rows], pad_id)
         logps[torch.tensor(rows)] = sequence_logps(model, batch).cpu()
         if meter is not None:

@@ -26,7 +26,7 @@ from transformers import (
 from shared.config import Config, InputError
 from shared.lora import below_lora, plain_weights
 from shared.packing import let_pack, pack, packed_inputs, packs
-from shared.sequences import Sequences, by_length, collate
+from shared.sequences import SCORING, Limit, Sequences, by_length, collate
 
 
 class ModelConfig(Config):
@@ -209,11 +209,11 @@ class Scorer:
         self,
         prompts: Sequence[Sequence[int]],
         completions: Sequence[Sequence[int]],
-        batch_size: int = 256,
+        limit: Limit = SCORING,
     ) -> Tensor:
         """Normalised scores of any number of rows, in their order, (N,), on the CPU."""
         scores = torch.zeros(len(prompts))
-        for rows in by_length([len(c) for c in completions], batch_size):
+        for rows in by_length([*map(len, completions)], [*map(len, prompts)], limit):
             batch = collate([prompts[i] for i in rows], [completions[i] for i in rows], self.pad_id)
             scores[torch.tensor(rows)] = self.score(batch).cpu()
         return scores

@@ -34,6 +34,11 @@ class Sequences(NamedTuple):
         return self.mask.sum(1)
 
     @property
+    def prompt_lengths(self) -> Tensor:
+        """Prompt tokens of each row, (B,)."""
+        return self.attention[:, : self.prompt_width].sum(1)
+
+    @property
     def predicting(self) -> Tensor:
         """Where the next token is a completion's, (B, P + T): as many places as `mask` has."""
         at = torch.zeros_like(self.attention, dtype=torch.bool)
@@ -79,8 +84,34 @@ def collate(
     return Sequences(torch.tensor(rows), torch.cat([real, mask], dim=1).long(), mask)
 
 
-def by_length(lengths: Sequence[int], batch_size: int) -> Iterator[list[int]]:
-    """Row numbers in batches of similar length: little padding where order does not matter."""
-    order = sorted(range(len(lengths)), key=lengths.__getitem__)
-    for start in range(0, len(order), batch_size):
-        yield order[start : start + batch_size]
+class Limit(NamedTuple):
+    """What one pass holds at most: rows, and tokens with their padding. A longer row goes alone."""
+
+    rows: int
+    tokens: int
+
+    def of_pairs(self) -> "Limit":
+        """The same, counted in pairs of rows."""
+        return Limit(max(1, self.rows // 2), self.tokens // 2)
+
+
+SCORING = Limit(256, 2**15)  # of a pass without gradients
+
+
+def by_length(lengths: Sequence[int], beside: Sequence[int], limit: Limit) -> Iterator[list[int]]:
+    """Row numbers in batches of similar `lengths`: little padding where order does not matter.
+
+    `beside`: the tokens that a row has besides, such as its prompt's beside its completion's.
+    """
+    batch: list[int] = []
+    wide = 0, 0
+    for row in sorted(range(len(lengths)), key=lengths.__getitem__):
+        wider = max(wide[0], lengths[row]), max(wide[1], beside[row])
+        tokens = (len(batch) + 1) * sum(wider)
+        if batch and (len(batch) == limit.rows or tokens > limit.tokens):
+            yield batch
+            batch, wider = [], (lengths[row], beside[row])
+        batch.append(row)
+        wide = wider
+    if batch:
+        yield batch

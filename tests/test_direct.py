@@ -30,7 +30,7 @@ from shared.fit import OptimizerConfig, Trainee, prepare
 from shared.logprobs import sequence_logps
 from shared.models import frozen, load_policy
 from shared.preferences import read_pairs
-from shared.sequences import collate
+from shared.sequences import Limit, collate
 
 PAD = 0
 N = 22  # pairs in `preferences_folder`
@@ -64,10 +64,10 @@ def descent(model: PreTrainedModel) -> Trainee:
 
 @pytest.fixture
 def dataset(policy_folder: Path, preferences_folder: Path, reference_folder: Path):
-    def make(loss: str, micro_batch_size: int = 32, **setting: float) -> Dataset:
+    def make(loss: str, micro_batch_size: int = 32, tokens: int = 10**6, **setting: float):
         setting = setting or SETTINGS[loss]
         folders = policy_folder, preferences_folder, reference_folder, reference_folder
-        return Dataset(*folders, loss, setting, micro_batch_size)
+        return Dataset(*folders, loss, setting, Limit(2 * micro_batch_size, tokens))
 
     return make
 
@@ -169,7 +169,9 @@ def test_in_bfloat16_policy_and_reference_round_alike(
         folder.mkdir()
     score_reference(folders[0], policy_folder, preferences_folder, "bfloat16")
     score_mismatched(folders[1], policy_folder, preferences_folder, 0, "bfloat16")
-    data = Dataset(policy_folder, preferences_folder, *folders, loss, {"beta": 50.0}, 32)
+    data = Dataset(
+        policy_folder, preferences_folder, *folders, loss, {"beta": 50.0}, DirectConfig().limit
+    )
     half = OptimizerConfig(learning_rate=1e-3, precision="bfloat16", warmup_share=0.0)
     trainee = prepare(load_policy(policy_folder), half, 1)
     exact = tmp_path / "exact"
@@ -306,6 +308,20 @@ def test_micro_batches_hold_each_row_once_chosen_sides_first(dataset, loss: str)
             assert [row + N for row in group[:half]] == group[half:]
 
 
+@pytest.mark.parametrize("loss", ["dpo", "kto"])
+def test_a_micro_batch_holds_no_more_tokens_than_it_may_but_for_a_row_or_pair_alone(
+    dataset, loss: str
+):
+    for tokens in (1, 60, 90, 300):
+        data = dataset(loss, tokens=tokens)
+        groups = list(data.groups(all_rows()))
+        assert sorted(row for group in groups for row in group) == all_rows()
+        for group in groups:
+            alone = len(group) == (2 if loss == "dpo" else 1)
+            assert alone or data.micro(group, 1, None).sequences.ids.numel() <= tokens
+    assert len(groups) < N
+
+
 # The step
 
 
@@ -390,9 +406,9 @@ def test_the_micro_batch_size_changes_neither_loss_nor_gradient(
 ):
     rows = all_rows() if loss != "kto" else [*range(15), *range(N, N + 6), N + 18]
     found = []
-    for size in (32, 5, 1):
+    for size in ((32,), (5,), (1,), (32, 90), (32, 1)):  # pairs, tokens
         model = moved(policy_folder)
-        log = dataset(loss, size).step(descent(model), rows)
+        log = dataset(loss, *size).step(descent(model), rows)
         found.append((log, weights(model)))
     assert (found[0][1] - weights(moved(policy_folder))).norm() > 0.1
     for log, after in found[1:]:
@@ -400,12 +416,16 @@ def test_the_micro_batch_size_changes_neither_loss_nor_gradient(
         close(after, found[0][1], 1e-6)
 
 
-def test_ktos_baseline_is_that_of_the_whole_step_and_is_logged(dataset, policy_folder: Path):
+def test_ktos_baseline_is_that_of_the_whole_step_and_is_logged(
+    dataset, policy_folder: Path, monkeypatch: pytest.MonkeyPatch
+):
     """Mismatched log-ratios of 0 to 4.3 by row: a baseline that differs between micro-batches."""
     data = dataset("kto", 1)
     known = torch.arange(2 * N) / 10
     data.mismatched = data.mismatched._replace(logps=data.mismatched.logps - known)
     rows = [1, 3, N + 5, N + 8, 20]
+    close(data.mismatched_ratios(load_policy(policy_folder), rows), known[rows])
+    monkeypatch.setattr("dpo.train.SCORING", Limit(256, 40))
     close(data.mismatched_ratios(load_policy(policy_folder), rows), known[rows])
     log = data.step(descent(load_policy(policy_folder)), rows)
     z = (0.1 + 0.3 + 2.7 + 3.0 + 2.0) / 5

@@ -21,7 +21,7 @@ from shared.kl import masked_sum
 from shared.logprobs import completion_logits, gather_logprobs, score_logps
 from shared.models import SpecialIds, load_policy, save, special_ids
 from shared.packing import packs
-from shared.sequences import collate
+from shared.sequences import Limit, collate
 from shared.tasks.registry import TaskConfig, make_task
 
 CAP = 12
@@ -206,13 +206,17 @@ def test_the_company_of_other_prompts_does_not_matter(engine: HFEngine, prompts:
     assert turned[::-1] == together
 
 
-def test_nor_does_it_change_what_a_prompt_draws(engine: HFEngine, prompts: list[list[int]]):
+def test_nor_does_it_change_what_a_prompt_draws(
+    engine: HFEngine, prompts: list[list[int]], monkeypatch: pytest.MonkeyPatch
+):
     """Else a token that rounding changes, and with it an end, would change all that follow."""
     together = draw(engine, prompts).ids
     assert len({len(ids) for ids in together}) > 3
     assert draw(engine, prompts[:16]).ids == together[:16]
     few = HFEngine(engine.model, SpecialIds(engine.pad_id, engine.eos_id), batch_size=5)
     assert draw(few, prompts).ids == together
+    monkeypatch.setattr(hf, "CACHED", 100)
+    assert draw(engine, prompts).ids == together
     other = [prompts[0], *prompts[:1:-1], prompts[1]]
     assert draw(engine, other).ids[0] == together[0]
 
@@ -295,7 +299,9 @@ def test_whole_completions_are_as_likely_as_the_model_says(
     eos, size = engine.eos_id, engine.model.config.vocab_size
     every = [(a, b) for a in range(size) for b in range(size) if a != eos] + [(eos,)]
     rows = [prompts[0]] * len(every)
-    logps = score_logps(engine.model, rows, [list(c) for c in every], engine.pad_id, 2000)
+    logps = score_logps(
+        engine.model, rows, [list(c) for c in every], engine.pad_id, Limit(2000, 10**6)
+    )
     probabilities = logps.double().exp()
     assert probabilities.sum().item() == pytest.approx(1, abs=1e-5)
     drawn = draw(engine, [prompts[0]] * 6000, max_new_tokens=2, seed=4).ids

@@ -22,7 +22,7 @@ from shared.logprobs import (
     token_logprobs,
 )
 from shared.models import load_policy
-from shared.sequences import Sequences, by_length, collate
+from shared.sequences import Limit, Sequences, by_length, collate
 
 PAD, EOS = 0, 1
 PROMPTS = [[5, 6, 7, 8], [9], [10, 11], [12, 13, 14, 15, 16, 17]]
@@ -317,7 +317,7 @@ def test_no_gradient_flows_from_padding(policy: PreTrainedModel):
 def test_score_logps_keeps_the_order_of_its_rows(policy: PreTrainedModel, batch_size: int):
     order = [3, 1, 2, 0, 1]
     prompts, completions = [PROMPTS[i] for i in order], [COMPLETIONS[i] for i in order]
-    found = score_logps(policy, prompts, completions, PAD, batch_size)
+    found = score_logps(policy, prompts, completions, PAD, Limit(batch_size, 10**6))
     alone = [
         sequence_logps(policy, collate([p], [c], PAD))
         for p, c in zip(prompts, completions, strict=True)
@@ -326,10 +326,24 @@ def test_score_logps_keeps_the_order_of_its_rows(policy: PreTrainedModel, batch_
     assert not found.requires_grad
 
 
-@given(lengths=st.lists(st.integers(0, 20), max_size=30), size=st.integers(1, 7))
-def test_by_length_deals_every_row_once_and_alike_lengths_together(lengths: list[int], size: int):
-    batches = list(by_length(lengths, size))
-    rows = [row for batch in batches for row in batch]
-    assert sorted(rows) == list(range(len(lengths)))
-    assert [lengths[row] for row in rows] == sorted(lengths)
-    assert all(len(batch) == size for batch in batches[:-1])
+@given(
+    rows=st.lists(st.tuples(st.integers(1, 20), st.integers(1, 20)), max_size=30),
+    size=st.integers(1, 7),
+    tokens=st.integers(1, 200),
+)
+def test_by_length_deals_every_row_once_and_as_many_at_a_time_as_the_limit_lets(
+    rows: list[tuple[int, int]], size: int, tokens: int
+):
+    """Alike lengths together, and of neighbouring batches the second's first row had no room."""
+    lengths, beside = [row[0] for row in rows], [row[1] for row in rows]
+    batches = list(by_length(lengths, beside, Limit(size, tokens)))
+    dealt = [row for batch in batches for row in batch]
+    assert sorted(dealt) == list(range(len(lengths)))
+    assert [lengths[row] for row in dealt] == sorted(lengths)
+
+    def fits(batch: list[int]) -> bool:
+        wide = max(lengths[row] for row in batch) + max(beside[row] for row in batch)
+        return len(batch) <= size and len(batch) * wide <= tokens
+
+    assert all(fits(batch) or len(batch) == 1 for batch in batches)
+    assert not any(fits([*batch, after[0]]) for batch, after in itertools.pairwise(batches))

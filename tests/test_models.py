@@ -41,7 +41,7 @@ from shared.models import (
     special_ids,
     state_values,
 )
-from shared.sequences import collate
+from shared.sequences import Limit, collate
 from shared.tasks.registry import TaskConfig, make_task
 
 Rows = tuple[list[list[int]], list[list[int]]]
@@ -94,7 +94,7 @@ def test_plain_transformers_scores_a_padded_batch_as_we_do(
     ).eval()
     ids, attention = right_padded(rows, special_ids(tokenizer).pad)
     theirs = plain(input_ids=ids, attention_mask=attention).logits.squeeze(-1)
-    ours = Scorer(reward_folder).score_all(*rows, batch_size=7)
+    ours = Scorer(reward_folder).score_all(*rows, limit=Limit(7, 10**6))
     torch.testing.assert_close(ours * 2.0 + 0.25, theirs, atol=1e-5, rtol=1e-5)
     assert theirs.std() > 0.01
 
@@ -153,9 +153,9 @@ def test_the_company_of_other_rows_does_not_change_a_score(reward_folder: Path, 
     whole = scorer.score_all(*rows)
     for batch_size in (1, 3, 17):
         torch.testing.assert_close(
-            scorer.score_all(*rows, batch_size=batch_size), whole, atol=1e-5, rtol=1e-5
+            scorer.score_all(*rows, limit=Limit(batch_size, 10**6)), whole, atol=1e-5, rtol=1e-5
         )
-    turned = scorer.score_all(rows[0][::-1], rows[1][::-1], batch_size=7)
+    turned = scorer.score_all(rows[0][::-1], rows[1][::-1], limit=Limit(7, 10**6))
     torch.testing.assert_close(turned.flip(0), whole, atol=1e-5, rtol=1e-5)
 
 

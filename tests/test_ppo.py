@@ -288,8 +288,9 @@ def test_the_micro_batch_size_changes_no_update(
     small = {"optimizer": gentle, "value_learning_rate": 1e-4, "minibatch_size": 12}
     given_data = policy_folder, reward_folder, prompts, completions
     whole, log = updated(*given_data, **small, micro_batch_size=12)
-    for size in (1, 5):
-        cut, cut_log = updated(*given_data, **small, micro_batch_size=size)
+    for size in ((1, 10**6), (5, 10**6), (12, 60)):  # rows, tokens
+        limit = dict(zip(("micro_batch_size", "micro_batch_tokens"), size, strict=True))
+        cut, cut_log = updated(*given_data, **small, **limit)
         close(weights(cut.policy.model), weights(whole.policy.model), 1e-6)
         close(weights(cut.value.model), weights(whole.value.model), 1e-6)
         assert cut_log == pytest.approx(log, rel=1e-3, abs=1e-4)

@@ -27,6 +27,7 @@ from shared.generation.hf import HFEngine
 from shared.logprobs import logprobs_and_values, token_logprobs
 from shared.lora import LoRAConfig, value_head
 from shared.models import load_policy, load_scalar_model, save
+from shared.sequences import Limit
 from shared.tasks.registry import TaskConfig, make_task
 
 LORA = LoRAConfig(rank=4, alpha=8)
@@ -74,6 +75,21 @@ def test_what_the_engine_told_is_what_the_policy_says(
     assert torch.equal(told.ref_logprobs, read.ref_logprobs)
     assert torch.equal(told.values, read.values)
     assert torch.equal(scores, other)
+
+
+def test_scoring_in_many_passes_changes_no_number(
+    policy_folder: Path,
+    reward_folder: Path,
+    prompts: list[list[int]],
+    monkeypatch: pytest.MonkeyPatch,
+):
+    actors = moved(actors_of(policy_folder, reward_folder))
+    drawn = actors.engine.generate(prompts, SAMPLING)
+    whole, scores = score_rollout(actors, prompts, drawn.ids)
+    monkeypatch.setattr("rlhf.rollout.SCORING", Limit(256, 40))
+    cut, other = score_rollout(actors, prompts, drawn.ids)
+    for found, expected in zip((*cut[1:], other), (*whole[1:], scores), strict=True):
+        close(found, expected)
 
 
 def test_a_told_number_is_taken_and_one_that_is_off_shows_in_the_log(

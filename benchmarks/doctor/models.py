@@ -14,7 +14,7 @@ from shared.generation.engine import Engine, Sampling
 from shared.kl import exact_kl
 from shared.logprobs import completion_logits, sequence_logps, token_logprobs
 from shared.preferences import Pair
-from shared.sequences import Sequences, by_length, collate
+from shared.sequences import Sequences, collate
 
 TOLERANCE = 1e-3  # nats a token, float32: sound models differ by 1e-5 to 1e-4
 SURPRISE = 5.0  # standard errors
@@ -192,7 +192,7 @@ def engine_parity(
     )
     drawn = engine.generate(prompts, sampling).ids
     hook.remove()
-    order = next(by_length([len(p) for p in prompts], len(prompts)))
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))  # as it batches them
     batch = collate([prompts[i] for i in order], [drawn[i] for i in order], pad)
     logits = completion_logits(policy, batch, sampling.temperature)
     distinct = {p: n for n, p in enumerate(dict.fromkeys(tuple(prompts[i]) for i in order))}

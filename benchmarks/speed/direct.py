@@ -20,12 +20,13 @@ from benchmarks.speed.cases import LOADS, LOSSES, Case, make_case, policy_folder
 from benchmarks.speed.peers import train_in_turn
 from benchmarks.speed.sides import Choice, Done, Speed, Work, Worker, seconds_since, side_by_side
 from dpo.losses import UNPAIRED
-from dpo.train import Dataset
+from dpo.train import Dataset, DirectConfig
 from rlhf.reward import pair_batches, reward_loss
 from shared.cost import Meter, matmul_rate
 from shared.fit import Trainee, prepare, step
 from shared.models import load_policy, load_scalar_model, load_tokenizer, special_ids
 from shared.preferences import read_pairs
+from shared.sequences import Limit
 
 TRAINERS = {
     "dpo": "DPOTrainer",
@@ -125,7 +126,7 @@ def direct_steps(case: Case) -> tuple[Meter, Take]:
     loss, setting = LOSSES[case.work]
     mismatched = case.data if loss in UNPAIRED else None
     data = Dataset(
-        case.model, case.data, case.data, mismatched, loss, dict(setting), case.micro_batch
+        case.model, case.data, case.data, mismatched, loss, dict(setting), limit_of(case)
     )
     model = trainee_of(load_policy(case.model), case)
 
@@ -133,6 +134,11 @@ def direct_steps(case: Case) -> tuple[Meter, Take]:
         return data.step(model, [row for i in pairs for row in (i, len(data.pairs) + i)])
 
     return data.meter, take
+
+
+def limit_of(case: Case) -> Limit:
+    """As many pairs a pass as the peer has."""
+    return DirectConfig(micro_batch_size=case.micro_batch).limit
 
 
 def reward_steps(case: Case) -> tuple[Meter, Take]:
@@ -144,7 +150,7 @@ def reward_steps(case: Case) -> tuple[Meter, Take]:
     loss = reward_loss(meter, center=0.0)
 
     def take(rows: range) -> dict[str, float]:
-        return step(model, pair_batches([pairs[i] for i in rows], pad_id, case.micro_batch), loss)
+        return step(model, pair_batches([pairs[i] for i in rows], pad_id, limit_of(case)), loss)
 
     return meter, take
 

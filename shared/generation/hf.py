@@ -16,8 +16,9 @@ from shared.generation.engine import Completions, Sampling, require_tokens
 from shared.lora import merged
 from shared.models import SpecialIds
 from shared.packing import packs
-from shared.sequences import by_length
+from shared.sequences import Limit, by_length
 
+CACHED = 2**16  # tokens whose keys and values are held at once
 LEAVE_BELOW = 0.8  # share of rows still going under which the ended ones leave the cache
 
 
@@ -44,7 +45,9 @@ class HFEngine:
             len(prompts), sampling.max_new_tokens, generator=generator, dtype=torch.float64
         )
         with merged(self.model):
-            for rows in by_length([len(p) for p in prompts], self.batch_size):
+            limit = Limit(self.batch_size, CACHED)
+            room = [sampling.max_new_tokens] * len(prompts)
+            for rows in by_length([len(p) for p in prompts], room, limit):
                 batch = [prompts[i] for i in rows], numbers[torch.tensor(rows)]
                 drawn = self._generate_batch(*batch, sampling.temperature)
                 for row, tokens, at in zip(rows, *(t.tolist() for t in drawn), strict=True):

@@ -621,6 +621,28 @@ FAULTS = (
         "no method learns to end", METER,
     ),
     Fault(
+        "by_length: as many tokens as there are", "shared/sequences.py",
+        "if batch and (len(batch) == limit.rows or tokens > limit.tokens):",
+        "if batch and len(batch) == limit.rows:",
+        "a few long rows do not fit into memory", ("test_kl_and_logprobs.py", "test_direct.py"),
+    ),
+    Fault(
+        "by_length: prompts take no room", "shared/sequences.py",
+        "tokens = (len(batch) + 1) * sum(wider)", "tokens = (len(batch) + 1) * wider[0]",
+        "a few long prompts do not fit into memory", ("test_kl_and_logprobs.py", "test_direct.py"),
+    ),
+    Fault(
+        "by_length: the last batch is left out", "shared/sequences.py",
+        "    if batch:\n        yield batch\n", "",
+        "the longest rows are neither scored nor trained on", ("test_kl_and_logprobs.py",),
+    ),
+    Fault(
+        "direct: a pair counts as one row", "dpo/train.py",
+        "in by_length(sizes, before, self.limit.of_pairs()):",
+        "in by_length(sizes, before, self.limit):",
+        "a pass holds twice as many tokens as it may", ("test_direct.py",),
+    ),
+    Fault(
         "positions: padding counts", "shared/sequences.py",
         "return (self.attention.cumsum(1) - 1).clamp(min=0)",
         "return torch.ones_like(self.attention).cumsum(1) - 1",
