@@ -14,7 +14,7 @@ from benchmarks.arms import prepare_common, prepare_seed
 from benchmarks.evaluate import evaluate
 from benchmarks.experiment import load_experiment
 from dpo.losses import LogRatios, rdpo_loss
-from dpo.train import Dataset
+from dpo.train import Dataset, DirectConfig
 from rlhf.ppo import PPOConfig, prompt_stream, train_ppo, update_models
 from rlhf.rollout import Actors, make_actors, rollout_numbers, score_rollout
 from shared.cost import Meter
@@ -216,7 +216,7 @@ def test_a_kto_step_of_one_row_or_of_one_label_reads_the_baseline_of_another_pro
 ):
     """A row matched with itself would make the baseline its own log-ratio and the loss a half."""
     folders = policy_folder, preferences_folder, reference_folder, reference_folder
-    data = Dataset(*folders, "kto", {"beta": 0.5}, 32)
+    data = Dataset(*folders, "kto", {"beta": 0.5}, DirectConfig().limit)
     model, ref = load_policy(policy_folder), load_policy(policy_folder)
     with torch.no_grad():
         for parameter in model.parameters():

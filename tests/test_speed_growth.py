@@ -270,7 +270,7 @@ def test_every_series_is_measured_and_written(
     monkeypatch.setattr(growth, "short_sft", lambda _: policy_folder)
     plan = Plan(
         steps={"pairs": [(n, TINY._replace(pairs=n)) for n in (2, 64)]},
-        trainings={"arms": [(n, Training(pairs=8, arms=ARMS[:n])) for n in (1, 3)]},
+        trainings={"arms": [(n, Training(pairs=256, arms=ARMS[:n])) for n in (1, 4)]},
         settings=Training(pairs=8, arms=BETAS[:2]),
     )
     text = speed_growth(Choice(tmp_path, rounds=1), plan)
