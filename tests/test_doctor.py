@@ -46,6 +46,7 @@ from shared.generation.engine import Completions, Sampling
 from shared.generation.hf import HFEngine
 from shared.models import SpecialIds, frozen, load_policy, new_scalar_model, save_normalisation
 from shared.preferences import Pair, read_pairs
+from shared.sequences import Limit
 
 SPECIAL = ["<pad>", "</s>", "<s>", "<|user|>", "<|assistant|>"]
 PAD, EOS, BOS = 0, 1, 2
@@ -222,6 +223,15 @@ def test_a_sound_chat_model_passes(ward: Ward, temperature: float):
     assert not failed(findings), findings
     assert set(findings) == EXAMINED_ALWAYS | OF_REWARD | {"generation prompt"}
     assert f"temperature {temperature:g}" in findings["engine parity"].seen
+
+
+def test_a_sound_model_passes_where_sampling_would_take_a_prompt_at_a_time(
+    ward: Ward, monkeypatch: pytest.MonkeyPatch
+):
+    """Parity reads all prompts in one batch, however long they are."""
+    monkeypatch.setattr(HFEngine.__init__, "__defaults__", (Limit(512, 1),))
+    findings = ward.findings()
+    assert not failed(findings), findings
 
 
 def test_a_sound_model_passes_on_texts_and_without_a_reward_model(ward: Ward):

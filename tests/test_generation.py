@@ -187,7 +187,7 @@ def test_temperature_0_takes_the_likeliest_token_at_each_step(
     tokenizer: PreTrainedTokenizerBase,
 ):
     """In the order of the prompts, whatever batches and left padding they went through."""
-    small = HFEngine(engine.model, special_ids(tokenizer), batch_size=5)
+    small = HFEngine(engine.model, special_ids(tokenizer), Limit(5, 10**6))
     expected = [argmax_by_hand(folder, p, CAP, tokenizer.eos_token_id) for p in prompts[:24]]
     assert len({tuple(ids) for ids in expected}) > 6  # or their order would not show
     for several in (engine, small):
@@ -206,17 +206,15 @@ def test_the_company_of_other_prompts_does_not_matter(engine: HFEngine, prompts:
     assert turned[::-1] == together
 
 
-def test_nor_does_it_change_what_a_prompt_draws(
-    engine: HFEngine, prompts: list[list[int]], monkeypatch: pytest.MonkeyPatch
-):
+def test_nor_does_it_change_what_a_prompt_draws(engine: HFEngine, prompts: list[list[int]]):
     """Else a token that rounding changes, and with it an end, would change all that follow."""
     together = draw(engine, prompts).ids
     assert len({len(ids) for ids in together}) > 3
     assert draw(engine, prompts[:16]).ids == together[:16]
-    few = HFEngine(engine.model, SpecialIds(engine.pad_id, engine.eos_id), batch_size=5)
+    few = HFEngine(engine.model, SpecialIds(engine.pad_id, engine.eos_id), Limit(5, 10**6))
     assert draw(few, prompts).ids == together
-    monkeypatch.setattr(hf, "CACHED", 100)
-    assert draw(engine, prompts).ids == together
+    small = HFEngine(engine.model, SpecialIds(engine.pad_id, engine.eos_id), Limit(512, 100))
+    assert draw(small, prompts).ids == together
     other = [prompts[0], *prompts[:1:-1], prompts[1]]
     assert draw(engine, other).ids[0] == together[0]
 

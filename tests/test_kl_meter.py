@@ -16,6 +16,7 @@ from shared.listing import Listing, list_completions, listed_logps
 from shared.models import ModelConfig, new_policy, special_ids
 from shared.optimum import kl
 from shared.packing import let_pack
+from shared.sequences import Limit
 from shared.tasks.exact import Exact, ExactConfig
 
 TASK = Exact(ExactConfig())
@@ -76,7 +77,7 @@ def test_weighted_by_probability_the_meter_reads_the_enumerated_kl(world: World)
 def test_samples_read_the_enumerated_kl_within_three_standard_errors(world: World):
     """100,000 of the engine that evaluation samples with; the exact KL varies least."""
     rows = [PROMPTS[i % len(PROMPTS)] for i in range(SAMPLES)]
-    engine = HFEngine(world.policy, special_ids(TOKENIZER), batch_size=5000)
+    engine = HFEngine(world.policy, special_ids(TOKENIZER), Limit(5000, 10**6))
     drawn = engine.generate(rows, Sampling(max_new_tokens=CAP, seed=0))
     assert 0.05 < sum(drawn.truncated) / SAMPLES < 0.95
     errors = {}

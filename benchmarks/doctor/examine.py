@@ -25,6 +25,7 @@ from shared.config import InputError
 from shared.generation.hf import HFEngine
 from shared.models import SpecialIds, frozen, load_policy, load_scalar_model, require_reward_model
 from shared.preferences import Pair
+from shared.sequences import Limit
 
 SAMPLED = 32  # tokens a prompt, at most
 
@@ -110,10 +111,12 @@ def of_policy(patient: Patient, pairs: list[Pair]) -> Iterator[Finding]:
     base = frozen(policy)
     yield models.adapter_off(base, adapted(policy, patient.adapter), pairs, pad)
     length = min(patient.sampling.max_new_tokens, SAMPLED)
+    prompts = [p.prompt_ids for p in pairs] * 2
+    at_once = Limit(len(prompts), len(prompts) * (max(map(len, prompts)) + length))
     yield models.engine_parity(
-        HFEngine(base, SpecialIds(pad, eos=-1)),
+        HFEngine(base, SpecialIds(pad, eos=-1), at_once),
         base,
-        [p.prompt_ids for p in pairs] * 2,
+        prompts,
         patient.sampling.model_copy(update={"max_new_tokens": length}),
         pad,
     )

@@ -18,7 +18,7 @@ from shared.models import SpecialIds
 from shared.packing import packs
 from shared.sequences import Limit, by_length
 
-CACHED = 2**16  # tokens whose keys and values are held at once
+SAMPLING = Limit(512, 2**16)  # whose keys and values are held at once
 LEAVE_BELOW = 0.8  # share of rows still going under which the ended ones leave the cache
 
 
@@ -27,8 +27,8 @@ class HFEngine:
 
     exact = True
 
-    def __init__(self, model: PreTrainedModel, ids: SpecialIds, batch_size: int = 512):
-        self.model, self.batch_size = model, batch_size
+    def __init__(self, model: PreTrainedModel, ids: SpecialIds, limit: Limit = SAMPLING):
+        self.model, self.limit = model, limit
         self.pad_id, self.eos_id = ids
 
     @torch.no_grad()
@@ -45,9 +45,8 @@ class HFEngine:
             len(prompts), sampling.max_new_tokens, generator=generator, dtype=torch.float64
         )
         with merged(self.model):
-            limit = Limit(self.batch_size, CACHED)
             room = [sampling.max_new_tokens] * len(prompts)
-            for rows in by_length([len(p) for p in prompts], room, limit):
+            for rows in by_length([*map(len, prompts)], room, self.limit):
                 batch = [prompts[i] for i in rows], numbers[torch.tensor(rows)]
                 drawn = self._generate_batch(*batch, sampling.temperature)
                 for row, tokens, at in zip(rows, *(t.tolist() for t in drawn), strict=True):
