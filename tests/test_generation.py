@@ -219,6 +219,24 @@ def test_nor_does_it_change_what_a_prompt_draws(engine: HFEngine, prompts: list[
     assert draw(engine, other).ids[0] == together[0]
 
 
+@pytest.mark.parametrize("limit", [Limit(5, 10**6), Limit(512, 100), Limit(512, 1)])
+def test_a_batch_holds_no_more_than_the_limit_but_for_a_row_alone(
+    engine: HFEngine, prompts: list[list[int]], limit: Limit, monkeypatch: pytest.MonkeyPatch
+):
+    batches, inner = [], HFEngine._generate_batch
+
+    def seen(self: HFEngine, rows: list[list[int]], numbers: torch.Tensor, temperature: float):
+        batches.append((len(rows), max(map(len, rows)) + numbers.shape[1]))
+        return inner(self, rows, numbers, temperature)
+
+    monkeypatch.setattr(HFEngine, "_generate_batch", seen)
+    few = HFEngine(engine.model, SpecialIds(engine.pad_id, engine.eos_id), limit)
+    draw(few, prompts)
+    assert sum(rows for rows, _ in batches) == len(prompts)
+    for rows, tokens in batches:
+        assert rows == 1 or (rows <= limit.rows and rows * tokens <= limit.tokens)
+
+
 # --- the distribution -------------------------------------------------------------------------
 
 

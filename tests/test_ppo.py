@@ -29,7 +29,7 @@ from rlhf.rollout import (
     with_zero_head,
 )
 from shared.cost import Meter
-from shared.fit import OptimizerConfig
+from shared.fit import OptimizerConfig, step
 from shared.generation.engine import Completions, EngineLost, Sampling
 from shared.generation.hf import HFEngine
 from shared.logprobs import sequence_logps, token_logprobs
@@ -296,6 +296,23 @@ def test_the_micro_batch_size_changes_no_update(
         assert cut_log == pytest.approx(log, rel=1e-3, abs=1e-4)
     start = weights(load_policy(policy_folder))
     assert (weights(whole.policy.model) - start).abs().max() > 1e-5
+
+
+def test_a_pass_of_an_update_holds_no_more_than_its_limit_but_for_a_row_alone(
+    policy_folder: Path, reward_folder: Path, prompts, completions, monkeypatch
+):
+    passes: list[Sequences] = []
+
+    def seen(trainee, parts, loss):
+        passes.extend(part.sequences for part, _ in parts)
+        return step(trainee, parts, loss)
+
+    monkeypatch.setattr("rlhf.ppo.step", seen)
+    given_data = policy_folder, reward_folder, prompts, completions
+    updated(*given_data, minibatch_size=12, micro_batch_size=5, micro_batch_tokens=60)
+    assert {len(rows.ids) for rows in passes} > {1}
+    for rows in passes:
+        assert len(rows.ids) == 1 or (len(rows.ids) <= 5 and rows.ids.numel() <= 60)
 
 
 def test_an_update_trains_policy_and_value_model_and_neither_of_the_others(

@@ -637,6 +637,18 @@ FAULTS = (
         "the longest rows are neither scored nor trained on", ("test_kl_and_logprobs.py",),
     ),
     Fault(
+        "ppo: prompts take no room", "shared/sequences.py",
+        "return self.attention[:, : self.prompt_width].sum(1)",
+        "return 0 * self.attention.sum(1)",
+        "an update on long prompts does not fit into memory", ("test_ppo.py",),
+    ),
+    Fault(
+        "sampling: another limit than the engine's", "shared/generation/hf.py",
+        "by_length([*map(len, prompts)], room, self.limit)",
+        "by_length([*map(len, prompts)], room, SAMPLING)",
+        "fewer rows are asked for and as many cached", ("test_generation.py",),
+    ),
+    Fault(
         "direct: a pair counts as one row", "dpo/train.py",
         "in by_length(sizes, before, self.limit.of_pairs()):",
         "in by_length(sizes, before, self.limit):",
