@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from shared.kernels import rotate, whole, whole_back
+from shared.kernels import rotate, run, whole, whole_back
 from shared.native import call, here
 
 
@@ -52,7 +52,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor, over: Pass, scaling: float
 
     (N, heads, size), (N, kv, size) twice -> (N, heads, size); `heads` a multiple of `kv`.
     """
-    output: Any = _Attend.apply(query.float(), key.float(), value.float(), over, scaling)
+    output = run(_Attend, query.float(), key.float(), value.float(), over, scaling)
     return output.to(value.dtype)
 
 

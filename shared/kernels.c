@@ -44,6 +44,10 @@ static inline lanes choose(whole which, lanes a, lanes b) {
             x[i] = MIXED(a, b, LOW, step), x[i + (step)] = MIXED(a, b, HIGH, step);              \
         }
 
+#define FOLD(x, step)                                                                            \
+    for (int i = 0; i < LANES; i += 2 * (step))                                                  \
+        x[i] = MIXED(x[i], x[i + (step)], LOW, step) + MIXED(x[i], x[i + (step)], HIGH, step);
+
 /* LANES rows of LANES numbers become columns. */
 static inline void turn(const float *from, count apart, float *to, count to_apart) {
     lanes x[LANES];
@@ -162,6 +166,56 @@ void swiglu_backward(int threads, count numbers, const float *restrict gate,
         const lanes open = 1 / (1 + power(-a)), swish = a * open;
         put_some(of_up + i, c * swish, left);
         put_some(of_gate + i, c * some(up + i, left) * (open + swish * (1 - open)), left);
+    }
+}
+
+/* One number of each of `deep` x LANES rows of x, turned, for each of LANES / deep rows of w, of k
+   numbers. Of w's next rows, a line is asked for while one is read: they come from far away. */
+static inline __attribute__((always_inline)) void few(
+    const int deep, count k, const float *x, const float *w, const float *next, float *y) {
+    lanes sum[LANES] = {0};
+    for (count l = 0; l < k; l++, x += deep * LANES) {
+        #pragma GCC unroll 16
+        for (int i = 0; i < LANES; i++)
+            sum[i] += w[i / deep * k + l] * get(x + i % deep * LANES);
+        if (l % deep == 0) __builtin_prefetch(next + l / deep * LANES, 0, 2);
+    }
+    for (int i = 0; i < LANES; i++) put(y + i * LANES, sum[i]);
+}
+
+/* y (rows, n) = x (rows, k) w^T (n, k), of at most 4 x LANES rows; n is LANES or more, k a multiple
+   of it. The last block may begin within the one before, and writes the same there. */
+void linear(int threads, count rows, count n, count k, const float *x, const float *w, float *y) {
+    const count deep = rows <= LANES ? 1 : rows <= 2 * LANES ? 2 : 4;
+    const count across = deep * LANES, tall = LANES / deep;
+    #pragma omp parallel num_threads(threads)
+    {
+        float *turned = aligned_alloc(64, (k + LANES) * across * sizeof(float));
+        float *block = turned + k * across, part[LANES * LANES];
+        for (count i = 0; i < across; i += LANES)
+            for (count l = 0; l < k; l += LANES) {
+                memset(part, 0, sizeof part);
+                for (count r = i; r < least(i + LANES, rows); r++)
+                    put(part + (r - i) * LANES, get(x + r * k + l));
+                turn(part, LANES, turned + l * across + i, across);
+            }
+        #pragma omp for
+        for (count j = 0; j < n; j += LANES) {
+            const count at = least(j, n - LANES);
+            for (count c = at; c < at + LANES; c += tall) {
+                const float *from = w + c * k, *next = w + least(c + tall, n - tall) * k;
+                float *to = block + (c - at) * across;
+                if (deep == 1) few(1, k, turned, from, next, to);
+                else if (deep == 2) few(2, k, turned, from, next, to);
+                else few(4, k, turned, from, next, to);
+            }
+            for (count i = 0; i < rows; i += LANES) {
+                turn(block + i, across, part, LANES);
+                for (count r = i; r < least(i + LANES, rows); r++)
+                    put(y + r * n + at, get(part + (r - i) * LANES));
+            }
+        }
+        free(turned);
     }
 }
 
@@ -407,5 +461,73 @@ void attend_backward(int threads, const Rows *of, const float *q, const float *k
                     for (count j = 0; j < size; j++) to[j] += from[j];
                 }
         }
+    }
+}
+
+/* Weights of the keys from `first` to `last` for one query, of its scaled logits. */
+static void softmax_of_row(float *s, count first, count last, float scaling) {
+    lanes most = all(-INFINITY), sum = {0};
+    const count begin = first / LANES * LANES;
+    for (count j = begin; j < last; j += LANES) {
+        const whole at = LANE + (int32_t)j, held = (at >= (int32_t)first) & (at < (int32_t)last);
+        const lanes x = get(s + j);
+        most = choose((x > most) & held, x, most);
+    }
+    float top = -INFINITY, total = 0;
+    for (int i = 0; i < LANES; i++) top = most[i] > top ? most[i] : top;
+    for (count j = begin; j < last; j += LANES) {
+        const whole at = LANE + (int32_t)j, held = (at >= (int32_t)first) & (at < (int32_t)last);
+        const lanes x = choose(held, power((get(s + j) - top) * scaling), (lanes){0});
+        put(s + j, x);
+        sum += x;
+    }
+    for (int i = 0; i < LANES; i++) total += sum[i];
+    for (count j = begin; j < last; j += LANES) put(s + j, get(s + j) / total);
+}
+
+/* Each of LANES vectors' sum. */
+static inline lanes sums(lanes x[LANES]) {
+    FOLD(x, 1)
+    FOLD(x, 2)
+    FOLD(x, 4)
+    FOLD(x, 8)
+    return x[0];
+}
+
+/* Of a sampling step: each row's token attends to its columns from `first` on, up to `seen`. q, out
+   (rows, kv group, size); keys, values (rows, kv, columns, size); `size` and `columns` are multiples
+   of LANES. */
+void attend_step(int threads, count rows, count kv, count group, count size, count columns,
+                 count seen, float scaling, const count *first, const float *q,
+                 const float *keys, const float *values, float *out) {
+    #pragma omp parallel num_threads(threads)
+    {
+        float *weights = aligned_alloc(64, columns * sizeof(float));
+        #pragma omp for collapse(2)
+        for (count b = 0; b < rows; b++)
+            for (count h = 0; h < kv; h++) {
+                const float *k = keys + (b * kv + h) * columns * size;
+                const float *v = values + (b * kv + h) * columns * size;
+                for (count e = 0; e < group; e++) {
+                    const count at = ((b * kv + h) * group + e) * size;
+                    for (count j = first[b] / LANES * LANES; j < seen; j += LANES) {
+                        lanes x[LANES] = {0};
+                        for (count d = 0; d < size; d += LANES) {
+                            const lanes a = get(q + at + d);
+                            for (int i = 0; i < LANES; i++)
+                                x[i] += a * get(k + least(j + i, seen - 1) * size + d);
+                        }
+                        put(weights + j, sums(x));
+                    }
+                    softmax_of_row(weights, first[b], seen, scaling);
+                    for (count d = 0; d < size; d += LANES) {
+                        lanes sum = {0};
+                        for (count j = first[b]; j < seen; j++)
+                            sum += weights[j] * get(v + j * size + d);
+                        put(out + at + d, sum);
+                    }
+                }
+            }
+        free(weights);
     }
 }

@@ -13,12 +13,30 @@ from torch import Tensor
 from torch.amp import custom_bwd, custom_fwd  # pyright: ignore[reportPrivateImportUsage]
 from torch.autograd.function import once_differentiable
 
-from shared.native import call
+from shared.native import call, here
 
 CHUNK = 2**20  # logits that one pass over them takes at a time: they stay in the processor's cache
+LANES = 16  # numbers of a vector in `kernels.c`
+FEWEST, MOST = 5, 4 * LANES  # rows of a product that is written in C
 RUNS = 16  # of rows, whose gradients of a norm's weights are summed apart
 whole = custom_fwd(device_type="cpu", cast_inputs=torch.float32)  # in float32, whatever surrounds
 whole_back = custom_bwd(device_type="cpu")
+
+
+def run(operation: type[torch.autograd.Function], *inputs: Any) -> Any:
+    """`operation` of `inputs`, where no gradient is asked for without autograd's preparations: on
+    the few tokens of a sampling step they take longer than the operation.
+    """
+    if torch.is_grad_enabled():
+        return operation.apply(*inputs)
+    return operation.forward(_Forgetful(), *inputs)
+
+
+class _Forgetful:
+    """A context that keeps nothing for a gradient."""
+
+    def save_for_backward(self, *tensors: Tensor) -> None:
+        pass
 
 
 def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
@@ -26,7 +44,7 @@ def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
 
     Zhang and Sennrich 2019 (arXiv:1910.07467), eq. 4.
     """
-    return _RMSNorm.apply(x, weight, epsilon)  # pyright: ignore[reportReturnType]
+    return run(_RMSNorm, x, weight, epsilon)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -35,7 +53,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     Su et al. 2021 (arXiv:2104.09864), eq. 34, with Llama's pairs: entry i and i + size / 2, which
     have one angle.
     """
-    return _Rotate.apply(x, cos, sin)  # pyright: ignore[reportReturnType]
+    return run(_Rotate, x, cos, sin)
 
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
@@ -43,7 +61,41 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
 
     Shazeer 2020 (arXiv:2002.05202), eq. 6, without its matrix products.
     """
-    return _SwiGLU.apply(gate, up)  # pyright: ignore[reportReturnType]
+    return run(_SwiGLU, gate, up)
+
+
+def adapted(
+    x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float
+) -> Tensor:
+    """x (W + scale B A)^T + bias: (..., K), (N, K), (N,), (R, K), (N, R) -> (..., N).
+
+    `weight` and `bias` are frozen. Hu et al. 2021 (arXiv:2106.09685), eq. 3.
+    """
+    return run(_Adapted, x, weight, bias, a, b, scale)
+
+
+def in_float32(x: Tensor, weight: Tensor) -> bool:
+    """Whether their product is computed in float32."""
+    whole = x.dtype == weight.dtype == torch.float32
+    return whole and not torch.is_autocast_enabled(x.device.type)
+
+
+def few_rows(x: Tensor, weight: Tensor) -> bool:
+    """Whether `linear` takes this product, and is faster than PyTorch's own."""
+    (n, k), rows = weight.shape, x.numel() // x.shape[-1]
+    fits = FEWEST <= rows <= MOST and n >= LANES and k % LANES == 0
+    return fits and not torch.is_grad_enabled() and in_float32(x, weight) and here(x)
+
+
+def linear(x: Tensor, weight: Tensor) -> Tensor:
+    """x weight^T, (..., K), (N, K) -> (..., N), without a gradient, of `few_rows`.
+
+    Such a product takes as long as reading the weights: a step of sampling consists of them.
+    """
+    n, k = weight.shape
+    y = x.new_empty(*x.shape[:-1], n)
+    call("linear", x.numel() // k, n, k, x.contiguous(), weight.contiguous(), y)
+    return y
 
 
 def picked(logits: Tensor, tokens: Tensor) -> Tensor:
@@ -115,6 +167,35 @@ class _SwiGLU(torch.autograd.Function):
         of_gate, of_up = torch.empty_like(gate), torch.empty_like(up)
         call("swiglu_backward", gate.numel(), gate, up, gradient.contiguous(), of_gate, of_up)
         return of_gate, of_up
+
+
+class _Adapted(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        a: Tensor,
+        b: Tensor,
+        scale: float,
+    ) -> Tensor:
+        flat = x.reshape(-1, x.shape[-1])
+        inside, y = flat @ a.T, torch.nn.functional.linear(flat, weight, bias)
+        ctx.save_for_backward(flat, weight, a, b, inside)
+        ctx.scale = scale
+        return y.addmm_(inside, b.T, alpha=scale).view(*x.shape[:-1], -1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        flat, weight, a, b, inside = ctx.saved_tensors
+        g = gradient.reshape(-1, gradient.shape[-1])
+        of_inside = (g @ b).mul_(ctx.scale)
+        of_b, of_a, of_x = (g.T @ inside).mul_(ctx.scale), of_inside.T @ flat, None
+        if ctx.needs_input_grad[0]:
+            of_x = (g @ weight).addmm_(of_inside, a).view(*gradient.shape[:-1], -1)
+        return of_x, None, None, of_a, of_b, None
 
 
 class _Picked(torch.autograd.Function):

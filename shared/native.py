@@ -26,7 +26,9 @@ FUNCTIONS = {  # after the number of threads: whole numbers, floats, tensors
     "rotate": "nnnf****",
     "swiglu": "n***",
     "swiglu_backward": "n*****",
+    "linear": "nnn***",
     "attend": "******",
+    "attend_step": "nnnnnnf*****",
     "attend_backward": "**********",
 }
 

@@ -20,7 +20,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.masking_utils import sdpa_mask
 
 from shared.attention import Pass, packed_attention, rotary_attention
-from shared.kernels import rms_norm, swiglu
+from shared.kernels import few_rows, linear, rms_norm, swiglu
 from shared.native import here
 from shared.sequences import Sequences
 
@@ -107,7 +107,12 @@ def let_pack(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def with_kernels(model: PreTrainedModel) -> PreTrainedModel:
-    """Let a model of Llama's kind compute with `shared.kernels`, packed or not; others stay."""
+    """Let a model of Llama's kind compute with `shared.kernels`, packed or not; others stay, but
+    for products of few rows.
+    """
+    for module in model.modules():
+        if type(module) is nn.Linear:
+            module.forward = MethodType(_linear, module)
     if model.config.model_type in ROTARY:
         for module in model.modules():
             if hasattr(module, "q_proj"):
@@ -124,6 +129,14 @@ def _norm(self: Any, hidden_states: Tensor) -> Tensor:
     if here(hidden_states) and hidden_states.dtype == torch.float32:
         return rms_norm(hidden_states, self.weight, self.variance_epsilon)
     return type(self).forward(self, hidden_states)
+
+
+def _linear(self: Any, x: Tensor) -> Tensor:
+    """`forward` of a linear layer, as its class has it."""
+    if few_rows(x, self.weight):
+        y = linear(x, self.weight)
+        return y if self.bias is None else y.add_(self.bias)
+    return type(self).forward(self, x)
 
 
 def _mlp(self: Any, x: Tensor) -> Tensor:

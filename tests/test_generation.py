@@ -1,7 +1,10 @@
 """Sampling: what comes out is a draw from the model that is scored, and nothing else is touched."""
 
+import copy
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
 
 import pytest
 import torch
@@ -14,13 +17,14 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from shared.generation import hf
+from shared.generation import decoding, hf
+from shared.generation.decoding import Decoding
 from shared.generation.engine import Completions, Sampling
 from shared.generation.hf import HFEngine, moved_up
 from shared.kl import masked_sum
 from shared.logprobs import completion_logits, gather_logprobs, score_logps
 from shared.models import SpecialIds, load_policy, save, special_ids
-from shared.packing import packs
+from shared.packing import let_pack, packs
 from shared.sequences import Limit, collate
 from shared.tasks.registry import TaskConfig, make_task
 
@@ -404,3 +408,59 @@ def test_rows_that_go_on_stay_where_they_are_and_others_fill_the_gaps():
     assert sorted(order) == going.nonzero().squeeze(1).tolist()
     assert order == [0, 5, 2, 3, 7]
     assert moved_up(torch.ones(3, dtype=torch.bool)).tolist() == [0, 1, 2]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("written_in_c", [True, False])
+@pytest.mark.parametrize("size", [16, 40, 64])
+@pytest.mark.parametrize(("heads", "kv"), [(2, 2), (6, 2), (9, 1)])
+def test_a_step_says_what_a_forward_pass_over_the_whole_row_says(
+    heads: int, kv: int, size: int, written_in_c: bool, monkeypatch: pytest.MonkeyPatch
+):
+    """Rows of 1 to 40 tokens that grow by 20, some of which end on the way; queries in groups."""
+    if not written_in_c:
+        monkeypatch.setattr(decoding, "here", lambda tensor: False)
+    shape = {"hidden_size": 144, "intermediate_size": 64, "num_hidden_layers": 2, "head_dim": size}
+    torch.manual_seed(0)
+    plain = LlamaForCausalLM(
+        LlamaConfig(vocab_size=70, num_attention_heads=heads, num_key_value_heads=kv, **shape)
+    ).eval()
+    for weights in plain.parameters():
+        weights *= 8 if weights.ndim == 2 else 1
+    model = let_pack(copy.deepcopy(plain))
+    prompts, rows = [[5], [*range(7, 47)], [5, 6, 7], [*range(8, 25)]], [0, 1, 1, 2, 3, 0]
+    texts, tokens = [prompts[row] for row in rows], torch.randint(70, (20, 6))
+    run = Decoding(model, prompts, torch.tensor(rows), room=20)
+    logits = run.start()
+    for step, drawn in enumerate(tokens):
+        for text, found in zip(texts, logits, strict=True):
+            truth = plain(torch.tensor([text])).logits[0, -1]
+            torch.testing.assert_close(found, truth, atol=1e-3, rtol=1e-4)
+        if step == 10:  # the second ends, and the last takes its place
+            stay = [0, 5, 2, 3, 4]
+            run.keep(torch.tensor(stay))
+            texts = [texts[i] for i in stay]
+        drawn = drawn[: len(texts)]
+        texts = [[*text, token] for text, token in zip(texts, drawn.tolist(), strict=True)]
+        logits = run.step(drawn)
+
+
+def test_threads_change_no_bit_of_a_step():
+    layer, found = SimpleNamespace(layer_idx=0), []
+    config = LlamaConfig(num_hidden_layers=1)
+    model = cast(PreTrainedModel, SimpleNamespace(config=config, device=torch.device("cpu")))
+    query, key = torch.randn(7, 6, 32), torch.randn(7, 2, 32)
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 2, 5):
+            torch.set_num_threads(threads)
+            run = Decoding(model, [[5] * 9, [6] * 30], torch.tensor([0, 1, 0, 0, 1, 1, 0]), room=4)
+            run.first = torch.tensor([21, 0, 21, 21, 0, 0, 21])
+            run.tokens = torch.arange(30).expand(7, 30)
+            values = torch.arange(30.0)[:, None, None].expand(30, 2, 32)
+            run.take(layer, torch.ones(30, 2, 32), values)
+            found.append(run.attend(layer, query, key, key))
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(found[0], found[1])
+    assert torch.equal(found[0], found[2])

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn.functional import silu
 from transformers.models.llama.modeling_llama import LlamaRMSNorm, apply_rotary_pos_emb
 
-from shared.kernels import picked, rms_norm, rotate, swiglu
+from shared.kernels import adapted, few_rows, linear, picked, rms_norm, rotate, swiglu
 
 SEED = torch.Generator().manual_seed(0)
 
@@ -107,11 +107,83 @@ def test_threads_change_no_bit():
         for threads in (1, 2, 5):
             torch.set_num_threads(threads)
             y = swiglu(gate, rotate(rms_norm(x, weight, 1e-6), cos, sin))
-            found.append([y, *torch.autograd.grad(y.square().sum(), (x, weight, gate))])
+            with torch.no_grad():
+                product = linear(x[:20, 0], gate[:, 0])
+            found.append([product, y, *torch.autograd.grad(y.square().sum(), (x, weight, gate))])
     finally:
         torch.set_num_threads(before)
     for other in found[1:]:
         assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("rows", [5, 15, 16, 17, 32, 33, 63, 64])
+@pytest.mark.parametrize(("n", "k"), [(16, 16), (40, 48), (96, 32), (131, 64)])
+def test_a_product_of_few_rows_is_a_product(rows: int, n: int, k: int):
+    """Columns that fill no vector of 16 lie in two blocks; rows fill 1, 2 or 4 vectors."""
+    x, weight = drawn(rows, k), drawn(n, k)
+    assert few_rows(x, weight)
+    truth = (x.double() @ weight.double().T).float()
+    torch.testing.assert_close(linear(x, weight), truth, atol=1e-5, rtol=1e-5)
+    assert torch.equal(linear(x.view(1, rows, k), weight)[0], linear(x, weight))
+
+
+@torch.no_grad()
+def test_a_product_of_few_rows_reads_rows_where_they_lie():
+    """Of a transposed tensor, and of none but its own: NaN beside it stays there."""
+    whole, weight = torch.full((40, 32), torch.nan), drawn(48, 32)
+    whole[7:20] = drawn(13, 32)
+    torch.testing.assert_close(linear(whole[7:20], weight), whole[7:20] @ weight.T)
+    x = drawn(32, 20).T
+    torch.testing.assert_close(linear(x, weight), x @ weight.T, atol=1e-5, rtol=1e-5)
+    wrong = linear(whole[5:25], weight).isnan()
+    assert wrong.all(1).nonzero().flatten().tolist() == [0, 1, 15, 16, 17, 18, 19]
+    assert wrong.any(1).sum() == 7
+
+
+@torch.no_grad()
+def test_other_products_are_left_to_pytorch():
+    x, weight = drawn(16, 32), drawn(48, 32)
+    assert few_rows(x, weight)
+    for rows, others in ((4, (48, 32)), (65, (48, 32)), (16, (15, 32)), (16, (48, 40))):
+        assert not few_rows(drawn(rows, others[1]), drawn(*others))
+    assert not few_rows(x.double(), weight.double())
+    with torch.autocast("cpu", torch.bfloat16):
+        assert not few_rows(x, weight)
+    with torch.enable_grad():
+        assert not few_rows(x, weight)
+
+
+@pytest.mark.parametrize("bias", [None, torch.linspace(-1, 1, 12)], ids=["plain", "bias"])
+@pytest.mark.parametrize("shape", [(7, 6), (2, 5, 6)])
+def test_an_adapted_product_is_that_of_the_sum_of_the_weights(
+    shape: tuple[int, ...], bias: Tensor | None
+):
+    weight = drawn(12, 6).detach()
+
+    def plain(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
+        return torch.nn.functional.linear(x, weight + 1.5 * b @ a, bias)
+
+    def ours(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
+        return adapted(x, weight, bias, a, b, 1.5)
+
+    inputs = drawn(*shape), drawn(4, 6), drawn(12, 4)
+    both(ours, plain, *inputs)
+    with torch.no_grad():
+        torch.testing.assert_close(ours(*inputs), plain(*inputs), atol=1e-5, rtol=1e-5)
+
+
+def test_without_a_gradient_values_are_the_same_to_the_bit():
+    x, weight, gate, (cos, sin) = drawn(5, 2, 8), drawn(8), drawn(5, 2, 8), angles(5, 8)
+
+    def each() -> list[Tensor]:
+        return [rms_norm(x, weight, 1e-6), rotate(x, cos, sin), swiglu(gate, x)]
+
+    with torch.no_grad():
+        alone = each()
+    for a, b in zip(each(), alone, strict=True):
+        assert a.requires_grad and not b.requires_grad
+        assert torch.equal(a, b)
 
 
 def test_picked_is_log_softmax_at_the_token():

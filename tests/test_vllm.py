@@ -7,12 +7,14 @@ import sys
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from checks import TINY, close, weights
 from peft import LoraConfig, get_peft_model
 from scipy import stats
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from benchmarks.experiment import load_experiment
@@ -22,7 +24,7 @@ from benchmarks.smollm2 import convert
 from rlhf.ppo import PPOConfig, train_ppo
 from shared.config import InputError
 from shared.fit import OptimizerConfig
-from shared.generation import vllm, worker
+from shared.generation import vllm, vllm_cpu, worker
 from shared.generation.engine import Completions, Sampling, StaleEngine
 from shared.generation.hf import HFEngine
 from shared.generation.start import GenerationConfig, make_engine
@@ -104,6 +106,11 @@ def largest_difference(engine: VLLMEngine, prompts: list[list[int]], temperature
     theirs = torch.tensor([x for row in drawn.logprobs for x in row])
     assert len(theirs) == int(batch.mask.sum())
     return (ours - theirs).abs().max().item()
+
+
+def served(engine: VLLMEngine) -> Any:
+    """vLLM's own module."""
+    return engine.llm.llm_engine.model_executor.driver_worker.worker.model_runner.get_model()
 
 
 def train(model: PreTrainedModel, prompts: list[list[int]], steps: int, rate: float) -> None:
@@ -196,6 +203,11 @@ def test_a_skipped_sync_is_caught(engine: VLLMEngine, monkeypatch: pytest.Monkey
 def test_a_sync_that_leaves_the_tied_head_packed_as_it_was_is_caught(
     engine: VLLMEngine, monkeypatch: pytest.MonkeyPatch
 ):
+    """As vLLM leaves it, by itself, where it packs weights."""
+    engine.sync()
+    head = served(engine).lm_head
+    packed = head.weight.detach().clone()
+    head.cpu_linear = lambda x, weight, bias: torch.nn.functional.linear(x, packed, bias)
     train(engine.model, [[5, 17, 30], [8, 9]], steps=5, rate=1e-3)
     with monkeypatch.context() as patch:
         patch.setattr(worker, "repack_head", lambda model: None)
@@ -223,6 +235,51 @@ def test_what_prompts_of_a_batch_begin_with_in_common_is_read_once(engine: VLLME
     outputs = engine.llm.generate(prompts, SamplingParams(max_tokens=1), use_tqdm=False)
     read_before = [output.num_cached_tokens for output in outputs]
     assert read_before == [0, 32, 32]
+
+
+@pytest.mark.parametrize("count", [1, 5, 40, 80])
+def test_on_a_cpu_products_are_ours_and_by_the_weights_themselves(
+    engine: VLLMEngine, count: int, monkeypatch: pytest.MonkeyPatch
+):
+    """A number of rows that ours takes, and others."""
+    layers = [m for m in served(engine).modules() if hasattr(m, "cpu_linear")]
+    assert layers
+    calls = []
+    for function in ("linear", "many_rows"):
+        plain = getattr(vllm_cpu, function)
+        monkeypatch.setattr(
+            vllm_cpu, function, lambda *a, f=plain, n=function: calls.append(n) or f(*a)
+        )
+    for layer in layers:
+        weight = layer.weight.detach()
+        x, bias = torch.randn(count, weight.shape[1]), torch.randn(len(weight))
+        with torch.no_grad():
+            close(layer.cpu_linear(x, layer.weight, bias), x @ weight.T + bias, 1e-5)
+    assert set(calls) == {"linear" if count in (5, 40) else "many_rows"}
+
+
+def test_on_a_cpu_norms_are_ours(engine: VLLMEngine, monkeypatch: pytest.MonkeyPatch):
+    from vllm import ir
+
+    x, other, weight = torch.randn(3, 7, 16)
+    weight = weight[0]
+    with torch.no_grad():
+        for name, inputs in (("rms_norm", (x,)), ("fused_add_rms_norm", (x, other))):
+            implementations = getattr(ir.ops, name).impls
+            ours, theirs = (
+                implementations[by].impl_fn(*inputs, weight, 0.1) for by in ("klash", "native")
+            )
+            for mine, plain in zip(flat(ours), flat(theirs), strict=True):
+                close(mine, plain, 1e-6)
+    asked = []
+    plain = vllm_cpu.rms_norm
+    monkeypatch.setattr(vllm_cpu, "rms_norm", lambda *a: asked.append(1) or plain(*a))
+    engine.sync()
+    assert asked
+
+
+def flat(found: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return found if isinstance(found, tuple) else (found,)
 
 
 def test_one_engine_serves_policies_of_one_architecture_in_turn(

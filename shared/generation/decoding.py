@@ -1,7 +1,7 @@
 """Sampling's forward passes of a model that packs: prompts without padding, then a token a row.
 
-Each step sees one flat row of tokens, as packed passes do. Attention alone knows the rows: what
-they are of a layer's keys and values lies in one tensor with room for all that will come, prompts
+Each step sees one flat row of tokens, as packed passes do. Attention alone knows the rows:
+their keys and values of all layers lie in one tensor with room for all that will come, prompts
 aligned to the right, so that a step writes one column and copies nothing else.
 """
 
@@ -14,9 +14,10 @@ from transformers import PreTrainedModel
 
 from shared.attention import Pass
 from shared.models import trunk
+from shared.native import call, here
 from shared.packing import pack_rows, pass_inputs
 
-VECTOR = 16  # numbers; softmax over fewer is ten times slower each
+VECTOR = 16  # numbers; PyTorch's softmax over fewer is ten times slower each
 
 
 class Decoding:
@@ -31,7 +32,7 @@ class Decoding:
     ):
         self.model, self.prompts, self.rows = model, prompts, rows.to(model.device)
         self.width = max(map(len, prompts))  # columns that are filled
-        self.columns = max(VECTOR, self.width + room)
+        self.columns = -(-(self.width + room) // VECTOR) * VECTOR
         self.cache: Tensor | None = None  # (layers, 2, B, kv, columns, size)
 
     def start(self) -> Tensor:
@@ -42,13 +43,9 @@ class Decoding:
         lengths = packed.lengths
         last = packed.rows.gather(1, lengths.unsqueeze(1) - 1).squeeze(1)
         told = _Prompts(self, *packed[3:], read=last)
-        # Where a row's prompt stands, aligned to the right: the first columns are hidden
-        first = self.width - lengths[self.rows]
-        places = torch.arange(self.width, device=device) - first.unsqueeze(1)
+        self.first = self.width - lengths[self.rows]  # (B,) columns before each row's prompt
+        places = torch.arange(self.width, device=device) - self.first.unsqueeze(1)
         self.tokens = packed.rows[self.rows].gather(1, places.clamp(min=0))  # (B, width)
-        self.hidden = (torch.arange(self.columns, device=device) < first.unsqueeze(1)).float()
-        self.hidden[:, self.width :] = 1
-        self.hidden.masked_fill_(self.hidden.bool(), -torch.inf)  # (B, columns)
         self.positions = lengths[self.rows] - 1
         states = self._states(packed.ids, packed.positions, told)[last]
         return self._logits(states)[self.rows]
@@ -56,7 +53,6 @@ class Decoding:
     def step(self, tokens: Tensor) -> Tensor:
         """Let each row grow by its token, (B,): logits of the next one, (B, V)."""
         self.positions = self.positions + 1
-        self.hidden[:, self.width] = 0
         states = self._states(tokens.unsqueeze(0), self.positions.unsqueeze(0), self)
         self.width += 1
         return self._logits(states)
@@ -67,7 +63,7 @@ class Decoding:
         new = (rows != torch.arange(len(rows), device=rows.device)).nonzero().squeeze(1)
         self.cache[:, :, new, :, : self.width] = self.cache[:, :, rows[new], :, : self.width]
         self.cache = self.cache[:, :, : len(rows)]
-        self.hidden, self.positions = self.hidden[rows], self.positions[rows]
+        self.first, self.positions = self.first[rows], self.positions[rows]
 
     def attend(
         self, layer: Any, query: Tensor, key: Tensor, value: Tensor, **options: Any
@@ -76,14 +72,21 @@ class Decoding:
         assert self.cache is not None
         keys, values = self.cache[layer.layer_idx]
         keys[:, :, self.width], values[:, :, self.width] = key, value
-        count, kv, _, size = keys.shape
+        scaling, size = options.get("scaling") or query.shape[-1] ** -0.5, query.shape[-1]
+        if here(query) and size % VECTOR == 0:
+            q = query.float().contiguous()
+            shape = len(q), key.shape[1], q.shape[1] // key.shape[1], size, self.columns
+            output = torch.empty_like(q)
+            told = self.first.data_ptr(), q, keys, values, output
+            call("attend_step", *shape, self.width + 1, scaling, *told)
+            return output.to(value.dtype)
         seen = max(VECTOR, self.width + 1)
-        keys, values = (t.view(count * kv, -1, size)[:, :seen] for t in (keys, values))
-        hidden = self.hidden[:, :seen].repeat_interleave(kv, 0).unsqueeze(1)
-        q = query.float().reshape(count * kv, -1, size)
-        scaling = options.get("scaling") or size**-0.5
-        logits = torch.baddbmm(hidden.expand(-1, q.shape[1], -1), q, keys.mT, alpha=scaling)
-        return torch.bmm(logits.softmax(-1), values).view(query.shape).to(value.dtype)
+        at = torch.arange(seen, device=query.device)
+        outside = (at < self.first.unsqueeze(1)) | (at > self.width)
+        hidden = torch.zeros(outside.shape, device=query.device).masked_fill(outside, -torch.inf)
+        q = query.float().unflatten(1, (key.shape[1], -1))
+        logits = q @ keys[:, :, :seen].mT * scaling + hidden[:, None, None]
+        return (logits.softmax(-1) @ values[:, :, :seen]).view(query.shape).to(value.dtype)
 
     def take(self, layer: Any, key: Tensor, value: Tensor) -> None:
         """Keep the prompts' keys and values of a layer, (N, kv, size), for every row."""

@@ -12,7 +12,7 @@ from shared.logprobs import token_logprobs
 from shared.models import SpecialIds
 from shared.sequences import collate
 
-PROBES, PROBE_TOKENS = 4, 8  # fixed prompts, and the most tokens of each
+PROBES, PROBE_TOKENS = 2, 8  # fixed prompts, and the most tokens of each
 DRAWN = 2  # tokens after each: every weight says its part of the first, the cache of the second
 SHAPE = (
     "model_type", "vocab_size", "hidden_size", "num_hidden_layers", "intermediate_size",

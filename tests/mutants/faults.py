@@ -552,7 +552,8 @@ FAULTS = (
     ),
     Fault(
         "attention: the sum forgets the first key", "shared/kernels.c",
-        "        sum += x;\n", "        if (j > 0) sum += x;\n",
+        "put(s + j * across, x);\n        sum += x;\n",
+        "put(s + j * across, x);\n        if (j > 0) sum += x;\n",
         "weights do not sum to one", ATTENTION,
     ),
     Fault(
@@ -595,6 +596,48 @@ FAULTS = (
         "return _turned(gradient, cos, sin, -1), None, None",
         "return _turned(gradient, cos, sin, 1), None, None",
         "queries and keys learn in a wrong direction", KERNELS,
+    ),
+    Fault(
+        "linear: columns that fill no vector are left", "shared/kernels.c",
+        "(count j = 0; j < n; j += LANES) {\n            const count at = least(j, n - LANES);",
+        "(count j = 0; j < n / LANES * LANES; j += LANES) {\n            const count at = j;",
+        "the last words of a vocabulary get the logits that lay there", KERNELS,
+    ),
+    Fault(
+        "linear: rows from the 33rd on are those before", "shared/kernels.c",
+        "turned + l * across + i, across);\n            }\n        #pragma",
+        "turned + l * across + i % (2 * LANES), across);\n            }\n        #pragma",
+        "samples of one row are drawn from another's distribution", KERNELS,
+    ),
+    Fault(
+        "linear: taken where a gradient is asked for", "shared/kernels.py",
+        "return fits and not torch.is_grad_enabled() and", "return fits and",
+        "short batches train nothing", KERNELS,
+    ),
+    Fault(
+        "adapted: B learns at another rate", "shared/kernels.py",
+        "of_b, of_a, of_x = (g.T @ inside).mul_(ctx.scale),", "of_b, of_a, of_x = (g.T @ inside),",
+        "alpha changes the forward pass alone", KERNELS,
+    ),
+    Fault(
+        "adapted: what comes before learns nothing through the adapter", "shared/kernels.py",
+        "(g @ weight).addmm_(of_inside, a)", "(g @ weight)",
+        "lower layers' adapters have other gradients", KERNELS,
+    ),
+    Fault(
+        "lora: an adapter that is switched off speaks", "shared/lora.py",
+        "off = self.disable_adapters or self.merged", "off = self.merged",
+        "PPO's reference is its policy", LORA,
+    ),
+    Fault(
+        "vllm: weights are packed, and stay", "shared/generation/vllm_cpu.py",
+        "layer.cpu_linear = product", "packed(layer, remove_weight)",
+        "a step of sampling takes longer", VLLM,
+    ),
+    Fault(
+        "vllm: the sum of states is forgotten", "shared/generation/vllm_cpu.py",
+        "_rms_norm(total, weight, epsilon), total", "_rms_norm(total, weight, epsilon), x",
+        "layers of the served model lose what came before", VLLM,
     ),
     Fault(
         "native: a tensor of any layout is taken", "shared/native.py",
@@ -765,13 +808,29 @@ FAULTS = (
     ),
     Fault(
         "decoding: padding is seen", "shared/generation/decoding.py",
-        "first = self.width - lengths[self.rows]", "first = 0 * lengths[self.rows]",
+        "self.first = self.width - lengths[self.rows]", "self.first = 0 * lengths[self.rows]",
         "short prompts are read with tokens before them", SAMPLER,
     ),
     Fault(
         "decoding: a row's own token is hidden", "shared/generation/decoding.py",
-        "self.hidden[:, self.width] = 0", "self.hidden[:, self.width - 1] = 0",
+        "self.width + 1, scaling, *told)", "self.width, scaling, *told)",
         "a token is drawn without the one before it", SAMPLER,
+    ),
+    Fault(
+        "decoding: without C a row's own token is hidden", "shared/generation/decoding.py",
+        "(at > self.width)", "(at >= self.width)",
+        "a token is drawn without the one before it", SAMPLER,
+    ),
+    Fault(
+        "decoding: the last vector of columns is seen whole", "shared/kernels.c",
+        "const lanes x = choose(held, power((get(s + j) - top) * scaling), (lanes){0});",
+        "const lanes x = power((get(s + j) - top) * scaling);",
+        "columns that nothing was written to take part", SAMPLER,
+    ),
+    Fault(
+        "decoding: the first query's weights for its group", "shared/kernels.c",
+        "get(q + at + d);", "get(q + at - e * size + d);",
+        "queries in groups are one", SAMPLER,
     ),
     Fault(
         "decoding: another prompt's first token", "shared/generation/decoding.py",
