@@ -81,21 +81,24 @@ def in_float32(x: Tensor, weight: Tensor) -> bool:
 
 
 def few_rows(x: Tensor, weight: Tensor) -> bool:
-    """Whether `linear` takes this product, and is faster than PyTorch's own."""
+    """Whether a product without a gradient has so few rows that C is faster than PyTorch."""
     (n, k), rows = weight.shape, x.numel() // x.shape[-1]
     fits = FEWEST <= rows <= MOST and n >= LANES and k % LANES == 0
     return fits and not torch.is_grad_enabled() and in_float32(x, weight) and here(x)
 
 
-def linear(x: Tensor, weight: Tensor) -> Tensor:
-    """x weight^T, (..., K), (N, K) -> (..., N), without a gradient, of `few_rows`.
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """x weight^T + bias, (..., K), (N, K), (N,) -> (..., N).
 
-    Such a product takes as long as reading the weights: a step of sampling consists of them.
+    A product of `few_rows` takes as long as reading the weights: a step of sampling consists of
+    them.
     """
+    if not few_rows(x, weight):
+        return torch.nn.functional.linear(x, weight, bias)
     n, k = weight.shape
     y = x.new_empty(*x.shape[:-1], n)
     call("linear", x.numel() // k, n, k, x.contiguous(), weight.contiguous(), y)
-    return y
+    return y if bias is None else y.add_(bias)
 
 
 def picked(logits: Tensor, tokens: Tensor) -> Tensor:

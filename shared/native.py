@@ -75,6 +75,6 @@ def library() -> ctypes.CDLL | None:
 
 def _missing(reason: str) -> None:
     logging.getLogger(__name__).warning(
-        "norms, MLPs and attention run on PyTorch's own operations, some slower: %s",
+        "norms, MLPs, attention and sampling run on PyTorch's own operations, some slower: %s",
         reason,
     )

@@ -20,7 +20,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.masking_utils import sdpa_mask
 
 from shared.attention import Pass, packed_attention, rotary_attention
-from shared.kernels import few_rows, linear, rms_norm, swiglu
+from shared.kernels import linear, rms_norm, swiglu
 from shared.native import here
 from shared.sequences import Sequences
 
@@ -107,8 +107,8 @@ def let_pack(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def with_kernels(model: PreTrainedModel) -> PreTrainedModel:
-    """Let a model of Llama's kind compute with `shared.kernels`, packed or not; others stay, but
-    for products of few rows.
+    """Let `model` compute with `shared.kernels`, packed or not: all that Llama's kind does between
+    its matrix products, and of others products of few rows.
     """
     for module in model.modules():
         if type(module) is nn.Linear:
@@ -133,10 +133,7 @@ def _norm(self: Any, hidden_states: Tensor) -> Tensor:
 
 def _linear(self: Any, x: Tensor) -> Tensor:
     """`forward` of a linear layer, as its class has it."""
-    if few_rows(x, self.weight):
-        y = linear(x, self.weight)
-        return y if self.bias is None else y.add_(self.bias)
-    return type(self).forward(self, x)
+    return linear(x, self.weight, self.bias)
 
 
 def _mlp(self: Any, x: Tensor) -> Tensor:

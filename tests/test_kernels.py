@@ -108,7 +108,7 @@ def test_threads_change_no_bit():
             torch.set_num_threads(threads)
             y = swiglu(gate, rotate(rms_norm(x, weight, 1e-6), cos, sin))
             with torch.no_grad():
-                product = linear(x[:20, 0], gate[:, 0])
+                product = linear(x[:20, 0], gate[:, 0], None)
             found.append([product, y, *torch.autograd.grad(y.square().sum(), (x, weight, gate))])
     finally:
         torch.set_num_threads(before)
@@ -121,11 +121,13 @@ def test_threads_change_no_bit():
 @pytest.mark.parametrize(("n", "k"), [(16, 16), (40, 48), (96, 32), (131, 64)])
 def test_a_product_of_few_rows_is_a_product(rows: int, n: int, k: int):
     """Columns that fill no vector of 16 lie in two blocks; rows fill 1, 2 or 4 vectors."""
-    x, weight = drawn(rows, k), drawn(n, k)
+    x, weight, bias = drawn(rows, k), drawn(n, k), drawn(n)
     assert few_rows(x, weight)
     truth = (x.double() @ weight.double().T).float()
-    torch.testing.assert_close(linear(x, weight), truth, atol=1e-5, rtol=1e-5)
-    assert torch.equal(linear(x.view(1, rows, k), weight)[0], linear(x, weight))
+    found = linear(x, weight, None)
+    torch.testing.assert_close(found, truth, atol=1e-5, rtol=1e-5)
+    assert torch.equal(linear(x.view(1, rows, k), weight, None)[0], found)
+    assert torch.equal(linear(x, weight, bias), found + bias)
 
 
 @torch.no_grad()
@@ -133,10 +135,11 @@ def test_a_product_of_few_rows_reads_rows_where_they_lie():
     """Of a transposed tensor, and of none but its own: NaN beside it stays there."""
     whole, weight = torch.full((40, 32), torch.nan), drawn(48, 32)
     whole[7:20] = drawn(13, 32)
-    torch.testing.assert_close(linear(whole[7:20], weight), whole[7:20] @ weight.T)
+    truth = whole[7:20] @ weight.T
+    torch.testing.assert_close(linear(whole[7:20], weight, None), truth, atol=1e-5, rtol=1e-5)
     x = drawn(32, 20).T
-    torch.testing.assert_close(linear(x, weight), x @ weight.T, atol=1e-5, rtol=1e-5)
-    wrong = linear(whole[5:25], weight).isnan()
+    torch.testing.assert_close(linear(x, weight, None), x @ weight.T, atol=1e-5, rtol=1e-5)
+    wrong = linear(whole[5:25], weight, None).isnan()
     assert wrong.all(1).nonzero().flatten().tolist() == [0, 1, 15, 16, 17, 18, 19]
     assert wrong.any(1).sum() == 7
 
@@ -146,12 +149,17 @@ def test_other_products_are_left_to_pytorch():
     x, weight = drawn(16, 32), drawn(48, 32)
     assert few_rows(x, weight)
     for rows, others in ((4, (48, 32)), (65, (48, 32)), (16, (15, 32)), (16, (48, 40))):
-        assert not few_rows(drawn(rows, others[1]), drawn(*others))
+        x, weight, bias = drawn(rows, others[1]), drawn(*others), drawn(others[0])
+        assert not few_rows(x, weight)
+        torch.testing.assert_close(linear(x, weight, bias), x @ weight.T + bias)
+    x, weight = drawn(16, 32), drawn(48, 32)
     assert not few_rows(x.double(), weight.double())
     with torch.autocast("cpu", torch.bfloat16):
         assert not few_rows(x, weight)
+        assert linear(x, weight, None).dtype == torch.bfloat16
     with torch.enable_grad():
         assert not few_rows(x, weight)
+        assert linear(x, weight, None).requires_grad
 
 
 @pytest.mark.parametrize("bias", [None, torch.linspace(-1, 1, 12)], ids=["plain", "bias"])

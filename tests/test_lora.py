@@ -1,7 +1,9 @@
 """LoRA and the value head of a policy: what trains, what is saved, and what stays as it was."""
 
 import json
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -56,10 +58,34 @@ def moved(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def start(config: PreTrainedConfig) -> PreTrainedModel:
-    return let_pack(policy(config))
+    """A policy whose biases, where it has any, are not the zeros that they begin as."""
+    model, generator = policy(config), torch.Generator().manual_seed(4)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if name.endswith(".bias"):
+                p.copy_(0.3 * torch.randn(p.shape, generator=generator))
+    return let_pack(model)
 
 
 # The adapter
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_an_adapted_layer_says_and_learns_what_pefts_does(dtype: torch.dtype):
+    """In float32 by our operation, in a region of bfloat16 by peft's own."""
+    model: Any = moved(with_lora(start(CONFIGS["qwen2"]), LORA, seed=0))
+    layer = model.base_model.model.model.layers[0].self_attn.q_proj
+    assert layer.base_layer.bias.abs().min() > 0
+    x = torch.randn(2, 5, layer.in_features, requires_grad=True)
+    learned = x, layer.lora_A.default.weight, layer.lora_B.default.weight
+    found = []
+    for forward in (layer, partial(type(layer).forward, layer)):
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+            y = forward(x)
+        assert y.dtype == dtype
+        found.append([y, *torch.autograd.grad(y.float().square().sum(), learned)])
+    for ours, pefts in zip(*found, strict=True):
+        close(ours, pefts, 0 if dtype == torch.bfloat16 else 1e-4)
 
 
 @torch.no_grad()

@@ -53,6 +53,9 @@ class Decoding:
     def step(self, tokens: Tensor) -> Tensor:
         """Let each row grow by its token, (B,): logits of the next one, (B, V)."""
         self.positions = self.positions + 1
+        at = torch.arange(max(VECTOR, self.width + 1), device=tokens.device)
+        outside = (at < self.first.unsqueeze(1)) | (at > self.width)
+        self.hidden = torch.zeros(outside.shape, device=at.device).masked_fill(outside, -torch.inf)
         states = self._states(tokens.unsqueeze(0), self.positions.unsqueeze(0), self)
         self.width += 1
         return self._logits(states)
@@ -80,12 +83,8 @@ class Decoding:
             told = self.first.data_ptr(), q, keys, values, output
             call("attend_step", *shape, self.width + 1, scaling, *told)
             return output.to(value.dtype)
-        seen = max(VECTOR, self.width + 1)
-        at = torch.arange(seen, device=query.device)
-        outside = (at < self.first.unsqueeze(1)) | (at > self.width)
-        hidden = torch.zeros(outside.shape, device=query.device).masked_fill(outside, -torch.inf)
-        q = query.float().unflatten(1, (key.shape[1], -1))
-        logits = q @ keys[:, :, :seen].mT * scaling + hidden[:, None, None]
+        q, seen = query.float().unflatten(1, (key.shape[1], -1)), self.hidden.shape[1]
+        logits = q @ keys[:, :, :seen].mT * scaling + self.hidden[:, None, None]
         return (logits.softmax(-1) @ values[:, :, :seen]).view(query.shape).to(value.dtype)
 
     def take(self, layer: Any, key: Tensor, value: Tensor) -> None:

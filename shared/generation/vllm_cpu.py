@@ -8,16 +8,18 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import linear as many_rows
 
-from shared.kernels import few_rows, linear, rms_norm
+from shared.kernels import linear, rms_norm
+from shared.native import library
 
 PROVIDER = "klash"
 NORMS = ("rms_norm", "fused_add_rms_norm")
 
 
 def use_kernels() -> dict[str, Any]:
-    """Let engines that start from now on use ours: arguments for them."""
+    """Let engines that start from now on use ours: arguments for them, none without a compiler."""
+    if library() is None:
+        return {}
     from vllm import ir
     from vllm.model_executor.layers import utils
 
@@ -29,7 +31,7 @@ def use_kernels() -> dict[str, Any]:
 
         def choose(layer: Any, remove_weight: bool) -> None:
             if layer.weight.dtype == torch.float32 and layer.weight.ndim == 2:
-                layer.cpu_linear = product
+                layer.cpu_linear = _product
             else:
                 packed(layer, remove_weight)
 
@@ -37,13 +39,9 @@ def use_kernels() -> dict[str, Any]:
     return {"ir_op_priority": {name: [PROVIDER] for name in NORMS}}
 
 
-def product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """x weight^T + bias, as `torch.nn.functional.linear`."""
-    weight = weight.detach()  # plain: of vLLM's parameters, each question takes microseconds
-    if few_rows(x, weight):
-        y = linear(x, weight)
-        return y if bias is None else y.add_(bias)
-    return many_rows(x, weight, bias)
+def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """`detach` leaves a plain tensor: of vLLM's parameters, each question takes microseconds."""
+    return linear(x, weight.detach(), bias)
 
 
 def _rms_norm(

@@ -630,9 +630,24 @@ FAULTS = (
         "PPO's reference is its policy", LORA,
     ),
     Fault(
+        "lora: biases are left out", "shared/lora.py",
+        "adapted(x, weight, base.bias, *inside", "adapted(x, weight, None, *inside",
+        "a policy with biases is another model under its adapter", LORA,
+    ),
+    Fault(
+        "lora: bfloat16 is not asked for", "shared/lora.py",
+        " or not in_float32(x, weight):", ":",
+        "a region of bfloat16 computes in float32", LORA,
+    ),
+    Fault(
         "vllm: weights are packed, and stay", "shared/generation/vllm_cpu.py",
-        "layer.cpu_linear = product", "packed(layer, remove_weight)",
+        "layer.cpu_linear = _product", "packed(layer, remove_weight)",
         "a step of sampling takes longer", VLLM,
+    ),
+    Fault(
+        "vllm: without a compiler C is asked all the same", "shared/generation/vllm_cpu.py",
+        "    if library() is None:\n        return {}\n", "",
+        "vLLM ends at its first norm", VLLM,
     ),
     Fault(
         "vllm: the sum of states is forgotten", "shared/generation/vllm_cpu.py",
