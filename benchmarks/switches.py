@@ -109,8 +109,12 @@ PYTORCH = {  # norms, rotary positions, MLPs and attention as transformers has t
     "shared.native.library": lambda: None,
     "shared.logprobs.picked": plainly_picked,
 }
+MKL = {"shared.kernels.tiles": lambda: False}  # PyTorch's products, not the processor's tiles
 CACHE = {"shared.generation.hf.packs": lambda model: False}
-WHOLE_LAYER = {"shared.packing._tell_mlp": lambda *_: None}  # nor does the last layer know
+UNREAD = {  # nor does the last layer know what is read
+    "shared.packing.seen_from": lambda batch, at: batch.attention.bool(),
+    "shared.packing._tell_mlp": lambda *_: None,
+}
 BLOCKS = {"shared.logprobs.BLOCK": 2**12}  # logits: 38 tokens of the vocabulary of `reviews`
 APART = {
     "shared.generation.hf.HFEngine._generate_batch": each_prompt_read,
@@ -127,8 +131,9 @@ VARIANTS = {
     "as it comes": Variant(),
     "padded": Variant(PADDED),
     "PyTorch": Variant(PYTORCH),
+    "PyTorch's products": Variant(MKL),
     "transformers' cache": Variant(CACHE),
-    "whole last layer": Variant(WHOLE_LAYER),
+    "unread too": Variant(UNREAD),
     "blocks": Variant(BLOCKS),
     "rows apart": Variant(APART, resampled=True),
     "scored again": Variant(SCORED_AGAIN),
@@ -155,12 +160,13 @@ EVERY = ("direct", "ppo", "reward")
 COMPARISONS = (
     Comparison("packed passes", "padded rows, transformers' own pass", DEFAULT, "padded", EVERY),
     Comparison("kernels in C", "PyTorch's operations, SDPA", DEFAULT, "PyTorch", EVERY),
+    Comparison("products by tiles", "PyTorch's", DEFAULT, "PyTorch's products", EVERY),
     Comparison(
         "sampling without padding", "transformers' cache, padded", DEFAULT,
         "transformers' cache", ("ppo",),
     ),
     Comparison(
-        "last MLP where it is read", "at every token", DEFAULT, "whole last layer", EVERY
+        "tokens that are read only", "every token", DEFAULT, "unread too", EVERY
     ),
     Comparison("logits in blocks", "all at once", "blocks", DEFAULT, ("direct", "ppo")),
     Comparison(

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from shared.kernels import rotate, run, whole, whole_back
+from shared.kernels import linears, rotate, run, whole, whole_back
 from shared.native import call, here
 
 
@@ -136,8 +136,8 @@ def rotary_attention(
         return type(self).forward(self, hidden_states, *about, **options)
     cos, sin = (t[0].unsqueeze(1) for t in position_embeddings)  # pyright: ignore
     query, key, value = (
-        projection(hidden_states)[0].unflatten(-1, (-1, self.head_dim))
-        for projection in (self.q_proj, self.k_proj, self.v_proj)
+        states[0].unflatten(-1, (-1, self.head_dim))
+        for states in linears(hidden_states, (self.q_proj, self.k_proj, self.v_proj))
     )
     if hasattr(self, "q_norm"):
         query, key = self.q_norm(query), self.k_norm(key)

@@ -63,20 +63,22 @@ class Meter:
     ) -> None:
         """Counts a pass over `batch`; with `backward` also its gradient and the trained tokens.
 
-        What a packed pass computes once for several rows is counted once. Without
-        `logits` a policy's output head is not used; `ends`: only each row's last token is read.
+        What a packed pass computes once for several rows is counted once, what nothing reads is
+        not. Without `logits` a policy's output head is not used; `ends`: only each row's last token
+        is read.
         """
         lengths = batch.attention.sum(1).tolist()
-        at = At(sum(lengths), sum(lengths), int(batch.mask.sum()) if logits else 0)
+        tokens = read = trained = sum(lengths)
         if packs(model):
-            tokens, read = distinct_tokens(batch, batch.last if ends else batch.predicting)
-            at = at._replace(trunk=tokens, last_mlp=read)
+            where = batch.last if ends else batch.predicting
+            tokens, read, lengths = distinct_tokens(batch, where)
+        at = At(tokens, read, int(batch.mask.sum()) if logits else 0)
         flops = forward_flops(model, lengths, at)
         self.flops += flops
         if backward:
             frozen = zip(at, matrices(model)[1], strict=True)
             self.flops += 2 * flops - 2.0 * sum(seen * size for seen, size in frozen)
-            self.train_tokens += sum(lengths)
+            self.train_tokens += trained
 
     def generation(
         self, model: PreTrainedModel, prompts: list[list[int]], completions: list[list[int]]

@@ -2,65 +2,15 @@
    its gradient in one pass over memory. `native.py` compiles this; `kernels.py` and `attention.py`
    say what each one is, and call it with contiguous float32 tensors.
 
-   Results do not depend on the number of threads: what several rows add to is summed in one order.
-   Vectors are GNU C's, which the compiler cuts into those that the processor has. */
+   Results do not depend on the number of threads: what several rows add to is summed in one order. */
 
+#include "lanes.h"
 #include <math.h>
-#include <stdint.h>
-#include <stdlib.h>
-#include <string.h>
 
-#define LANES 16
 #define TALL 8 /* rows of a product that are held in registers */
 #define BLOCK 16 /* positions whose attention is computed at a time */
 
-typedef float lanes __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
-typedef int32_t whole __attribute__((vector_size(4 * LANES), aligned(4)));
-typedef int64_t count;
-
 static const whole LANE = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-
-static inline lanes get(const float *at) { return *(const lanes *)at; }
-static inline void put(float *at, lanes x) { *(lanes *)at = x; }
-static inline lanes all(float x) { return x - (lanes){0}; }
-static inline lanes choose(whole which, lanes a, lanes b) {
-    return (lanes)(((whole)a & which) | ((whole)b & ~which));
-}
-/* Of a and b, in turn: the first `step` lanes of each 2 x step (LOW) or the others (HIGH). */
-#define LOW(i, step) ((i) & (step) ? LANES + (i) - (step) : (i))
-#define HIGH(i, step) ((i) & (step) ? LANES + (i) : (i) + (step))
-#define EACH(f, s)                                                                               \
-    f(0, s), f(1, s), f(2, s), f(3, s), f(4, s), f(5, s), f(6, s), f(7, s), f(8, s), f(9, s),    \
-        f(10, s), f(11, s), f(12, s), f(13, s), f(14, s), f(15, s)
-#ifdef __clang__
-#define MIXED(a, b, f, s) __builtin_shufflevector(a, b, EACH(f, s))
-#else
-#define MIXED(a, b, f, s) __builtin_shuffle(a, b, (whole){EACH(f, s)})
-#endif
-#define SWAP(x, step)                                                                            \
-    for (int i = 0; i < LANES; i++)                                                              \
-        if (!(i & (step))) {                                                                     \
-            const lanes a = x[i], b = x[i + (step)];                                             \
-            x[i] = MIXED(a, b, LOW, step), x[i + (step)] = MIXED(a, b, HIGH, step);              \
-        }
-
-#define FOLD(x, step)                                                                            \
-    for (int i = 0; i < LANES; i += 2 * (step))                                                  \
-        x[i] = MIXED(x[i], x[i + (step)], LOW, step) + MIXED(x[i], x[i + (step)], HIGH, step);
-
-/* LANES rows of LANES numbers become columns. */
-static inline void turn(const float *from, count apart, float *to, count to_apart) {
-    lanes x[LANES];
-    for (int i = 0; i < LANES; i++) x[i] = get(from + i * apart);
-    SWAP(x, 1)
-    SWAP(x, 2)
-    SWAP(x, 4)
-    SWAP(x, 8)
-    for (int i = 0; i < LANES; i++) put(to + i * to_apart, x[i]);
-}
-
-static inline count up_to(count n, count step) { return (n + step - 1) / step * step; }
-static inline count least(count a, count b) { return a < b ? a : b; }
 
 /* e^x, and e^-80 or e^80 beyond: 2^n times a polynomial of what is left, |r| <= ln(2) / 2. */
 static inline lanes power(lanes x) {
@@ -135,18 +85,6 @@ void rotate(int threads, count tokens, count heads, count size, float sign,
         }
 }
 
-/* Fewer numbers than lanes may be left: the others are 0, and are not written. */
-static inline lanes some(const float *at, count left) {
-    if (left >= LANES) return get(at);
-    float part[LANES] = {0};
-    memcpy(part, at, left * sizeof(float));
-    return get(part);
-}
-static inline void put_some(float *at, lanes x, count left) {
-    if (left >= LANES) put(at, x);
-    else memcpy(at, &x, left * sizeof(float));
-}
-
 void swiglu(int threads, count numbers, const float *restrict gate, const float *restrict up,
             float *restrict y) {
     #pragma omp parallel for num_threads(threads)
@@ -166,56 +104,6 @@ void swiglu_backward(int threads, count numbers, const float *restrict gate,
         const lanes open = 1 / (1 + power(-a)), swish = a * open;
         put_some(of_up + i, c * swish, left);
         put_some(of_gate + i, c * some(up + i, left) * (open + swish * (1 - open)), left);
-    }
-}
-
-/* One number of each of `deep` x LANES rows of x, turned, for each of LANES / deep rows of w, of k
-   numbers. Of w's next rows, a line is asked for while one is read: they come from far away. */
-static inline __attribute__((always_inline)) void few(
-    const int deep, count k, const float *x, const float *w, const float *next, float *y) {
-    lanes sum[LANES] = {0};
-    for (count l = 0; l < k; l++, x += deep * LANES) {
-        #pragma GCC unroll 16
-        for (int i = 0; i < LANES; i++)
-            sum[i] += w[i / deep * k + l] * get(x + i % deep * LANES);
-        if (l % deep == 0) __builtin_prefetch(next + l / deep * LANES, 0, 2);
-    }
-    for (int i = 0; i < LANES; i++) put(y + i * LANES, sum[i]);
-}
-
-/* y (rows, n) = x (rows, k) w^T (n, k), of at most 4 x LANES rows; n is LANES or more, k a multiple
-   of it. The last block may begin within the one before, and writes the same there. */
-void linear(int threads, count rows, count n, count k, const float *x, const float *w, float *y) {
-    const count deep = rows <= LANES ? 1 : rows <= 2 * LANES ? 2 : 4;
-    const count across = deep * LANES, tall = LANES / deep;
-    #pragma omp parallel num_threads(threads)
-    {
-        float *turned = aligned_alloc(64, (k + LANES) * across * sizeof(float));
-        float *block = turned + k * across, part[LANES * LANES];
-        for (count i = 0; i < across; i += LANES)
-            for (count l = 0; l < k; l += LANES) {
-                memset(part, 0, sizeof part);
-                for (count r = i; r < least(i + LANES, rows); r++)
-                    put(part + (r - i) * LANES, get(x + r * k + l));
-                turn(part, LANES, turned + l * across + i, across);
-            }
-        #pragma omp for
-        for (count j = 0; j < n; j += LANES) {
-            const count at = least(j, n - LANES);
-            for (count c = at; c < at + LANES; c += tall) {
-                const float *from = w + c * k, *next = w + least(c + tall, n - tall) * k;
-                float *to = block + (c - at) * across;
-                if (deep == 1) few(1, k, turned, from, next, to);
-                else if (deep == 2) few(2, k, turned, from, next, to);
-                else few(4, k, turned, from, next, to);
-            }
-            for (count i = 0; i < rows; i += LANES) {
-                turn(block + i, across, part, LANES);
-                for (count r = i; r < least(i + LANES, rows); r++)
-                    put(y + r * n + at, get(part + (r - i) * LANES));
-            }
-        }
-        free(turned);
     }
 }
 

@@ -2,22 +2,24 @@
 passes over memory, and autograd makes twice as many of them.
 
 Each is equal to the plain form but for rounding. Gradients of gradients are not there. All but
-`picked` are written in C (`kernels.c`), and are there where `shared.native` is.
+`picked` are written in C (`kernels.c`, `products.c`), and are there where `shared.native` is.
 """
 # pyright: reportIncompatibleMethodOverride=false
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, TypeGuard
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.amp import custom_bwd, custom_fwd  # pyright: ignore[reportPrivateImportUsage]
 from torch.autograd.function import once_differentiable
 
-from shared.native import call, here
+from shared.native import call, here, tiles
 
 CHUNK = 2**20  # logits that one pass over them takes at a time: they stay in the processor's cache
-LANES = 16  # numbers of a vector in `kernels.c`
+LANES = 16  # numbers of a vector in C
 FEWEST, MOST = 5, 4 * LANES  # rows of a product that is written in C
+ROWS = MOST + 1  # at least, of a product by tiles
 RUNS = 16  # of rows, whose gradients of a norm's weights are summed apart
 whole = custom_fwd(device_type="cpu", cast_inputs=torch.float32)  # in float32, whatever surrounds
 whole_back = custom_bwd(device_type="cpu")
@@ -87,18 +89,43 @@ def few_rows(x: Tensor, weight: Tensor) -> bool:
     return fits and not torch.is_grad_enabled() and in_float32(x, weight) and here(x)
 
 
+def by_tiles(x: Tensor, *weights: Tensor) -> bool:
+    """Whether products of `x` with matrices go to the processor's matrix unit."""
+    large = x.numel() >= ROWS * x.shape[-1] and min(x.shape[-1], *map(len, weights)) >= LANES
+    return large and all(in_float32(x, w) for w in weights) and here(x) and tiles()
+
+
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """x weight^T + bias, (..., K), (N, K), (N,) -> (..., N).
 
     A product of `few_rows` takes as long as reading the weights: a step of sampling consists of
     them.
     """
-    if not few_rows(x, weight):
-        return torch.nn.functional.linear(x, weight, bias)
-    n, k = weight.shape
-    y = x.new_empty(*x.shape[:-1], n)
-    call("linear", x.numel() // k, n, k, x.contiguous(), weight.contiguous(), y)
-    return y if bias is None else y.add_(bias)
+    if few_rows(x, weight):
+        n, k = weight.shape
+        y = x.new_empty(*x.shape[:-1], n)
+        call("linear", x.numel() // k, n, k, x.contiguous(), weight.contiguous(), y)
+    elif by_tiles(x, weight):
+        (y,) = run(_Products, x, weight)
+    else:
+        return nn.functional.linear(x, weight, bias)
+    return y if bias is None else y + bias
+
+
+def linears(x: Tensor, layers: Sequence[nn.Module]) -> Sequence[Tensor]:
+    """Outputs of up to three layers that see the same `x`."""
+    weights = [layer.weight for layer in layers if _plain(layer)]
+    if len(weights) < len(layers) or not by_tiles(x, *weights):
+        return [layer(x) for layer in layers]
+    outputs = run(_Products, x, *weights)
+    told = zip(outputs, layers, strict=True)
+    return [y if layer.bias is None else y + layer.bias for y, layer in told]
+
+
+def _plain(layer: nn.Module) -> TypeGuard[nn.Linear]:
+    """Whether a linear layer is its matrix alone: no adapter's, and no hook waits for its call."""
+    hooks = layer._forward_hooks, layer._forward_pre_hooks, layer._backward_hooks
+    return type(layer) is nn.Linear and not any(hooks)
 
 
 def picked(logits: Tensor, tokens: Tensor) -> Tensor:
@@ -172,6 +199,43 @@ class _SwiGLU(torch.autograd.Function):
         return of_gate, of_up
 
 
+class _Products(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:
+        x, weights = x.contiguous(), tuple(w.contiguous() for w in weights)
+        outputs = tuple(x.new_empty(*x.shape[:-1], len(w)) for w in weights)
+        call("products", *_shape(x, weights), x, [*weights], [*outputs])
+        ctx.save_for_backward(x, *weights)
+        return outputs
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        x, *weights = ctx.saved_tensors
+        of_x, *of_weights = (
+            torch.empty_like(t) if asked else None
+            for t, asked in zip(ctx.saved_tensors, ctx.needs_input_grad, strict=True)
+        )
+        told = x, weights, [g.contiguous() for g in gradients], of_x, of_weights
+        call("products_backward", *_shape(x, weights), *told)
+        return of_x, *of_weights
+
+
+def _of_input(gradient: Tensor, weight: Tensor) -> Tensor:
+    """The gradient of a product's other side, (M, N), (N, K) -> (M, K)."""
+    if not by_tiles(gradient, weight):
+        return gradient @ weight
+    of_x, weight = gradient.new_empty(len(gradient), weight.shape[1]), weight.contiguous()
+    told = None, [weight], [gradient.contiguous()], of_x, [None]
+    call("products_backward", *_shape(of_x, [weight]), *told)
+    return of_x
+
+
+def _shape(x: Tensor, weights: Sequence[Tensor]) -> tuple[int, int, int, list[int]]:
+    size = x.shape[-1]
+    return len(weights), x.numel() // size, size, [*map(len, weights)]
+
+
 class _Adapted(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -184,7 +248,7 @@ class _Adapted(torch.autograd.Function):
         scale: float,
     ) -> Tensor:
         flat = x.reshape(-1, x.shape[-1])
-        inside, y = flat @ a.T, torch.nn.functional.linear(flat, weight, bias)
+        inside, y = flat @ a.T, linear(flat, weight, bias)
         ctx.save_for_backward(flat, weight, a, b, inside)
         ctx.scale = scale
         return y.addmm_(inside, b.T, alpha=scale).view(*x.shape[:-1], -1)
@@ -197,7 +261,7 @@ class _Adapted(torch.autograd.Function):
         of_inside = (g @ b).mul_(ctx.scale)
         of_b, of_a, of_x = (g.T @ inside).mul_(ctx.scale), of_inside.T @ flat, None
         if ctx.needs_input_grad[0]:
-            of_x = (g @ weight).addmm_(of_inside, a).view(*gradient.shape[:-1], -1)
+            of_x = _of_input(g, weight).addmm_(of_inside, a).view(*gradient.shape[:-1], -1)
         return of_x, None, None, of_a, of_b, None
 
 

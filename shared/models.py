@@ -162,7 +162,7 @@ def trunk(model: PreTrainedModel) -> nn.Module:
 def last_states(model: PreTrainedModel, batch: Sequences, at: Tensor) -> Tensor:
     """The last hidden states of the tokens where `at` (B, P + T), (M, H), row by row."""
     if packs(model):
-        packed = pack(batch)
+        packed = pack(batch, at)
         tokens = packed.place[at]
         return trunk(model)(**packed_inputs(packed, tokens)).last_hidden_state[0, tokens]
     return trunk(model)(

@@ -1,4 +1,5 @@
-"""`kernels.c`, compiled by the machine's C compiler when a process first needs it: a second's work.
+"""What is written in C, compiled by the machine's C compiler when a process first needs it:
+a second's work.
 
 Where there is no compiler (or `CC=false` says so), PyTorch's own operations do the same, slower.
 """
@@ -17,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-SOURCE = Path(__file__).with_name("kernels.c")
+SOURCES = [Path(__file__).with_name(name) for name in ("kernels.c", "products.c")]
 FLAGS = ("-O3", "-march=native", "-fopenmp", "-fno-math-errno", "-shared", "-fPIC")
 TYPES = {"n": ctypes.c_int64, "f": ctypes.c_float, "*": ctypes.c_void_p}
 FUNCTIONS = {  # after the number of threads: whole numbers, floats, tensors
@@ -31,6 +32,7 @@ FUNCTIONS = {  # after the number of threads: whole numbers, floats, tensors
     "attend_step": "nnnnnnf*****",
     "attend_backward": "**********",
 }
+BY_TILES = {"products": "nnn****", "products_backward": "nnn******"}  # where `tiles` says so
 
 
 def here(tensor: Tensor) -> bool:
@@ -39,16 +41,34 @@ def here(tensor: Tensor) -> bool:
 
 
 def call(function: str, *arguments: Any) -> None:
-    """Run a function of `kernels.c` on this process's threads; tensors are contiguous float32."""
-    tensors = [a for a in arguments if isinstance(a, Tensor)]
-    assert all(t.is_contiguous() and t.dtype == torch.float32 for t in tensors)
-    told = [a.data_ptr() if isinstance(a, Tensor) else a for a in arguments]
-    getattr(library(), function)(torch.get_num_threads(), *told)
+    """Run a function that is written in C on this process's threads.
+
+    Tensors are contiguous float32. A list holds tensors, each of which may be None, or numbers.
+    """
+    getattr(library(), function)(torch.get_num_threads(), *map(_told, arguments))
+
+
+def _told(argument: Any) -> Any:
+    if isinstance(argument, list):
+        if isinstance(argument[0], int):
+            return (ctypes.c_int64 * len(argument))(*argument)
+        return (ctypes.c_void_p * len(argument))(*map(_told, argument))
+    if not isinstance(argument, Tensor):
+        return argument
+    assert argument.is_contiguous() and argument.dtype == torch.float32
+    return argument.data_ptr()
 
 
 def kind() -> str:
-    """What runs the operations that `kernels.c` holds: results differ in their last digits."""
-    return "PyTorch" if library() is None else "C"
+    """What runs the operations that are written in C: results differ in their last digits."""
+    return "PyTorch" if library() is None else "C, tiles" if tiles() else "C"
+
+
+@cache
+def tiles() -> bool:
+    """Whether products may go to the processor's matrix unit (Intel's AMX)."""
+    found = library()
+    return found is not None and bool(found.tiles())
 
 
 @cache
@@ -59,7 +79,7 @@ def library() -> ctypes.CDLL | None:
         return _missing(f"no C compiler was found ({compiler[0]})")
     with tempfile.TemporaryDirectory() as folder:
         target = Path(folder) / "kernels.so"
-        command = [*compiler, *FLAGS, "-o", str(target), str(SOURCE), "-lm"]
+        command = [*compiler, *FLAGS, "-o", str(target), *map(str, SOURCES), "-lm"]
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode != 0:
             return _missing(f"{compiler[0]} failed: {done.stderr.strip()[:500]}")
@@ -67,7 +87,8 @@ def library() -> ctypes.CDLL | None:
             found = ctypes.CDLL(str(target))
         except OSError as error:  # such as a temporary folder from which nothing may be run
             return _missing(f"what {compiler[0]} made cannot be loaded: {error}")
-    for name, types in FUNCTIONS.items():
+    functions = {**FUNCTIONS, **BY_TILES} if found.tiles() else FUNCTIONS
+    for name, types in functions.items():
         getattr(found, name).argtypes = [ctypes.c_int, *(TYPES[t] for t in types)]
         getattr(found, name).restype = None
     return found

@@ -1,6 +1,8 @@
-"""Forward passes over real tokens only: no padding, and what rows begin with in common once.
+"""Forward passes over tokens that matter: no padding, what rows begin with in common once, and no
+token that nothing reads, such as the EOS that ends a completion whose log-probability is asked for.
 
-That is a prompt with several completions, a chat's system prompt, a template's first words.
+What rows have in common is a prompt with several completions, a chat's system prompt, a template's
+first words.
 
 Everything in a decoder but attention works token by token, so those parts see one flat row of the
 batch's distinct tokens; `shared.attention` knows which of them see each other.
@@ -20,7 +22,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.masking_utils import sdpa_mask
 
 from shared.attention import Pass, packed_attention, rotary_attention
-from shared.kernels import linear, rms_norm, swiglu
+from shared.kernels import linear, linears, rms_norm, swiglu
 from shared.native import here
 from shared.sequences import Sequences
 
@@ -41,9 +43,12 @@ class Packed(NamedTuple):
     lengths: Tensor  # (B,) tokens of a row
 
 
-def pack(batch: Sequences) -> Packed:
-    """The distinct tokens of `batch`: what rows begin with in common is there once."""
-    real = batch.attention.bool()
+def pack(batch: Sequences, at: Tensor) -> Packed:
+    """The distinct tokens of `batch` that states at `at` (B, P + T) depend on.
+
+    What rows begin with in common is there once, and what follows a row's last `at` is not.
+    """
+    real = seen_from(batch, at)
     start, lengths = real.int().argmax(1), real.sum(1)
     column = torch.arange(int(lengths.max()), device=real.device)
     ids = batch.ids.gather(1, (start.unsqueeze(1) + column).clamp(max=real.shape[1] - 1))
@@ -51,6 +56,11 @@ def pack(batch: Sequences) -> Packed:
     packed = pack_rows(ids.masked_fill(~inside, -1))
     place = torch.zeros_like(batch.ids).masked_scatter(real, packed.rows[inside])
     return packed._replace(place=place)
+
+
+def seen_from(batch: Sequences, at: Tensor) -> Tensor:
+    """The real tokens of each row up to its last one `at`, (B, P + T)."""
+    return batch.attention.bool() & at.flip(1).cummax(1).values.flip(1)
 
 
 def pack_rows(ids: Tensor) -> Packed:
@@ -79,10 +89,10 @@ def number_distinct(ids: Tensor) -> tuple[Tensor, Tensor]:
     return new, number.gather(0, holder).masked_fill(ids < 0, 0)
 
 
-def distinct_tokens(batch: Sequences, at: Tensor) -> tuple[int, int]:
-    """How many tokens `pack` leaves, and how many of them are those where `at` (B, P + T)."""
-    packed = pack(batch)
-    return packed.ids.shape[1], len(packed.place[at].unique())
+def distinct_tokens(batch: Sequences, at: Tensor) -> tuple[int, int, list[int]]:
+    """How many tokens `pack` leaves, how many of them are those `at` (B, P + T), and each row's."""
+    packed = pack(batch, at)
+    return packed.ids.shape[1], len(packed.place[at].unique()), packed.lengths.tolist()
 
 
 def packs(model: PreTrainedModel) -> bool:
@@ -138,7 +148,7 @@ def _linear(self: Any, x: Tensor) -> Tensor:
 
 def _mlp(self: Any, x: Tensor) -> Tensor:
     """`forward` of an MLP, as its class has it; bfloat16 is left to PyTorch's own operations."""
-    gate, up = self.gate_proj(x), self.up_proj(x)
+    gate, up = linears(x, (self.gate_proj, self.up_proj))
     if here(gate) and gate.dtype == torch.float32:
         return self.down_proj(swiglu(gate, up))
     return self.down_proj(self.act_fn(gate) * up)

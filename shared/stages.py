@@ -127,7 +127,7 @@ def code_hash(module: str) -> str:
         tree = ast.parse(Path(spec.origin).read_text(encoding="utf-8"))
         found[current] = hashlib.sha256(ast.dump(tree).encode()).hexdigest()
         for beside in Path(spec.origin).parent.iterdir():
-            if beside.suffix in (".html", ".css", ".c"):
+            if beside.suffix in (".html", ".css", ".c", ".h"):
                 found[str(beside.name)] = _sha256(beside)
         queue.extend(_project_imports(tree))
     return _digest(found)

@@ -32,7 +32,8 @@ EACH = {"short": PROMPTS, "long": LONG_PROMPTS, "spread": SPREAD}
 
 
 def over(prompts: list[list[int]]) -> tuple[Packed, Pass]:
-    packed = pack(collate(prompts, COMPLETIONS, PAD))
+    batch = collate(prompts, COMPLETIONS, PAD)
+    packed = pack(batch, batch.last)
     return packed, Pass(*packed[3:], read=packed.back)
 
 

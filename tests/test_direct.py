@@ -151,10 +151,10 @@ def test_scoring_the_reference_is_paid_for(
     dealt = [completions[j] for j in read_mismatched(folders[1]).partner]
     for folder, of in zip(folders, (completions, dealt), strict=True):
         cost = json.loads((folder / "cost.json").read_text())
-        lengths = [len(p) + len(c) for p, c in zip(prompts, of, strict=True)]
         rows = [*zip(prompts, of, strict=True)]
+        lengths = [len(p) + len(c) - 1 for p, c in rows]  # a last token predicts nothing
         read = {(*p, *c[:end]) for p, c in rows for end in range(len(c))}
-        at = At(len(beginnings(p + c for p, c in rows)), len(read), sum(map(len, of)))
+        at = At(len(beginnings(p + c[:-1] for p, c in rows)), len(read), sum(map(len, of)))
         assert cost["flops"] == pytest.approx(forward_flops(model, lengths, at))
         assert cost["train_tokens"] == 0
 
@@ -413,7 +413,7 @@ def test_the_micro_batch_size_changes_neither_loss_nor_gradient(
     assert (found[0][1] - weights(moved(policy_folder))).norm() > 0.1
     for log, after in found[1:]:
         assert log == pytest.approx(found[0][0], rel=1e-5, abs=1e-6)
-        close(after, found[0][1], 1e-6)
+        close(after, found[0][1], 5e-6)  # gradients of products are exact to 4e-6
 
 
 def test_ktos_baseline_is_that_of_the_whole_step_and_is_logged(
@@ -424,9 +424,9 @@ def test_ktos_baseline_is_that_of_the_whole_step_and_is_logged(
     known = torch.arange(2 * N) / 10
     data.mismatched = data.mismatched._replace(logps=data.mismatched.logps - known)
     rows = [1, 3, N + 5, N + 8, 20]
-    close(data.mismatched_ratios(load_policy(policy_folder), rows), known[rows])
+    close(data.mismatched_ratios(load_policy(policy_folder), rows), known[rows], 2e-5)
     monkeypatch.setattr("dpo.train.SCORING", Limit(256, 40))
-    close(data.mismatched_ratios(load_policy(policy_folder), rows), known[rows])
+    close(data.mismatched_ratios(load_policy(policy_folder), rows), known[rows], 2e-5)
     log = data.step(descent(load_policy(policy_folder)), rows)
     z = (0.1 + 0.3 + 2.7 + 3.0 + 2.0) / 5
     assert log["kl"] == pytest.approx(z, abs=1e-5)

@@ -4,11 +4,22 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import silu
 from transformers.models.llama.modeling_llama import LlamaRMSNorm, apply_rotary_pos_emb
 
-from shared.kernels import adapted, few_rows, linear, picked, rms_norm, rotate, swiglu
+from shared import native
+from shared.kernels import (
+    adapted,
+    by_tiles,
+    few_rows,
+    linear,
+    linears,
+    picked,
+    rms_norm,
+    rotate,
+    swiglu,
+)
 
 SEED = torch.Generator().manual_seed(0)
 
@@ -106,10 +117,10 @@ def test_threads_change_no_bit():
     try:
         for threads in (1, 2, 5):
             torch.set_num_threads(threads)
-            y = swiglu(gate, rotate(rms_norm(x, weight, 1e-6), cos, sin))
+            z = linear(swiglu(gate, rotate(rms_norm(x, weight, 1e-6), cos, sin)), gate[:, 0], None)
             with torch.no_grad():
                 product = linear(x[:20, 0], gate[:, 0], None)
-            found.append([product, y, *torch.autograd.grad(y.square().sum(), (x, weight, gate))])
+            found.append([product, z, *torch.autograd.grad(z.square().sum(), (x, weight, gate))])
     finally:
         torch.set_num_threads(before)
     for other in found[1:]:
@@ -162,6 +173,128 @@ def test_other_products_are_left_to_pytorch():
         assert linear(x, weight, None).requires_grad
 
 
+def layers_of(k: int, sizes: tuple[int, ...], bias: bool = False) -> list[nn.Linear]:
+    """Of N(0, 1) weights and biases."""
+    layers = [nn.Linear(k, n, bias) for n in sizes]
+    for weights in (p for layer in layers for p in layer.parameters()):
+        weights.data = drawn(*weights.shape).detach()
+    return layers
+
+
+def in_float64(
+    x: Tensor, layers: list[nn.Linear], weights: list[Tensor]
+) -> tuple[list[Tensor], list[Tensor]]:
+    """The layers' outputs; gradients of x and of their parameters at `weights` of the outputs."""
+    about = [x, *(p for layer in layers for p in layer.parameters())]
+    wide = [t.detach().double().requires_grad_() for t in about]
+    rest = iter(wide[1:])
+    outputs = [
+        nn.functional.linear(wide[0], next(rest), None if layer.bias is None else next(rest))
+        for layer in layers
+    ]
+    total = sum((y * w).sum() for y, w in zip(outputs, weights, strict=True))
+    return outputs, [*torch.autograd.grad(total, wide)]  # pyright: ignore[reportArgumentType]
+
+
+def off(found: Tensor, truth: Tensor) -> float:
+    """How far apart they are, as a share of the truth: root mean squares."""
+    return ((found - truth).square().mean() / truth.square().mean()).sqrt().item()
+
+
+SHAPES = [  # rows, numbers of a row, columns: tiles hold 32 x 32 x 32, 512 numbers are one sweep
+    (65, 16, (16,)),
+    (70, 48, (130, 17)),
+    (96, 64, (64, 32, 32)),
+    (257, 600, (31, 96, 530)),
+    (1100, 40, (33,)),
+]
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize(("rows", "k", "sizes"), SHAPES)
+def test_products_by_tiles_are_products(rows: int, k: int, sizes: tuple[int, ...], bias: bool):
+    """Forward as exact as float32, gradients to 16 bits."""
+    x, layers = drawn(rows, k), layers_of(k, sizes, bias)
+    weights = [torch.randn(rows, n, generator=SEED) for n in sizes]
+    found = linears(x, layers)
+    outputs, gradients = in_float64(x, layers, weights)
+    for mine, truth in zip(found, outputs, strict=True):
+        assert off(mine, truth) < 5e-7
+        assert (mine - truth).abs().max() < 2e-5 * k**0.5
+    about = [x, *(p for layer in layers for p in layer.parameters())]
+    total = sum((y * w).sum() for y, w in zip(found, weights, strict=True))
+    for mine, truth in zip(torch.autograd.grad(total, about), gradients, strict=True):  # pyright: ignore
+        assert mine.shape == truth.shape
+        assert off(mine, truth) < 1e-5
+        assert (mine - truth).abs().max() < 1e-4 * truth.square().mean().sqrt()
+
+
+def test_products_by_tiles_of_numbers_of_bfloat16_are_exact():
+    """Whole numbers below 256: what they are cut into is one part, and sums are exact too."""
+    x, weight = (torch.randint(-255, 256, s, generator=SEED).float() for s in ((80, 64), (48, 64)))
+    x, weight = x.requires_grad_(), weight.requires_grad_()
+    y = linear(x, weight, None)
+    assert torch.equal(y.double(), x.double() @ weight.double().T)
+    g = torch.randint(-255, 256, y.shape, generator=SEED).float()
+    of_x, of_weight = torch.autograd.grad(y, (x, weight), g)
+    assert torch.equal(of_x.double(), g.double() @ weight.double())
+    assert torch.equal(of_weight.double(), g.double().T @ x.double())
+
+
+def test_products_by_tiles_give_gradients_to_those_that_ask():
+    """A frozen layer beside one that learns, and inputs that do not."""
+    for asking in ((True, False, True), (False, True, False), (False, True, True)):
+        x, layers = drawn(70, 32), layers_of(32, (48, 40))
+        inputs = [x, *(layer.weight for layer in layers)]
+        plain = [t.detach().clone().requires_grad_(a) for t, a in zip(inputs, asking, strict=True)]
+        for t, asked in zip(inputs, asking, strict=True):
+            t.requires_grad_(asked)
+        sum(y.square().sum() for y in linears(x, layers)).backward()  # pyright: ignore
+        sum((plain[0] @ w.T).square().sum() for w in plain[1:]).backward()  # pyright: ignore
+        for mine, theirs, asked in zip(inputs, plain, asking, strict=True):
+            assert (mine.grad is not None) == asked
+            if asked:
+                torch.testing.assert_close(mine.grad, theirs.grad, atol=5e-2, rtol=1e-4)
+
+
+def test_products_by_tiles_read_rows_where_they_lie():
+    """Of transposed tensors too, and of none but their own: NaN beside them stays there."""
+    around = torch.full((140, 64), torch.nan)
+    around[20:100, :40] = torch.randn(80, 40, generator=SEED)
+    x, weight = around[20:100, :40].requires_grad_(), drawn(40, 50).detach().T.requires_grad_()
+    y = linear(x, weight, None)
+    g = torch.randn(50, 80, generator=SEED).T
+    of_x, of_weight = torch.autograd.grad(y, (x, weight), g)
+    torch.testing.assert_close(y, x @ weight.T, atol=1e-4, rtol=1e-5)
+    torch.testing.assert_close(of_x, g @ weight, atol=1e-3, rtol=1e-4)
+    torch.testing.assert_close(of_weight, g.T @ x, atol=1e-3, rtol=1e-4)
+    with torch.no_grad():
+        wrong = linear(around[19:101, :40], weight, None).isnan()
+    assert wrong.all(1).nonzero().flatten().tolist() == [0, 81]
+    assert wrong.any(1).sum() == 2
+
+
+def test_tiles_multiply_where_the_processor_has_them():
+    x, weight = drawn(65, 16), drawn(16, 16)
+    assert by_tiles(x, weight, weight) == native.tiles()
+    assert not by_tiles(x[:64], weight)
+    assert not by_tiles(x[:, :15], weight[:, :15])
+    assert not by_tiles(x, weight[:15], weight)
+    assert not by_tiles(x.double(), weight.double())
+    with torch.autocast("cpu", torch.bfloat16):
+        assert not by_tiles(x, weight)
+        assert linears(x, layers_of(16, (16, 16)))[0].dtype == torch.bfloat16
+
+
+def test_a_layer_that_a_hook_listens_to_is_called():
+    """Gate and up are one product otherwise, and no layer's call."""
+    (layer, other), heard = layers_of(16, (16, 32)), []
+    layer.register_forward_hook(lambda _, __, y: heard.append(y))
+    found = linears(drawn(70, 16), (layer, other))
+    assert [y.shape for y in found] == [(70, 16), (70, 32)]
+    assert heard == [found[0]]
+
+
 @pytest.mark.parametrize("bias", [None, torch.linspace(-1, 1, 12)], ids=["plain", "bias"])
 @pytest.mark.parametrize("shape", [(7, 6), (2, 5, 6)])
 def test_an_adapted_product_is_that_of_the_sum_of_the_weights(
@@ -179,6 +312,18 @@ def test_an_adapted_product_is_that_of_the_sum_of_the_weights(
     both(ours, plain, *inputs)
     with torch.no_grad():
         torch.testing.assert_close(ours(*inputs), plain(*inputs), atol=1e-5, rtol=1e-5)
+
+
+def test_an_adapted_product_goes_by_tiles_too():
+    weight, a, b, x = drawn(64, 48).detach(), drawn(4, 48), drawn(64, 4), drawn(2, 40, 48)
+    found = adapted(x, weight, None, a, b, 0.5)
+    layer = nn.Linear(48, 64, bias=False)
+    layer.weight.data = (weight + 0.5 * b @ a).detach()
+    weights = torch.randn(found.shape, generator=SEED)
+    (truth,), gradients = in_float64(x, [layer], [weights])
+    assert off(found, truth) < 1e-6
+    (of_x,) = torch.autograd.grad((found * weights).sum(), x)
+    assert off(of_x, gradients[0]) < 1e-5
 
 
 def test_without_a_gradient_values_are_the_same_to_the_bit():

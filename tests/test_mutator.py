@@ -10,6 +10,7 @@ from mutants.draw import TESTS, drawn, replaced, sites
 from mutants.faults import FAULTS, applied, written_by_hand
 from mutants.trial import ROOT, asserts
 
+SYNTAX = ["cc", "-march=native", "-fopenmp", f"-I{ROOT / 'shared'}", "-fsyntax-only", "-x", "c"]
 SAMPLE = '''
 def mean(values: list[float], scale: float = 2.0) -> float:
     """Not touched: 1 + 1."""
@@ -30,8 +31,8 @@ def test_every_fault_written_by_hand_is_one_change_that_parses():
     assert len(FAULTS) >= 40
     for mutant in written_by_hand():
         original = (ROOT / mutant.file).read_text(encoding="utf-8")
-        if mutant.file.endswith(".c"):
-            check = ["cc", "-fopenmp", "-fsyntax-only", "-x", "c", "-"]
+        if mutant.file.endswith((".c", ".h")):
+            check = [*SYNTAX, "-"]
             assert subprocess.run(check, input=mutant.text, text=True).returncode == 0, mutant.name
         else:
             assert trees(mutant.text) != trees(original), mutant.name
@@ -56,8 +57,8 @@ def test_drawn_faults_parse_differ_and_have_names_of_their_own():
     assert len({mutant.name for mutant in found}) == len(found) == 300
     for mutant in found:
         original = (ROOT / mutant.file).read_text(encoding="utf-8")
-        if mutant.file.endswith(".c"):
-            check = ["cc", "-fopenmp", "-fsyntax-only", "-x", "c", "-"]
+        if mutant.file.endswith((".c", ".h")):
+            check = [*SYNTAX, "-"]
             assert subprocess.run(check, input=mutant.text, text=True).returncode == 0, mutant.name
         else:
             assert trees(mutant.text) != trees(original), mutant.name

@@ -12,10 +12,15 @@ from shared import native
 
 def test_here_it_is_compiled_and_computes():
     """All tests of its functions rest on this."""
-    assert native.kind() == "C"
+    assert native.kind() == ("C, tiles" if native.tiles() else "C")
     gate, y = torch.ones(20), torch.zeros(20)
     native.call("swiglu", 20, gate, 2 * gate, y)
     torch.testing.assert_close(y, 2 * torch.ones(20).sigmoid())
+
+
+def test_tiles_are_there_where_linux_says_so():
+    flags = Path("/proc/cpuinfo")
+    assert native.tiles() == (flags.exists() and "amx_bf16" in flags.read_text())
 
 
 @pytest.mark.parametrize(
@@ -55,7 +60,7 @@ def test_what_the_compiler_says_is_told(
 ):
     broken = tmp_path / "kernels.c"
     broken.write_text("int f(void) { return nothing; }")
-    monkeypatch.setattr(native, "SOURCE", broken)
+    monkeypatch.setattr(native, "SOURCES", [broken])
     assert native.library.__wrapped__() is None
     assert "nothing" in caplog.text
 

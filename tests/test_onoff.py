@@ -21,7 +21,7 @@ from benchmarks.switches import COMPARISONS, DEFAULT, VARIANTS, apart, in_force,
 from dpo.train import DirectConfig
 from rlhf.ppo import PPOConfig
 from rlhf.reward import RewardConfig
-from shared import attention, native, packing
+from shared import attention, kernels, native, packing
 from shared.config import InputError
 from shared.generation import decoding, hf
 from shared.generation.engine import Sampling
@@ -91,9 +91,12 @@ def test_rows_attend_in_sdpa_where_that_is_switched(
         assert attention_seen(monkeypatch, load_policy(policy_folder), batch) == {way}
 
 
-@pytest.mark.parametrize(("variant", "written"), [(DEFAULT, True), ("PyTorch", False)])
+@pytest.mark.parametrize(
+    ("variant", "written", "tiles"),
+    [(DEFAULT, True, True), ("PyTorch's products", True, False), ("PyTorch", False, False)],
+)
 def test_gradients_are_autograds_where_that_is_switched(
-    policy_folder: Path, batch: Sequences, variant: str, written: bool
+    policy_folder: Path, batch: Sequences, variant: str, written: bool, tiles: bool
 ):
     with in_force(variant):
         logps = token_logprobs(load_policy(policy_folder), batch)
@@ -104,7 +107,9 @@ def test_gradients_are_autograds_where_that_is_switched(
             seen.add(node)
             waiting.extend(before for before, _ in node.next_functions)
     ours = {f"_{name}Backward" for name in ("Attend", "Picked", "RMSNorm", "Rotate", "SwiGLU")}
-    assert ours & {node.name() for node in seen} == (ours if written else set())
+    names = {node.name() for node in seen}
+    assert ours & names == (ours if written else set())
+    assert ("_ProductsBackward" in names) == (tiles and native.tiles())
 
 
 @pytest.mark.parametrize(
@@ -129,20 +134,20 @@ def test_sampling_goes_through_the_librarys_cache_where_that_is_switched(
     assert started == [kind]
 
 
-@pytest.mark.parametrize(("variant", "all_of_them"), [(DEFAULT, False), ("whole last layer", True)])
-def test_the_last_mlp_sees_every_token_where_that_is_switched(
+@pytest.mark.parametrize(("variant", "all_of_them"), [(DEFAULT, False), ("unread too", True)])
+def test_every_token_is_computed_where_that_is_switched(
     policy_folder: Path, batch: Sequences, variant: str, all_of_them: bool
 ):
     seen: list[int] = []
     with in_force(variant):
         model: Any = load_policy(policy_folder)
-        model.model.layers[-1].mlp.up_proj.register_forward_hook(
-            lambda _, __, out: seen.append(out.shape[1])
-        )
+        for part in (model.model.embed_tokens, model.model.layers[-1].mlp.up_proj):
+            part.register_forward_hook(lambda _, __, out: seen.append(out.shape[1]))
         token_logprobs(model, batch)
-    tokens, predicting = packing.distinct_tokens(batch, batch.predicting)
-    assert seen == [tokens if all_of_them else predicting]
-    assert predicting < tokens
+    tokens = packing.distinct_tokens(batch, batch.last)[0]
+    needed, predicting, _ = packing.distinct_tokens(batch, batch.predicting)
+    assert seen == ([tokens, tokens] if all_of_them else [needed, predicting])
+    assert predicting < needed < tokens
 
 
 @pytest.mark.parametrize(("variant", "whole"), [(DEFAULT, True), ("blocks", False)])
@@ -162,7 +167,8 @@ def test_logits_come_in_blocks_where_that_is_switched(
 def test_each_row_is_read_for_itself_where_that_is_switched(policy_folder: Path, batch: Sequences):
     special, tokens = special_ids(dpo.train.load_tokenizer(policy_folder)), []
     prompts, drawn = [[5, 6], [5, 6], [7], [5, 6]], []
-    whole, distinct = int(batch.attention.sum()), packing.pack(batch).ids.shape[1]
+    whole = int(batch.attention.sum()) - len(batch.ids)  # but each row's last
+    distinct = packing.distinct_tokens(batch, batch.predicting)[0]
     assert distinct < whole
     for variant, *counts in (
         (DEFAULT, 3, distinct),
@@ -215,8 +221,8 @@ def test_keys_are_changed_and_fit_the_experiment():
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_afterwards_everything_is_as_it_was(variant: str):
     def standing() -> list[Any]:
-        places = packing.FAMILIES, native.library, packing._tell_mlp
-        places = *places, switches.HFEngine._generate_batch
+        places = packing.FAMILIES, native.library, packing._tell_mlp, packing.seen_from
+        places = *places, switches.HFEngine._generate_batch, kernels.tiles
         return [*places, dpo.train.Dataset, dpo.train.step, torch.get_num_threads()]
 
     before = standing()

@@ -141,7 +141,8 @@ def test_values_and_scores_are_those_of_padded_rows(config: PreTrainedConfig):
 
 
 def test_what_rows_begin_with_is_computed_once_and_padding_never():
-    packed, tokens = pack(batch_of()), len(beginnings(ROWS))
+    batch, tokens = batch_of(), len(beginnings(ROWS))
+    packed = pack(batch, batch.last)
     assert packed.ids.shape == packed.positions.shape == (1, tokens)
     assert packed.back.shape == (tokens,)
     assert packed.rows.shape == (9, 9)  # the longest row: a prompt of 1 with a completion of 8
@@ -149,7 +150,7 @@ def test_what_rows_begin_with_is_computed_once_and_padding_never():
 
 def test_each_row_reads_its_own_tokens_in_their_order():
     batch = batch_of()
-    packed = pack(batch)
+    packed = pack(batch, batch.last)
     for row, (prompt, completion) in enumerate(zip(PROMPTS, COMPLETIONS, strict=True)):
         whole = prompt + completion
         number = packed.rows[row, : len(whole)]
@@ -164,7 +165,7 @@ def test_each_row_reads_its_own_tokens_in_their_order():
 def test_no_token_at_the_start_of_a_prompt_is_taken_for_padding(first: int):
     """[first, 8, 9] beside [8, 9], which padding makes as long: two prompts, pad and EOS too."""
     batch = collate([[first, 8, 9], [8, 9]], [[5], [6]], PAD)
-    packed = pack(batch)
+    packed = pack(batch, batch.last)
     assert packed.ids.shape == (1, 3 + 2 + 2)
     assert packed.ids[0, packed.rows].tolist()[0] == [first, 8, 9, 5]
     assert packed.ids[0, packed.rows].tolist()[1][:3] == [8, 9, 6]
@@ -238,10 +239,29 @@ def test_scores_where_positions_are_not_read_are_those_of_each_row_alone():
 def test_distinct_tokens_are_those_that_packing_leaves():
     batch, every, rows = batch_of(), beginnings(ROWS), zip(PROMPTS, COMPLETIONS, strict=True)
     before = {(*p, *c[:end]) for p, c in rows for end in range(len(c))}
-    assert distinct_tokens(batch, batch.predicting) == (len(every), len(before))
-    assert distinct_tokens(batch, batch.last) == (len(every), len(set(map(tuple, ROWS))))
+    needed, lengths = beginnings(row[:-1] for row in ROWS), [*map(len, ROWS)]
+    assert distinct_tokens(batch, batch.predicting) == (
+        len(needed), len(before), [n - 1 for n in lengths]
+    )  # fmt: skip
+    assert distinct_tokens(batch, batch.last) == (len(every), len(set(map(tuple, ROWS))), lengths)
     same = collate([[5, 6]] * 3 + [[6]], [[7], [8], [9], [7]], PAD)
-    assert distinct_tokens(same, same.predicting) == (2 + 1 + 4, 2)
+    assert distinct_tokens(same, same.predicting) == (2 + 1, 2, [2, 2, 2, 1])
+
+
+@torch.no_grad()
+def test_a_token_that_nothing_reads_is_not_computed(config: PreTrainedConfig):
+    """The end of a completion predicts nothing; a score is read there."""
+    policy_, reward, seen = let_pack(policy(config)), let_pack(classifier(config)), []
+    for model in (policy_, reward):
+        model.get_input_embeddings().register_forward_pre_hook(
+            lambda _, inputs: seen.append(inputs[0].flatten().tolist())
+        )
+    batch = collate([[7, 8], [7, 8], [9]], [[5, EOS], [6, 5, EOS], [EOS]], PAD)
+    token_logprobs(policy_, batch)
+    state_values(reward, batch)
+    sequence_scores(reward, batch)
+    read, every = [5, 5, 6, 7, 8, 9], [EOS, EOS, EOS, 5, 5, 6, 7, 8, 9]
+    assert [*map(sorted, seen)] == [read, read, every]
 
 
 def test_the_last_mlp_sees_the_tokens_that_are_read_and_no_other(config: PreTrainedConfig):
@@ -254,13 +274,13 @@ def test_the_last_mlp_sees_the_tokens_that_are_read_and_no_other(config: PreTrai
             inner = next(m for m in layer.mlp.modules() if isinstance(m, torch.nn.Linear | Conv1D))
             inner.register_forward_hook(lambda _, __, out: seen.append(out.shape[-2]))
     batch = batch_of()
-    tokens, predicting = distinct_tokens(batch, batch.predicting)
-    ends = distinct_tokens(batch, batch.last)[1]
+    needed, predicting, _ = distinct_tokens(batch, batch.predicting)
+    tokens, ends, _ = distinct_tokens(batch, batch.last)
     token_logprobs(policy_, batch_of())
     sequence_scores(reward, batch_of())
     state_values(reward, batch_of())
-    assert seen == [tokens, predicting, tokens, ends, tokens, predicting]
-    assert ends < predicting < tokens
+    assert seen == [needed, predicting, tokens, ends, needed, predicting]
+    assert ends < predicting < needed < tokens
     seen.clear()
     policy_(torch.tensor([[5, 6, 7, 8]]))
     assert seen == [4, 4]

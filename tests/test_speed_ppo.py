@@ -53,11 +53,12 @@ def test_the_passes_of_an_update_are_those_that_its_flops_count(
     lengths = [len(p) + len(c) for p, c in zip(inputs.prompts, drawn.ids, strict=True)]
     sampled = done.tokens
     assert sampled == sum(map(len, drawn.ids))
-    whole = sum(lengths)
+    read = [n - 1 for n in lengths]  # what a last token would predict, no one asks
+    whole, needed = sum(lengths), sum(read)
     sampling = forward_flops(policy, lengths, At(whole, whole, sampled))
-    of_policy = forward_flops(policy, lengths, At(whole, sampled, sampled))
-    of_value = forward_flops(value, lengths, At(whole, sampled, 0))
-    trunk_alone = forward_flops(policy, lengths, At(whole, sampled, 0))
+    of_policy = forward_flops(policy, read, At(needed, sampled, sampled))
+    of_value = forward_flops(value, read, At(needed, sampled, 0))
+    trunk_alone = forward_flops(policy, read, At(needed, sampled, 0))
     scores = forward_flops(value, lengths, At(whole, EPISODES, 0))
     each = 3 * EPOCHS
     expected = sampling + scores + (1 + each) * of_policy  # the reference's pass, and epochs

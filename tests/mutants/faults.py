@@ -475,6 +475,16 @@ FAULTS = (
         "states that no one reads are computed to their end", ("test_packing.py",),
     ),
     Fault(
+        "packing: what nothing reads is computed", "shared/packing.py",
+        "batch.attention.bool() & at.flip(1).cummax(1).values.flip(1)", "batch.attention.bool()",
+        "each completion's last token goes through every layer", ("test_packing.py",),
+    ),
+    Fault(
+        "packing: what is read only once is not computed", "shared/packing.py",
+        "at.flip(1).cummax(1).values.flip(1)", "at",
+        "completions are read without their prompts", PACKING,
+    ),
+    Fault(
         "packing: taken from where it is taken too", "shared/packing.py",
         "own.masked_fill(shared, 0).cummax(0).values", "own - shared.long()",
         "of three rows that begin alike the last reads other tokens", PACKING,
@@ -512,7 +522,7 @@ FAULTS = (
         "a shared beginning learns from one of its rows, whichever comes last", ATTENTION,
     ),
     Fault(
-        "attention: columns in another order", "shared/kernels.c",
+        "attention: columns in another order", "shared/lanes.h",
         "    SWAP(x, 4)\n", "",
         "queries are multiplied by other numbers of the keys", ATTENTION,
     ),
@@ -562,7 +572,7 @@ FAULTS = (
         "heads of a size that is no multiple of 16", ATTENTION,
     ),
     Fault(
-        "swiglu: what is left of a vector is not written", "shared/kernels.c",
+        "swiglu: what is left of a vector is not written", "shared/lanes.h",
         "    else memcpy(at, &x, left * sizeof(float));\n", "",
         "states of a size that is no multiple of 16", KERNELS,
     ),
@@ -598,13 +608,13 @@ FAULTS = (
         "queries and keys learn in a wrong direction", KERNELS,
     ),
     Fault(
-        "linear: columns that fill no vector are left", "shared/kernels.c",
+        "linear: columns that fill no vector are left", "shared/products.c",
         "(count j = 0; j < n; j += LANES) {\n            const count at = least(j, n - LANES);",
         "(count j = 0; j < n / LANES * LANES; j += LANES) {\n            const count at = j;",
         "the last words of a vocabulary get the logits that lay there", KERNELS,
     ),
     Fault(
-        "linear: rows from the 33rd on are those before", "shared/kernels.c",
+        "linear: rows from the 33rd on are those before", "shared/products.c",
         "turned + l * across + i, across);\n            }\n        #pragma",
         "turned + l * across + i % (2 * LANES), across);\n            }\n        #pragma",
         "samples of one row are drawn from another's distribution", KERNELS,
@@ -615,13 +625,43 @@ FAULTS = (
         "short batches train nothing", KERNELS,
     ),
     Fault(
+        "products: the smallest parts of numbers are left out", "shared/products.c",
+        "            RIGHT(2) MULTIPLY\n", "",
+        "a forward pass is less exact than float32", KERNELS,
+    ),
+    Fault(
+        "products: parts of numbers are cut off and not rounded", "shared/products.c",
+        "(bits)x + 0x8000, b = (bits)y + 0x8000", "(bits)x, b = (bits)y",
+        "gradients are off to one side", KERNELS,
+    ),
+    Fault(
+        "products: a second sweep forgets the first", "shared/products.c",
+        "add = adding || first;", "add = adding;",
+        "of wide layers the last numbers alone count", KERNELS,
+    ),
+    Fault(
+        "products: the last of several gives the gradient", "shared/products.c",
+        "&of_x, down, i > 0);", "&of_x, down, 0);",
+        "what comes before queries and keys learns from values alone", KERNELS,
+    ),
+    Fault(
+        "products: a matrix that learns stands in for one that is frozen", "shared/products.c",
+        "a.at[j] = g[i], to[j]", "a.at[j] = g[j], to[j]",
+        "beside a frozen layer another learns from its gradient", KERNELS,
+    ),
+    Fault(
+        "products: few rows go by tiles too", "shared/kernels.py",
+        "ROWS = MOST + 1", "ROWS = 1",
+        "a step of sampling takes longer", KERNELS,
+    ),
+    Fault(
         "adapted: B learns at another rate", "shared/kernels.py",
         "of_b, of_a, of_x = (g.T @ inside).mul_(ctx.scale),", "of_b, of_a, of_x = (g.T @ inside),",
         "alpha changes the forward pass alone", KERNELS,
     ),
     Fault(
         "adapted: what comes before learns nothing through the adapter", "shared/kernels.py",
-        "(g @ weight).addmm_(of_inside, a)", "(g @ weight)",
+        "_of_input(g, weight).addmm_(of_inside, a)", "_of_input(g, weight)",
         "lower layers' adapters have other gradients", KERNELS,
     ),
     Fault(
@@ -656,7 +696,7 @@ FAULTS = (
     ),
     Fault(
         "native: a tensor of any layout is taken", "shared/native.py",
-        "    assert all(t.is_contiguous() and t.dtype == torch.float32 for t in tensors)\n", "",
+        "    assert argument.is_contiguous() and argument.dtype == torch.float32\n", "",
         "C reads other numbers than meant", ("test_native.py",),
     ),
     Fault(
@@ -945,6 +985,11 @@ FAULTS = (
         "onoff: kernels are not switched", "benchmarks/switches.py",
         '    "shared.native.library": lambda: None,\n', "",
         "C is compared with itself", ("test_onoff.py",),
+    ),
+    Fault(
+        "onoff: products are not switched", "benchmarks/switches.py",
+        '"shared.kernels.tiles": lambda', '"shared.native.tiles": lambda',
+        "tiles are compared with themselves", ("test_onoff.py",),
     ),
     Fault(
         "onoff: sampling is not switched", "benchmarks/switches.py",
