@@ -130,7 +130,7 @@ static inline __attribute__((always_inline)) void tile(
         for (int i = 0; i < LANES; i++) {
             const float *a = from + i * down;
             const count first = along ? numbers : rows, second = along ? numbers - LANES : rows;
-            const int there = i < (along ? rows : numbers);
+            const int there = i < (along ? rows : numbers) && first > 0;
             const int too = i + (along ? 0 : LANES) < (along ? rows : numbers) && second > 0;
             cut(parts, there ? some(a, first) : (lanes){0},
                 too ? some(a + (along ? LANES : LANES * down), second) : (lanes){0}, x + i);

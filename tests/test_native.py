@@ -1,6 +1,7 @@
 """What is written in C is compiled where that can be done, and missed where it cannot."""
 
 import logging
+import os
 import subprocess
 from pathlib import Path
 
@@ -63,6 +64,22 @@ def test_what_the_compiler_says_is_told(
     monkeypatch.setattr(native, "SOURCES", [broken])
     assert native.library.__wrapped__() is None
     assert "nothing" in caplog.text
+
+
+def test_products_read_and_write_their_own_memory_only(tmp_path: Path):
+    """As the address sanitizer sees it: what lies beyond is seldom what makes a number wrong."""
+    program, here = tmp_path / "bounds", Path(__file__)
+    sanitized = "-fsanitize=address,undefined", "-fno-sanitize=alignment"
+    options = "-g", "-O1", "-march=native", "-fopenmp", *sanitized, f"-I{native.SOURCES[0].parent}"
+    command = ["cc", *options, "-o", str(program), str(here.with_name("products_bounds.c")), "-lm"]
+    subprocess.run(command, check=True)
+    environment = {
+        **os.environ,
+        "ASAN_OPTIONS": "detect_leaks=0",
+        "UBSAN_OPTIONS": "halt_on_error=1",
+    }
+    done = subprocess.run([program], capture_output=True, text=True, env=environment)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 @pytest.mark.parametrize(

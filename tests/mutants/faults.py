@@ -650,6 +650,11 @@ FAULTS = (
         "beside a frozen layer another learns from its gradient", KERNELS,
     ),
     Fault(
+        "products: rows beyond a matrix are read", "shared/products.c",
+        " && first > 0;", ";",
+        "memory that is not the matrix's is copied, and seldom matters", ("test_native.py",),
+    ),
+    Fault(
         "products: few rows go by tiles too", "shared/kernels.py",
         "ROWS = MOST + 1", "ROWS = 1",
         "a step of sampling takes longer", KERNELS,
