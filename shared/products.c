@@ -188,7 +188,7 @@ static inline __attribute__((always_inline)) void square(
         _tile_zero(3);
     }
     for (count s = 0; s < steps; s++, a += step, b += step, c += step, d += step) {
-        if (parts == 3) {
+        if (parts == WHOLLY) {
             LEFT(2) RIGHT(0) MULTIPLY
             LEFT(1) MULTIPLY
             RIGHT(1) MULTIPLY

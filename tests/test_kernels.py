@@ -281,6 +281,7 @@ def test_tiles_multiply_where_the_processor_has_them():
     assert not by_tiles(x[:, :15], weight[:, :15])
     assert not by_tiles(x, weight[:15], weight)
     assert not by_tiles(x.double(), weight.double())
+    assert not by_tiles(x, weight, weight.double())
     with torch.autocast("cpu", torch.bfloat16):
         assert not by_tiles(x, weight)
         assert linears(x, layers_of(16, (16, 16)))[0].dtype == torch.bfloat16

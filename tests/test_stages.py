@@ -283,6 +283,19 @@ def test_a_changed_import_changes_the_hash_however_far_it_lies(project: Project,
     assert project.hash() != before
 
 
+@pytest.mark.parametrize("name", ["page.html", "page.css", "work.c", "work.h"])
+def test_what_a_module_reads_beside_it_counts(project: Project, name: str):
+    """C and its headers, templates and style sheets; no other file."""
+    beside = project.folder / name
+    beside.write_text("1")
+    before = project.hash()
+    beside.write_text("2")
+    assert project.hash() != before
+    before = project.hash()
+    (project.folder / "notes.txt").write_text("1")
+    assert project.hash() == before
+
+
 def test_an_import_inside_a_function_counts(project: Project):
     project.write("probe_top", "def g():\n    from shared.probe_late import h\n    return h()\n")
     project.write("probe_late", "def h(): return 1\n")

@@ -655,6 +655,16 @@ FAULTS = (
         "memory that is not the matrix's is copied, and seldom matters", ("test_native.py",),
     ),
     Fault(
+        "products: one matrix is asked for its kind of numbers", "shared/kernels.py",
+        "large and all(in_float32(x, w) for w in weights)", "large and in_float32(x, weights[0])",
+        "C reads numbers of another kind", KERNELS,
+    ),
+    Fault(
+        "stages: C's headers are no part of the code", "shared/stages.py",
+        '".css", ".c", ".h")', '".css", ".c")',
+        "results of other code are taken for those of this one", ("test_stages.py",),
+    ),
+    Fault(
         "products: few rows go by tiles too", "shared/kernels.py",
         "ROWS = MOST + 1", "ROWS = 1",
         "a step of sampling takes longer", KERNELS,
