@@ -109,7 +109,7 @@ PYTORCH = {  # norms, rotary positions, MLPs and attention as transformers has t
     "shared.native.library": lambda: None,
     "shared.logprobs.picked": plainly_picked,
 }
-MKL = {"shared.kernels.tiles": lambda: False}  # PyTorch's products, not the processor's tiles
+MKL = {"shared.kernels.products_by": lambda: None}  # PyTorch's products of many rows, not C's
 CACHE = {"shared.generation.hf.packs": lambda model: False}
 UNREAD = {  # nor does the last layer know what is read
     "shared.packing.seen_from": lambda batch, at: batch.attention.bool(),
@@ -160,7 +160,7 @@ EVERY = ("direct", "ppo", "reward")
 COMPARISONS = (
     Comparison("packed passes", "padded rows, transformers' own pass", DEFAULT, "padded", EVERY),
     Comparison("kernels in C", "PyTorch's operations, SDPA", DEFAULT, "PyTorch", EVERY),
-    Comparison("products by tiles", "PyTorch's", DEFAULT, "PyTorch's products", EVERY),
+    Comparison("products in C", "PyTorch's", DEFAULT, "PyTorch's products", EVERY),
     Comparison(
         "sampling without padding", "transformers' cache, padded", DEFAULT,
         "transformers' cache", ("ppo",),

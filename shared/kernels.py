@@ -14,12 +14,12 @@ from torch import Tensor, nn
 from torch.amp import custom_bwd, custom_fwd  # pyright: ignore[reportPrivateImportUsage]
 from torch.autograd.function import once_differentiable
 
-from shared.native import call, here, tiles
+from shared.native import call, here, products_by
 
 CHUNK = 2**20  # logits that one pass over them takes at a time: they stay in the processor's cache
 LANES = 16  # numbers of a vector in C
 FEWEST, MOST = 5, 4 * LANES  # rows of a product that is written in C
-ROWS = MOST + 1  # at least, of a product by tiles
+ROWS = MOST + 1  # at least, of another product that is
 RUNS = 16  # of rows, whose gradients of a norm's weights are summed apart
 whole = custom_fwd(device_type="cpu", cast_inputs=torch.float32)  # in float32, whatever surrounds
 whole_back = custom_bwd(device_type="cpu")
@@ -89,10 +89,10 @@ def few_rows(x: Tensor, weight: Tensor) -> bool:
     return fits and not torch.is_grad_enabled() and in_float32(x, weight) and here(x)
 
 
-def by_tiles(x: Tensor, *weights: Tensor) -> bool:
-    """Whether products of `x` with matrices go to the processor's matrix unit."""
+def many_rows(x: Tensor, *weights: Tensor) -> bool:
+    """Whether products of `x` with matrices have so many that C is faster here than PyTorch."""
     large = x.numel() >= ROWS * x.shape[-1] and min(x.shape[-1], *map(len, weights)) >= LANES
-    return large and all(in_float32(x, w) for w in weights) and here(x) and tiles()
+    return large and all(in_float32(x, w) for w in weights) and here(x) and products_by() is not None
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -105,7 +105,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         n, k = weight.shape
         y = x.new_empty(*x.shape[:-1], n)
         call("linear", x.numel() // k, n, k, x.contiguous(), weight.contiguous(), y)
-    elif by_tiles(x, weight):
+    elif many_rows(x, weight):
         (y,) = run(_Products, x, weight)
     else:
         return nn.functional.linear(x, weight, bias)
@@ -115,7 +115,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 def linears(x: Tensor, layers: Sequence[nn.Module]) -> Sequence[Tensor]:
     """Outputs of up to three layers that see the same `x`."""
     weights = [layer.weight for layer in layers if _plain(layer)]
-    if len(weights) < len(layers) or not by_tiles(x, *weights):
+    if len(weights) < len(layers) or not many_rows(x, *weights):
         return [layer(x) for layer in layers]
     outputs = run(_Products, x, *weights)
     told = zip(outputs, layers, strict=True)
@@ -223,7 +223,7 @@ class _Products(torch.autograd.Function):
 
 def _of_input(gradient: Tensor, weight: Tensor) -> Tensor:
     """The gradient of a product's other side, (M, N), (N, K) -> (M, K)."""
-    if not by_tiles(gradient, weight):
+    if not many_rows(gradient, weight):
         return gradient @ weight
     of_x, weight = gradient.new_empty(len(gradient), weight.shape[1]), weight.contiguous()
     told = None, [weight], [gradient.contiguous()], of_x, [None]

@@ -31,8 +31,10 @@ FUNCTIONS = {  # after the number of threads: whole numbers, floats, tensors
     "attend": "******",
     "attend_step": "nnnnnnf*****",
     "attend_backward": "**********",
+    "products": "nnn****",
+    "products_backward": "nnn******",
 }
-BY_TILES = {"products": "nnn****", "products_backward": "nnn******"}  # where `tiles` says so
+BY = {0: None, 1: "tiles", 2: "vectors"}
 
 
 def here(tensor: Tensor) -> bool:
@@ -61,14 +63,16 @@ def _told(argument: Any) -> Any:
 
 def kind() -> str:
     """What runs the operations that are written in C: results differ in their last digits."""
-    return "PyTorch" if library() is None else "C, tiles" if tiles() else "C"
+    return "PyTorch" if library() is None else f"C, {products_by()}" if products_by() else "C"
 
 
 @cache
-def tiles() -> bool:
-    """Whether products may go to the processor's matrix unit (Intel's AMX)."""
+def products_by() -> str | None:
+    """What multiplies matrices of many rows, where that is faster here than PyTorch: the matrix
+    unit's "tiles" (Intel's AMX), or "vectors" (AMD's processors from Zen 5 on).
+    """
     found = library()
-    return found is not None and bool(found.tiles())
+    return found and BY[found.by()]
 
 
 @cache
@@ -87,8 +91,7 @@ def library() -> ctypes.CDLL | None:
             found = ctypes.CDLL(str(target))
         except OSError as error:  # such as a temporary folder from which nothing may be run
             return _missing(f"what {compiler[0]} made cannot be loaded: {error}")
-    functions = {**FUNCTIONS, **BY_TILES} if found.tiles() else FUNCTIONS
-    for name, types in functions.items():
+    for name, types in FUNCTIONS.items():
         getattr(found, name).argtypes = [ctypes.c_int, *(TYPES[t] for t in types)]
         getattr(found, name).restype = None
     return found

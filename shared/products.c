@@ -1,14 +1,19 @@
-/* Matrix products on a CPU that take less time here than in PyTorch: of few rows, and where the
-   processor has a matrix unit. `native.py` compiles this; `kernels.py` calls it with contiguous
-   float32 tensors. Results do not depend on the number of threads. */
+/* Matrix products on a CPU that take less time here than in PyTorch: of few rows, and of many on
+   some processors. `native.py` compiles this; `kernels.py` calls it with contiguous float32
+   tensors. Results do not depend on the number of threads. */
 
 #include "lanes.h"
 
+#define SQUARE 32 /* rows and columns whose sums the processor holds at a time */
+#define BROAD 512 /* columns whose tiles stay in the processor's cache */
+#define SOURCES 3 /* matrices of one side at most */
+
 #if defined(__AMX_BF16__) && defined(__linux__)
-#include <immintrin.h>
-#include <sys/syscall.h>
-#include <unistd.h>
-#define TILES
+#include "tiles.h"
+#define BY 1
+#else
+#include "vectors.h"
+#define BY 2
 #endif
 
 /* One number of each of `deep` x LANES rows of x, turned, for each of LANES / deep rows of w, of k
@@ -61,28 +66,8 @@ void linear(int threads, count rows, count n, count k, const float *x, const flo
     }
 }
 
-/* Whether the processor multiplies tiles (Intel's AMX), and Linux lets this process do so. */
-int tiles(void) {
-#ifdef TILES
-    return syscall(SYS_arch_prctl, 0x1023 /* ARCH_REQ_XCOMP_PERM */, 18 /* tile data */) == 0;
-#else
-    return 0;
-#endif
-}
-
-#ifdef TILES
-/* Products of float32 matrices by tiles of bfloat16. A number is the sum of three of bfloat16, of 8
-   bits each, and nearly of two; the products of parts that matter, 6 of 9 or 3 of 4, are summed in
-   float32. */
-#define TILE 256 /* words of a tile: 16 rows of 16 pairs of bfloat16 */
-#define PAIRED 32 /* numbers that a tile sums over: the i-th lies beside the 16 + i-th */
-#define SQUARE 32 /* rows and columns whose sums the processor holds at a time */
-#define DEEP 512 /* numbers that are summed over before the sums go to memory */
-#define BROAD 512 /* columns whose tiles stay in the processor's cache */
-#define WHOLLY 3 /* parts of a number that are all of it */
-#define NEARLY 2 /* and that are 16 bits of it */
-#define SOURCES 3 /* matrices of one side at most */
-typedef uint32_t bits __attribute__((vector_size(4 * LANES), aligned(4)));
+/* By what products of many rows are faster here than in PyTorch: tiles, vectors, or nothing. */
+int by(void) { return worth_it() ? BY : 0; }
 
 /* One side of a product: matrices, each of so many rows. Numbers that are summed over lie side by
    side in a row (`along`) or in a column, `down` apart. */
@@ -105,42 +90,6 @@ static int source(const Side *s, count *row) {
     return i;
 }
 
-/* Pairs of numbers as pairs of their parts, the largest first. */
-static inline void cut(const int parts, lanes x, lanes y, lanes *to) {
-    const bits high = (bits){0} + 0xffff0000u;
-    for (int i = 0; i < parts; i++) {
-        const bits a = (bits)x + 0x8000, b = (bits)y + 0x8000;
-        to[i * LANES] = (lanes)((a >> 16) | (b & high));
-        x -= (lanes)(a & high), y -= (lanes)(b & high);
-    }
-}
-
-/* Tiles of 16 rows and PAIRED numbers, 0 where there are fewer. A tile of the left side has a row
-   of the matrix in each row, one of the right side a row in each column. */
-static inline __attribute__((always_inline)) void tile(
-    const int parts, const int along, const int turned, const float *from, count down, count rows,
-    count numbers, float *to) {
-    lanes x[WHOLLY * LANES];
-    if (rows >= LANES && numbers >= PAIRED)
-        for (int i = 0; i < LANES; i++) {
-            const float *a = from + i * down;
-            cut(parts, get(a), get(a + (along ? LANES : LANES * down)), x + i);
-        }
-    else
-        for (int i = 0; i < LANES; i++) {
-            const float *a = from + i * down;
-            const count first = along ? numbers : rows, second = along ? numbers - LANES : rows;
-            const int there = i < (along ? rows : numbers) && first > 0;
-            const int too = i + (along ? 0 : LANES) < (along ? rows : numbers) && second > 0;
-            cut(parts, there ? some(a, first) : (lanes){0},
-                too ? some(a + (along ? LANES : LANES * down), second) : (lanes){0}, x + i);
-        }
-    for (int i = 0; i < parts; i++) {
-        if (turned) turn_here(x + i * LANES);
-        for (int j = 0; j < LANES; j++) put(to + i * TILE + j * LANES, x[i * LANES + j]);
-    }
-}
-
 /* SQUARE rows from `row` on, and of each `numbers` from `first` on: two strips of tiles. */
 static inline __attribute__((always_inline)) void strips(
     const int parts, const int right, const Side *s, count row, count first, count numbers,
@@ -148,60 +97,13 @@ static inline __attribute__((always_inline)) void strips(
     const int i = source(s, &row);
     const count down = s->down[i];
     for (count r = row; r < row + SQUARE; r += LANES)
-        for (count n = 0; n < numbers; n += PAIRED, to += parts * TILE) {
+        for (count n = 0; n < numbers; n += ACROSS, to += parts * TILE) {
             const count rows = s->size[i] - r, left = numbers - n;
             const float *at = s->at[i];
             at += s->along ? r * down + first + n : (first + n) * down + r;
             if (s->along) tile(parts, 1, right, at, down, rows, left, to);
-            else tile(parts, 0, !right, at, down, rows, left, to);
+            else tile(parts, 0, right, at, down, rows, left, to);
         }
-}
-
-#define LEFT(part)                                                                               \
-    _tile_loadd(4, a + (part) * TILE, 64);                                                       \
-    _tile_loadd(5, b + (part) * TILE, 64);
-#define RIGHT(part)                                                                              \
-    _tile_loadd(6, c + (part) * TILE, 64);                                                       \
-    _tile_loadd(7, d + (part) * TILE, 64);
-#define MULTIPLY                                                                                 \
-    _tile_dpbf16ps(0, 4, 6);                                                                     \
-    _tile_dpbf16ps(1, 4, 7);                                                                     \
-    _tile_dpbf16ps(2, 5, 6);                                                                     \
-    _tile_dpbf16ps(3, 5, 7);
-#define FOUR(do_with)                                                                            \
-    do_with(0, y, 4 * down);                                                                     \
-    do_with(1, y + LANES, 4 * down);                                                             \
-    do_with(2, y + LANES * down, 4 * down);                                                      \
-    do_with(3, y + LANES * down + LANES, 4 * down);
-
-/* SQUARE rows and columns of a product, or what is added to them. Small products come first. */
-static inline __attribute__((always_inline)) void square(
-    const int parts, const float *a, const float *c, count steps, float *y, count down, int add) {
-    const count step = parts * TILE;
-    const float *b = a + steps * step, *d = c + steps * step;
-    if (add) {
-        FOUR(_tile_loadd)
-    } else {
-        _tile_zero(0);
-        _tile_zero(1);
-        _tile_zero(2);
-        _tile_zero(3);
-    }
-    for (count s = 0; s < steps; s++, a += step, b += step, c += step, d += step) {
-        if (parts == WHOLLY) {
-            LEFT(2) RIGHT(0) MULTIPLY
-            LEFT(1) MULTIPLY
-            RIGHT(1) MULTIPLY
-            LEFT(0) MULTIPLY
-            RIGHT(2) MULTIPLY
-            RIGHT(0) MULTIPLY
-        } else {
-            LEFT(1) RIGHT(0) MULTIPLY
-            LEFT(0) MULTIPLY
-            RIGHT(1) MULTIPLY
-        }
-    }
-    FOUR(_tile_stored)
 }
 
 /* The same where the product has fewer of them. */
@@ -221,19 +123,18 @@ static inline __attribute__((always_inline)) void corner(
 static inline __attribute__((always_inline)) void product(
     const int parts, int threads, const Side *a, const Side *b, count numbers, float *const *y,
     const count *down, int adding) {
-    static const struct { uint8_t palette, start, none[14]; uint16_t bytes[16]; uint8_t rows[16]; }
-        shape = {1, 0, {0}, {64, 64, 64, 64, 64, 64, 64, 64}, {16, 16, 16, 16, 16, 16, 16, 16}};
     const count m = spread(a), n = spread(b);
-    const count deep = least(up_to(numbers, PAIRED), DEEP), broad = least(n, BROAD);
-    float *right = aligned_alloc(64, deep / 2 * parts * broad * sizeof(float));
+    const count deep = least(up_to(numbers, ACROSS), DEEP), broad = least(n, BROAD);
+    const count line = deep / ACROSS * parts * TILE * sizeof(float); /* of tiles */
+    float *right = aligned_alloc(64, broad / LANES * line);
     #pragma omp parallel num_threads(threads)
     {
-        float *left = aligned_alloc(64, deep / 2 * parts * SQUARE * sizeof(float));
-        _tile_loadconfig(&shape);
+        float *left = aligned_alloc(64, SQUARE / LANES * line);
+        begin();
         for (count j0 = 0; j0 < n; j0 += broad)
             for (count first = 0; first < numbers; first += deep) {
                 const count held = least(deep, numbers - first), columns = least(broad, n - j0);
-                const count steps = up_to(held, PAIRED) / PAIRED, strip = 2 * steps * parts * TILE;
+                const count steps = up_to(held, ACROSS) / ACROSS, strip = 2 * steps * parts * TILE;
                 const int add = adding || first;
                 #pragma omp for
                 for (count j = 0; j < columns; j += SQUARE)
@@ -256,7 +157,7 @@ static inline __attribute__((always_inline)) void product(
                     }
                 }
             }
-        _tile_release();
+        end();
         free(left);
     }
     free(right);
@@ -290,4 +191,3 @@ void products_backward(int threads, count sources, count rows, count k, const co
         }
     if (a.sources) product(NEARLY, threads, &a, &b, rows, to, down, 0);
 }
-#endif

@@ -11,7 +11,7 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm, apply_rotary_
 from shared import native
 from shared.kernels import (
     adapted,
-    by_tiles,
+    many_rows,
     few_rows,
     linear,
     linears,
@@ -201,7 +201,7 @@ def off(found: Tensor, truth: Tensor) -> float:
     return ((found - truth).square().mean() / truth.square().mean()).sqrt().item()
 
 
-SHAPES = [  # rows, numbers of a row, columns: tiles hold 32 x 32 x 32, 512 numbers are one sweep
+SHAPES = [  # rows, numbers of a row, columns: 32 are one square; 256 or 512 numbers one sweep
     (65, 16, (16,)),
     (70, 48, (130, 17)),
     (96, 64, (64, 32, 32)),
@@ -212,8 +212,8 @@ SHAPES = [  # rows, numbers of a row, columns: tiles hold 32 x 32 x 32, 512 numb
 
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize(("rows", "k", "sizes"), SHAPES)
-def test_products_by_tiles_are_products(rows: int, k: int, sizes: tuple[int, ...], bias: bool):
-    """Forward as exact as float32, gradients to 16 bits."""
+def test_products_of_many_rows_are_products(rows: int, k: int, sizes: tuple[int, ...], bias: bool):
+    """Forward as exact as float32, gradients to 16 bits at least."""
     x, layers = drawn(rows, k), layers_of(k, sizes, bias)
     weights = [torch.randn(rows, n, generator=SEED) for n in sizes]
     found = linears(x, layers)
@@ -229,8 +229,8 @@ def test_products_by_tiles_are_products(rows: int, k: int, sizes: tuple[int, ...
         assert (mine - truth).abs().max() < 1e-4 * truth.square().mean().sqrt()
 
 
-def test_products_by_tiles_of_numbers_of_bfloat16_are_exact():
-    """Whole numbers below 256: what they are cut into is one part, and sums are exact too."""
+def test_products_of_numbers_of_bfloat16_are_exact():
+    """Whole numbers below 256: tiles cut them into one part, and sums are exact too."""
     x, weight = (torch.randint(-255, 256, s, generator=SEED).float() for s in ((80, 64), (48, 64)))
     x, weight = x.requires_grad_(), weight.requires_grad_()
     y = linear(x, weight, None)
@@ -241,7 +241,7 @@ def test_products_by_tiles_of_numbers_of_bfloat16_are_exact():
     assert torch.equal(of_weight.double(), g.double().T @ x.double())
 
 
-def test_products_by_tiles_give_gradients_to_those_that_ask():
+def test_products_of_many_rows_give_gradients_to_those_that_ask():
     """A frozen layer beside one that learns, and inputs that do not."""
     for asking in ((True, False, True), (False, True, False), (False, True, True)):
         x, layers = drawn(70, 32), layers_of(32, (48, 40))
@@ -257,7 +257,7 @@ def test_products_by_tiles_give_gradients_to_those_that_ask():
                 torch.testing.assert_close(mine.grad, theirs.grad, atol=5e-2, rtol=1e-4)
 
 
-def test_products_by_tiles_read_rows_where_they_lie():
+def test_products_of_many_rows_read_rows_where_they_lie():
     """Of transposed tensors too, and of none but their own: NaN beside them stays there."""
     around = torch.full((140, 64), torch.nan)
     around[20:100, :40] = torch.randn(80, 40, generator=SEED)
@@ -274,16 +274,16 @@ def test_products_by_tiles_read_rows_where_they_lie():
     assert wrong.any(1).sum() == 2
 
 
-def test_tiles_multiply_where_the_processor_has_them():
+def test_many_rows_are_multiplied_in_c_where_that_is_faster():
     x, weight = drawn(65, 16), drawn(16, 16)
-    assert by_tiles(x, weight, weight) == native.tiles()
-    assert not by_tiles(x[:64], weight)
-    assert not by_tiles(x[:, :15], weight[:, :15])
-    assert not by_tiles(x, weight[:15], weight)
-    assert not by_tiles(x.double(), weight.double())
-    assert not by_tiles(x, weight, weight.double())
+    assert many_rows(x, weight, weight) == (native.products_by() is not None)
+    assert not many_rows(x[:64], weight)
+    assert not many_rows(x[:, :15], weight[:, :15])
+    assert not many_rows(x, weight[:15], weight)
+    assert not many_rows(x.double(), weight.double())
+    assert not many_rows(x, weight, weight.double())
     with torch.autocast("cpu", torch.bfloat16):
-        assert not by_tiles(x, weight)
+        assert not many_rows(x, weight)
         assert linears(x, layers_of(16, (16, 16)))[0].dtype == torch.bfloat16
 
 
@@ -315,7 +315,7 @@ def test_an_adapted_product_is_that_of_the_sum_of_the_weights(
         torch.testing.assert_close(ours(*inputs), plain(*inputs), atol=1e-5, rtol=1e-5)
 
 
-def test_an_adapted_product_goes_by_tiles_too():
+def test_an_adapted_product_of_many_rows_is_one_too():
     weight, a, b, x = drawn(64, 48).detach(), drawn(4, 48), drawn(64, 4), drawn(2, 40, 48)
     found = adapted(x, weight, None, a, b, 0.5)
     layer = nn.Linear(48, 64, bias=False)

@@ -13,15 +13,19 @@ from shared import native
 
 def test_here_it_is_compiled_and_computes():
     """All tests of its functions rest on this."""
-    assert native.kind() == ("C, tiles" if native.tiles() else "C")
+    assert native.kind().startswith("C")
     gate, y = torch.ones(20), torch.zeros(20)
     native.call("swiglu", 20, gate, 2 * gate, y)
     torch.testing.assert_close(y, 2 * torch.ones(20).sigmoid())
 
 
-def test_tiles_are_there_where_linux_says_so():
-    flags = Path("/proc/cpuinfo")
-    assert native.tiles() == (flags.exists() and "amx_bf16" in flags.read_text())
+def test_products_are_by_what_the_processor_has():
+    found = Path("/proc/cpuinfo").read_text()
+    family = int(found.split("cpu family\t:")[1].split()[0])
+    zen5 = "AuthenticAMD" in found and "avx512f" in found and family >= 26
+    by = "tiles" if "amx_bf16" in found else "vectors" if zen5 else None
+    assert native.products_by() == by
+    assert native.kind() == (f"C, {by}" if by else "C")
 
 
 @pytest.mark.parametrize(
@@ -66,12 +70,19 @@ def test_what_the_compiler_says_is_told(
     assert "nothing" in caplog.text
 
 
-def test_products_read_and_write_their_own_memory_only(tmp_path: Path):
-    """As the address sanitizer sees it: what lies beyond is seldom what makes a number wrong."""
-    program, here = tmp_path / "bounds", Path(__file__)
+@pytest.mark.parametrize(
+    "machine",
+    [["-march=native"], ["-march=x86-64-v3"], ["-march=x86-64-v3", "-DEMULATED"]],
+    ids=["here", "vectors", "tiles"],
+)
+def test_products_are_right_and_of_their_own_memory_only(tmp_path: Path, machine: list[str]):
+    """As the address sanitizer sees it: what lies beyond is seldom what makes a number wrong.
+    Whatever this processor has, by vectors and by tiles of a unit that is made here.
+    """
+    program, here = tmp_path / "check", Path(__file__)
     sanitized = "-fsanitize=address,undefined", "-fno-sanitize=alignment"
-    options = "-g", "-O1", "-march=native", "-fopenmp", *sanitized, f"-I{native.SOURCES[0].parent}"
-    command = ["cc", *options, "-o", str(program), str(here.with_name("products_bounds.c")), "-lm"]
+    options = "-g", "-O1", "-fopenmp", *machine, *sanitized, f"-I{native.SOURCES[0].parent}"
+    command = ["cc", *options, "-o", str(program), str(here.with_name("products_check.c")), "-lm"]
     subprocess.run(command, check=True)
     environment = {
         **os.environ,

@@ -92,11 +92,11 @@ def test_rows_attend_in_sdpa_where_that_is_switched(
 
 
 @pytest.mark.parametrize(
-    ("variant", "written", "tiles"),
+    ("variant", "written", "products"),
     [(DEFAULT, True, True), ("PyTorch's products", True, False), ("PyTorch", False, False)],
 )
 def test_gradients_are_autograds_where_that_is_switched(
-    policy_folder: Path, batch: Sequences, variant: str, written: bool, tiles: bool
+    policy_folder: Path, batch: Sequences, variant: str, written: bool, products: bool
 ):
     with in_force(variant):
         logps = token_logprobs(load_policy(policy_folder), batch)
@@ -109,7 +109,7 @@ def test_gradients_are_autograds_where_that_is_switched(
     ours = {f"_{name}Backward" for name in ("Attend", "Picked", "RMSNorm", "Rotate", "SwiGLU")}
     names = {node.name() for node in seen}
     assert ours & names == (ours if written else set())
-    assert ("_ProductsBackward" in names) == (tiles and native.tiles())
+    assert ("_ProductsBackward" in names) == (products and native.products_by() is not None)
 
 
 @pytest.mark.parametrize(
@@ -222,7 +222,7 @@ def test_keys_are_changed_and_fit_the_experiment():
 def test_afterwards_everything_is_as_it_was(variant: str):
     def standing() -> list[Any]:
         places = packing.FAMILIES, native.library, packing._tell_mlp, packing.seen_from
-        places = *places, switches.HFEngine._generate_batch, kernels.tiles
+        places = *places, switches.HFEngine._generate_batch, kernels.products_by
         return [*places, dpo.train.Dataset, dpo.train.step, torch.get_num_threads()]
 
     before = standing()
