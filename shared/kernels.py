@@ -90,9 +90,15 @@ def few_rows(x: Tensor, weight: Tensor) -> bool:
 
 
 def many_rows(x: Tensor, *weights: Tensor) -> bool:
-    """Whether products of `x` with matrices have so many that C is faster here than PyTorch."""
-    large = x.numel() >= ROWS * x.shape[-1] and min(x.shape[-1], *map(len, weights)) >= LANES
-    return large and all(in_float32(x, w) for w in weights) and here(x) and products_by() is not None
+    """Whether products of `x` with matrices have so many that C is faster here than PyTorch. In
+    bfloat16 any are: PyTorch rounds sums, and what a token gets must not depend on others.
+    """
+    wide = min(x.shape[-1], *map(len, weights)) >= LANES
+    if not wide or not here(x) or any(t.dtype != torch.float32 for t in (x, *weights)):
+        return False
+    if torch.is_autocast_enabled("cpu"):
+        return products_by() == "vectors" and torch.get_autocast_dtype("cpu") == torch.bfloat16
+    return x.numel() >= ROWS * x.shape[-1] and products_by() is not None
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -204,7 +210,8 @@ class _Products(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:
         x, weights = x.contiguous(), tuple(w.contiguous() for w in weights)
         outputs = tuple(x.new_empty(*x.shape[:-1], len(w)) for w in weights)
-        call("products", *_shape(x, weights), x, [*weights], [*outputs])
+        ctx.rough = torch.is_autocast_enabled("cpu")
+        call("products", ctx.rough, *_shape(x, weights), x, [*weights], [*outputs])
         ctx.save_for_backward(x, *weights)
         return outputs
 
@@ -217,7 +224,7 @@ class _Products(torch.autograd.Function):
             for t, asked in zip(ctx.saved_tensors, ctx.needs_input_grad, strict=True)
         )
         told = x, weights, [g.contiguous() for g in gradients], of_x, of_weights
-        call("products_backward", *_shape(x, weights), *told)
+        call("products_backward", ctx.rough, *_shape(x, weights), *told)
         return of_x, *of_weights
 
 
@@ -227,7 +234,7 @@ def _of_input(gradient: Tensor, weight: Tensor) -> Tensor:
         return gradient @ weight
     of_x, weight = gradient.new_empty(len(gradient), weight.shape[1]), weight.contiguous()
     told = None, [weight], [gradient.contiguous()], of_x, [None]
-    call("products_backward", *_shape(of_x, [weight]), *told)
+    call("products_backward", False, *_shape(of_x, [weight]), *told)
     return of_x
 
 

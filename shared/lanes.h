@@ -8,6 +8,7 @@
 
 typedef float lanes __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 typedef int32_t whole __attribute__((vector_size(4 * LANES), aligned(4)));
+typedef uint32_t bits __attribute__((vector_size(4 * LANES), aligned(4)));
 typedef int64_t count;
 
 static inline lanes get(const float *at) { return *(const lanes *)at; }
@@ -65,4 +66,14 @@ static inline lanes some(const float *at, count left) {
 static inline void put_some(float *at, lanes x, count left) {
     if (left >= LANES) put(at, x);
     else memcpy(at, &x, left * sizeof(float));
+}
+
+/* Pairs of numbers as pairs of bfloat16, of which so many sum up to them, the largest first. */
+static inline void cut(const int parts, lanes x, lanes y, lanes *to) {
+    const bits high = (bits){0} + 0xffff0000u;
+    for (int i = 0; i < parts; i++) {
+        const bits a = (bits)x + 0x8000, b = (bits)y + 0x8000;
+        to[i * LANES] = (lanes)((a >> 16) | (b & high));
+        x -= (lanes)(a & high), y -= (lanes)(b & high);
+    }
 }

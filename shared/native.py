@@ -31,8 +31,8 @@ FUNCTIONS = {  # after the number of threads: whole numbers, floats, tensors
     "attend": "******",
     "attend_step": "nnnnnnf*****",
     "attend_backward": "**********",
-    "products": "nnn****",
-    "products_backward": "nnn******",
+    "products": "nnnn****",
+    "products_backward": "nnnn******",
 }
 BY = {0: None, 1: "tiles", 2: "vectors"}
 

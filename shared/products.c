@@ -5,15 +5,15 @@
 #include "lanes.h"
 
 #define SQUARE 32 /* rows and columns whose sums the processor holds at a time */
+#define TILE 256 /* words of a tile: 16 of each of 16 rows */
+#define ACROSS 32 /* numbers of a row that tiles hold: the i-th is a pair with the 16 + i-th */
 #define BROAD 512 /* columns whose tiles stay in the processor's cache */
 #define SOURCES 3 /* matrices of one side at most */
 
 #if defined(__AMX_BF16__) && defined(__linux__)
 #include "tiles.h"
-#define BY 1
 #else
 #include "vectors.h"
-#define BY 2
 #endif
 
 /* One number of each of `deep` x LANES rows of x, turned, for each of LANES / deep rows of w, of k
@@ -90,6 +90,31 @@ static int source(const Side *s, count *row) {
     return i;
 }
 
+/* Tiles of 16 rows and ACROSS numbers, 0 where there are fewer: one for each part of a number. */
+static inline __attribute__((always_inline)) void tile(
+    const int parts, const int along, const int right, const float *from, count down, count rows,
+    count numbers, float *to) {
+    lanes x[WHOLLY * LANES];
+    if (rows >= LANES && numbers >= ACROSS)
+        for (int i = 0; i < LANES; i++) {
+            const float *a = from + i * down;
+            CUT(parts, get(a), get(a + (along ? LANES : LANES * down)), x + i);
+        }
+    else
+        for (int i = 0; i < LANES; i++) {
+            const float *a = from + i * down;
+            const count first = along ? numbers : rows, second = along ? numbers - LANES : rows;
+            const int there = i < (along ? rows : numbers) && first > 0;
+            const int too = i + (along ? 0 : LANES) < (along ? rows : numbers) && second > 0;
+            CUT(parts, there ? some(a, first) : (lanes){0},
+                too ? some(a + (along ? LANES : LANES * down), second) : (lanes){0}, x + i);
+        }
+    for (int i = 0; i < parts; i++) {
+        if (TURNED(right, along)) turn_here(x + i * LANES);
+        for (int j = 0; j < LANES; j++) put(to + i * TILE + j * LANES, x[i * LANES + j]);
+    }
+}
+
 /* SQUARE rows from `row` on, and of each `numbers` from `first` on: two strips of tiles. */
 static inline __attribute__((always_inline)) void strips(
     const int parts, const int right, const Side *s, count row, count first, count numbers,
@@ -124,7 +149,7 @@ static inline __attribute__((always_inline)) void product(
     const int parts, int threads, const Side *a, const Side *b, count numbers, float *const *y,
     const count *down, int adding) {
     const count m = spread(a), n = spread(b);
-    const count deep = least(up_to(numbers, ACROSS), DEEP), broad = least(n, BROAD);
+    const count deep = least(up_to(numbers, ACROSS), DEEP(parts)), broad = least(n, BROAD);
     const count line = deep / ACROSS * parts * TILE * sizeof(float); /* of tiles */
     float *right = aligned_alloc(64, broad / LANES * line);
     #pragma omp parallel num_threads(threads)
@@ -163,23 +188,25 @@ static inline __attribute__((always_inline)) void product(
     free(right);
 }
 
-/* y_i (rows, n_i) = x (rows, k) w_i^T of up to three matrices w_i (n_i, k). */
-void products(int threads, count sources, count rows, count k, const count *n, const float *x,
-              const float *const *w, float *const *y) {
+/* y_i (rows, n_i) = x (rows, k) w_i^T of up to three matrices w_i (n_i, k); `rough`: of what they
+   are as bfloat16. */
+void products(int threads, count rough, count sources, count rows, count k, const count *n,
+              const float *x, const float *const *w, float *const *y) {
     const Side a = {{rows}, {k}, {x}, 1, 1};
     Side b = {{0}, {k, k, k}, {0}, (int)sources, 1};
     for (int i = 0; i < sources; i++) b.size[i] = n[i], b.at[i] = w[i];
-    product(WHOLLY, threads, &a, &b, k, y, n, 0);
+    if (rough) product(ROUGHLY, threads, &a, &b, k, y, n, 0);
+    else product(WHOLLY, threads, &a, &b, k, y, n, 0);
 }
 
 /* Their gradients, of x and of the matrices that have one: others' are null. */
-void products_backward(int threads, count sources, count rows, count k, const count *n,
-                       const float *x, const float *const *w, const float *const *g, float *of_x,
-                       float *const *of_w) {
+static inline __attribute__((always_inline)) void gradients(
+    const int parts, int threads, count sources, count rows, count k, const count *n,
+    const float *x, const float *const *w, const float *const *g, float *of_x, float *const *of_w) {
     const count down[SOURCES] = {k, k, k};
     for (int i = 0; of_x && i < sources; i++) {
         const Side a = {{rows}, {n[i]}, {g[i]}, 1, 1}, b = {{k}, {k}, {w[i]}, 1, 0};
-        product(NEARLY, threads, &a, &b, n[i], &of_x, down, i > 0);
+        product(parts, threads, &a, &b, n[i], &of_x, down, i > 0);
     }
     Side a = {{0}, {0}, {0}, 0, 0};
     const Side b = {{k}, {k}, {x}, 1, 0};
@@ -189,5 +216,11 @@ void products_backward(int threads, count sources, count rows, count k, const co
             const int j = a.sources++;
             a.size[j] = a.down[j] = n[i], a.at[j] = g[i], to[j] = of_w[i];
         }
-    if (a.sources) product(NEARLY, threads, &a, &b, rows, to, down, 0);
+    if (a.sources) product(parts, threads, &a, &b, rows, to, down, 0);
+}
+void products_backward(int threads, count rough, count sources, count rows, count k, const count *n,
+                       const float *x, const float *const *w, const float *const *g, float *of_x,
+                       float *const *of_w) {
+    if (rough) gradients(ROUGHLY, threads, sources, rows, k, n, x, w, g, of_x, of_w);
+    else gradients(NEARLY, threads, sources, rows, k, n, x, w, g, of_x, of_w);
 }

@@ -6,12 +6,13 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 
-#define TILE 256 /* words of a tile: 16 rows of 16 pairs of bfloat16 */
-#define ACROSS 32 /* numbers that a tile sums over: the i-th lies beside the 16 + i-th */
-#define DEEP 512 /* numbers that are summed over before the sums go to memory */
+#define BY 1
 #define WHOLLY 3 /* parts of a number that are all of it */
 #define NEARLY 2 /* and that are 16 bits of it */
-typedef uint32_t bits __attribute__((vector_size(4 * LANES), aligned(4)));
+#define ROUGHLY NEARLY
+#define DEEP(parts) 512 /* numbers that are summed over before the sums go to memory */
+#define TURNED(right, along) ((right) == (along)) /* the left side has a row in each row */
+#define CUT cut
 
 /* Whether Linux lets this process use them. */
 static int worth_it(void) {
@@ -25,43 +26,6 @@ static inline void begin(void) {
     _tile_loadconfig(&shape);
 }
 static inline void end(void) { _tile_release(); }
-
-/* Pairs of numbers as pairs of their parts, the largest first. */
-static inline void cut(const int parts, lanes x, lanes y, lanes *to) {
-    const bits high = (bits){0} + 0xffff0000u;
-    for (int i = 0; i < parts; i++) {
-        const bits a = (bits)x + 0x8000, b = (bits)y + 0x8000;
-        to[i * LANES] = (lanes)((a >> 16) | (b & high));
-        x -= (lanes)(a & high), y -= (lanes)(b & high);
-    }
-}
-
-/* Tiles of 16 rows and ACROSS numbers, 0 where there are fewer. A tile of the left side has a row
-   of the matrix in each row, one of the right side a row in each column. */
-static inline __attribute__((always_inline)) void tile(
-    const int parts, const int along, const int right, const float *from, count down, count rows,
-    count numbers, float *to) {
-    lanes x[WHOLLY * LANES];
-    const int turned = right == along;
-    if (rows >= LANES && numbers >= ACROSS)
-        for (int i = 0; i < LANES; i++) {
-            const float *a = from + i * down;
-            cut(parts, get(a), get(a + (along ? LANES : LANES * down)), x + i);
-        }
-    else
-        for (int i = 0; i < LANES; i++) {
-            const float *a = from + i * down;
-            const count first = along ? numbers : rows, second = along ? numbers - LANES : rows;
-            const int there = i < (along ? rows : numbers) && first > 0;
-            const int too = i + (along ? 0 : LANES) < (along ? rows : numbers) && second > 0;
-            cut(parts, there ? some(a, first) : (lanes){0},
-                too ? some(a + (along ? LANES : LANES * down), second) : (lanes){0}, x + i);
-        }
-    for (int i = 0; i < parts; i++) {
-        if (turned) turn_here(x + i * LANES);
-        for (int j = 0; j < LANES; j++) put(to + i * TILE + j * LANES, x[i * LANES + j]);
-    }
-}
 
 #define LEFT(part)                                                                               \
     _tile_loadd(4, a + (part) * TILE, 64);                                                       \

@@ -1,20 +1,22 @@
-/* Products of float32 matrices by vectors, where they are twice as long as PyTorch's library (MKL)
-   takes on this processor: AMD's from Zen 5 on. The same shapes as tiles of bfloat16 have. */
+/* Products of float32 matrices by vectors, where they are twice as long as those of PyTorch's
+   library (MKL): on AMD's processors from Zen 5 on. Also of what they are as bfloat16. */
 
-#if defined(__AVX512F__)
+#if defined(__AVX512BF16__)
 #include <cpuid.h>
+#include <immintrin.h>
 #endif
 
-#define TILE 256 /* numbers of a tile: 16 rows of ACROSS */
-#define ACROSS 16 /* numbers of each row */
-#define DEEP 256 /* numbers that are summed over before the sums go to memory */
-#define WHOLLY 1 /* parts of a number: itself */
-#define NEARLY 1
+#define BY 2
+#define WHOLLY 2 /* words that a pair of numbers takes: each as it is */
+#define NEARLY WHOLLY
+#define ROUGHLY 1 /* each as bfloat16 */
+#define DEEP(parts) (512 / (parts)) /* numbers that are summed over before the sums go to memory */
+#define TURNED(right, along) (along) /* either side has a row in each column */
 #define TALL 8 /* rows whose sums are in registers at a time */
 
 /* Whether the processor is one of those. */
 static int worth_it(void) {
-#if defined(__AVX512F__)
+#if defined(__AVX512BF16__)
     unsigned a, b, c, d;
     __cpuid(0, a, b, c, d);
     const int amd = b == signature_AMD_ebx && c == signature_AMD_ecx && d == signature_AMD_edx;
@@ -28,34 +30,39 @@ static int worth_it(void) {
 static inline void begin(void) {}
 static inline void end(void) {}
 
-/* A tile of 16 rows and ACROSS numbers, 0 where there are fewer: a row of the matrix lies in each
-   column. */
-static inline __attribute__((always_inline)) void tile(
-    const int parts, const int along, const int right, const float *from, count down, count rows,
-    count numbers, float *to) {
-    (void)parts, (void)right;
-    lanes x[LANES];
-    const count lines = along ? rows : numbers, left = along ? numbers : rows;
-    for (int i = 0; i < LANES; i++)
-        x[i] = i < lines && left > 0 ? some(from + i * down, left) : (lanes){0};
-    if (along) turn_here(x);
-    for (int i = 0; i < LANES; i++) put(to + i * LANES, x[i]);
+static inline void CUT(const int parts, lanes x, lanes y, lanes *to) {
+    if (parts == WHOLLY) to[0] = x, to[LANES] = y;
+    else cut(1, x, y, to);
+}
+
+/* Sums of a word's number, or of its two of bfloat16, times those beside it. */
+static inline __attribute__((always_inline)) lanes more(
+    const int parts, lanes sums, const float *word, lanes other) {
+    if (parts == WHOLLY) return sums + *word * other;
+#if defined(__AVX512BF16__)
+    const __m512 pair = _mm512_set1_ps(*word);
+    return (lanes)_mm512_dpbf16_ps((__m512)sums, (__m512bh)pair, (__m512bh)other);
+#else
+    const bits high = (bits){0} + 0xffff0000u, pair = (bits)all(*word), pairs = (bits)other;
+    sums += (lanes)(pair << 16) * (lanes)(pairs << 16);
+    return sums + (lanes)(pair & high) * (lanes)(pairs & high);
+#endif
 }
 
 /* SQUARE rows and columns of a product, or what is added to them. */
 static inline __attribute__((always_inline)) void square(
     const int parts, const float *a, const float *c, count steps, float *y, count down, int add) {
-    const float *d = c + steps * TILE;
-    (void)parts;
+    const count strip = steps * parts * TILE;
+    const float *d = c + strip;
     for (int top = 0; top < SQUARE; top += TALL, y += TALL * down) {
-        const float *row = a + top / LANES * steps * TILE + top % LANES;
+        const float *row = a + top / LANES * strip + top % LANES;
         lanes low[TALL] = {0}, high[TALL] = {0};
-        for (count l = 0; l < steps * TILE; l += LANES) {
+        for (count l = 0; l < strip; l += LANES) {
             const lanes first = get(c + l), second = get(d + l);
             #pragma GCC unroll 8
             for (int i = 0; i < TALL; i++) {
-                low[i] += row[l + i] * first;
-                high[i] += row[l + i] * second;
+                low[i] = more(parts, low[i], row + l + i, first);
+                high[i] = more(parts, high[i], row + l + i, second);
             }
         }
         for (int i = 0; i < TALL; i++) {

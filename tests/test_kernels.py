@@ -11,10 +11,10 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm, apply_rotary_
 from shared import native
 from shared.kernels import (
     adapted,
-    many_rows,
     few_rows,
     linear,
     linears,
+    many_rows,
     picked,
     rms_norm,
     rotate,
@@ -167,7 +167,6 @@ def test_other_products_are_left_to_pytorch():
     assert not few_rows(x.double(), weight.double())
     with torch.autocast("cpu", torch.bfloat16):
         assert not few_rows(x, weight)
-        assert linear(x, weight, None).dtype == torch.bfloat16
     with torch.enable_grad():
         assert not few_rows(x, weight)
         assert linear(x, weight, None).requires_grad
@@ -283,8 +282,28 @@ def test_many_rows_are_multiplied_in_c_where_that_is_faster():
     assert not many_rows(x.double(), weight.double())
     assert not many_rows(x, weight, weight.double())
     with torch.autocast("cpu", torch.bfloat16):
-        assert not many_rows(x, weight)
-        assert linears(x, layers_of(16, (16, 16)))[0].dtype == torch.bfloat16
+        by_vectors = native.products_by() == "vectors"
+        assert many_rows(x, weight) == many_rows(x[:1], weight) == by_vectors
+        kind = linears(x, layers_of(16, (16, 16)))[0].dtype
+        assert kind == (torch.float32 if by_vectors else torch.bfloat16)
+
+
+def test_products_in_bfloat16_are_those_of_rounded_numbers():
+    """In C their sums are float32; PyTorch rounds them."""
+    x, layers = drawn(70, 48), layers_of(48, (33, 64), bias=False)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = linears(x, layers)
+    weights = [torch.randn(70, n, generator=SEED).bfloat16().float() for n in (33, 64)]
+    about = [x, *(layer.weight for layer in layers)]
+    total = sum((y * w).sum() for y, w in zip(found, weights, strict=True))
+    gradients = torch.autograd.grad(total, about)  # pyright: ignore[reportArgumentType]
+    rounded = [t.detach().bfloat16().float() for t in about]
+    for layer, weight in zip(layers, rounded[1:], strict=True):
+        layer.weight.data = weight
+    outputs, truths = in_float64(rounded[0].requires_grad_(), layers, weights)
+    limit = 1e-6 if native.products_by() == "vectors" else 5e-3
+    for mine, truth in zip((*found, *gradients), (*outputs, *truths), strict=True):
+        assert off(mine.float(), truth) < limit
 
 
 def test_a_layer_that_a_hook_listens_to_is_called():

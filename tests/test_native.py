@@ -72,8 +72,13 @@ def test_what_the_compiler_says_is_told(
 
 @pytest.mark.parametrize(
     "machine",
-    [["-march=native"], ["-march=x86-64-v3"], ["-march=x86-64-v3", "-DEMULATED"]],
-    ids=["here", "vectors", "tiles"],
+    [
+        ["-march=native"],
+        ["-march=native", "-mno-amx-bf16"],
+        ["-march=x86-64-v3"],
+        ["-march=x86-64-v3", "-DEMULATED"],
+    ],
+    ids=["here", "no tiles", "vectors", "tiles"],
 )
 def test_products_are_right_and_of_their_own_memory_only(tmp_path: Path, machine: list[str]):
     """As the address sanitizer sees it: what lies beyond is seldom what makes a number wrong.
