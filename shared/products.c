@@ -7,7 +7,6 @@
 #define SQUARE 32 /* rows and columns whose sums the processor holds at a time */
 #define TILE 256 /* words of a tile: 16 of each of 16 rows */
 #define ACROSS 32 /* numbers of a row that tiles hold: the i-th is a pair with the 16 + i-th */
-#define BROAD 512 /* columns whose tiles stay in the processor's cache */
 #define SOURCES 3 /* matrices of one side at most */
 
 #if defined(__AMX_BF16__) && defined(__linux__)

@@ -11,6 +11,7 @@
 #define NEARLY 2 /* and that are 16 bits of it */
 #define ROUGHLY NEARLY
 #define DEEP(parts) 512 /* numbers that are summed over before the sums go to memory */
+#define BROAD 512 /* columns whose tiles stay in the processor's cache */
 #define TURNED(right, along) ((right) == (along)) /* the left side has a row in each row */
 #define CUT cut
 

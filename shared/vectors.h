@@ -11,6 +11,7 @@
 #define NEARLY WHOLLY
 #define ROUGHLY 1 /* each as bfloat16 */
 #define DEEP(parts) (512 / (parts)) /* numbers that are summed over before the sums go to memory */
+#define BROAD 768 /* columns whose tiles stay in the processor's cache */
 #define TURNED(right, along) (along) /* either side has a row in each column */
 #define TALL 8 /* rows whose sums are in registers at a time */
 
