@@ -69,7 +69,7 @@ static inline void put_some(float *at, lanes x, count left) {
 }
 
 /* Pairs of numbers as pairs of bfloat16, of which so many sum up to them, the largest first. */
-static inline void cut(const int parts, lanes x, lanes y, lanes *to) {
+static inline void to_bfloat16(const int parts, lanes x, lanes y, lanes *to) {
     const bits high = (bits){0} + 0xffff0000u;
     for (int i = 0; i < parts; i++) {
         const bits a = (bits)x + 0x8000, b = (bits)y + 0x8000;

@@ -9,6 +9,7 @@
 #define ACROSS 32 /* numbers of a row that tiles hold: the i-th is a pair with the 16 + i-th */
 #define SOURCES 3 /* matrices of one side at most */
 
+/* Either has its own `cut`, which makes words of pairs of numbers, and `square`. */
 #if defined(__AMX_BF16__) && defined(__linux__)
 #include "tiles.h"
 #else
@@ -97,7 +98,7 @@ static inline __attribute__((always_inline)) void tile(
     if (rows >= LANES && numbers >= ACROSS)
         for (int i = 0; i < LANES; i++) {
             const float *a = from + i * down;
-            CUT(parts, get(a), get(a + (along ? LANES : LANES * down)), x + i);
+            cut(parts, get(a), get(a + (along ? LANES : LANES * down)), x + i);
         }
     else
         for (int i = 0; i < LANES; i++) {
@@ -105,7 +106,7 @@ static inline __attribute__((always_inline)) void tile(
             const count first = along ? numbers : rows, second = along ? numbers - LANES : rows;
             const int there = i < (along ? rows : numbers) && first > 0;
             const int too = i + (along ? 0 : LANES) < (along ? rows : numbers) && second > 0;
-            CUT(parts, there ? some(a, first) : (lanes){0},
+            cut(parts, there ? some(a, first) : (lanes){0},
                 too ? some(a + (along ? LANES : LANES * down), second) : (lanes){0}, x + i);
         }
     for (int i = 0; i < parts; i++) {
@@ -130,7 +131,7 @@ static inline __attribute__((always_inline)) void strips(
         }
 }
 
-/* The same where the product has fewer of them. */
+/* `square` where the product has fewer rows or columns. */
 static inline __attribute__((always_inline)) void corner(
     const int parts, const float *a, const float *c, count steps, float *y, count down, int add,
     count rows, count columns) {

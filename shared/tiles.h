@@ -9,11 +9,10 @@
 #define BY 1
 #define WHOLLY 3 /* parts of a number that are all of it */
 #define NEARLY 2 /* and that are 16 bits of it */
-#define ROUGHLY NEARLY
+#define ROUGHLY NEARLY /* nobody asks: PyTorch's products of bfloat16 are used */
 #define DEEP(parts) 512 /* numbers that are summed over before the sums go to memory */
 #define BROAD 512 /* columns whose tiles stay in the processor's cache */
 #define TURNED(right, along) ((right) == (along)) /* the left side has a row in each row */
-#define CUT cut
 
 /* Whether Linux lets this process use them. */
 static int worth_it(void) {
@@ -27,6 +26,10 @@ static inline void begin(void) {
     _tile_loadconfig(&shape);
 }
 static inline void end(void) { _tile_release(); }
+
+static inline void cut(const int parts, lanes x, lanes y, lanes *to) {
+    to_bfloat16(parts, x, y, to);
+}
 
 #define LEFT(part)                                                                               \
     _tile_loadd(4, a + (part) * TILE, 64);                                                       \

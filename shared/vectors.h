@@ -31,9 +31,9 @@ static int worth_it(void) {
 static inline void begin(void) {}
 static inline void end(void) {}
 
-static inline void CUT(const int parts, lanes x, lanes y, lanes *to) {
+static inline void cut(const int parts, lanes x, lanes y, lanes *to) {
     if (parts == WHOLLY) to[0] = x, to[LANES] = y;
-    else cut(1, x, y, to);
+    else to_bfloat16(1, x, y, to);
 }
 
 /* Sums of a word's number, or of its two of bfloat16, times those beside it. */
