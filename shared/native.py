@@ -34,7 +34,7 @@ FUNCTIONS = {  # after the number of threads: whole numbers, floats, tensors
     "products": "nnnn****",
     "products_backward": "nnnn******",
 }
-BY = {0: None, 1: "tiles", 2: "vectors"}
+BY = (None, "tiles", "vectors")  # as `by` in C numbers them
 
 
 def here(tensor: Tensor) -> bool:

@@ -225,9 +225,7 @@ def test_a_backward_pass_through_lora_leaves_out_what_does_not_train(
     monkeypatch: pytest.MonkeyPatch,
 ):
     """Beside PyTorch's own count, in which the first layer's input gradients are missing too."""
-    monkeypatch.setattr(
-        "shared.kernels.products_by", lambda: None
-    )  # the counter does not know them
+    monkeypatch.setattr("shared.kernels.products_by", lambda: None)  # C's are not counted
     counts = []
     for lora in (None, LoRAConfig(rank=8)):
         model = with_lora(policy(CONFIGS["llama"]), lora, seed=0).train()
