@@ -288,6 +288,23 @@ def test_many_rows_are_multiplied_in_c_where_that_is_faster():
         assert kind == (torch.float32 if by_vectors else torch.bfloat16)
 
 
+@pytest.mark.parametrize(
+    ("by", "whole", "rounded"),
+    [(None, False, False), ("tiles", True, False), ("vectors", True, True)],
+)
+def test_bfloat16_is_for_vectors_alone(
+    monkeypatch: pytest.MonkeyPatch, by: str | None, whole: bool, rounded: bool
+):
+    """Whatever this processor has."""
+    monkeypatch.setattr("shared.kernels.products_by", lambda: by)
+    x, weight = drawn(65, 16), drawn(16, 16)
+    assert many_rows(x, weight) == whole
+    with torch.autocast("cpu", torch.bfloat16):
+        assert many_rows(x, weight) == rounded
+    with torch.autocast("cpu", torch.float16):
+        assert not many_rows(x, weight)
+
+
 def test_products_in_bfloat16_are_those_of_rounded_numbers():
     """In C their sums are float32; PyTorch rounds them."""
     x, layers = drawn(70, 48), layers_of(48, (33, 64), bias=False)
