@@ -2,6 +2,8 @@
    some processors. `native.py` compiles this; `kernels.py` calls it with contiguous float32
    tensors. Results do not depend on the number of threads. */
 
+#include <omp.h>
+
 #include "lanes.h"
 
 #define SQUARE 32 /* rows and columns whose sums the processor holds at a time */
@@ -138,9 +140,14 @@ static inline __attribute__((always_inline)) void corner(
     float sums[SQUARE * SQUARE] = {0};
     for (count i = 0; add && i < rows; i++)
         memcpy(sums + i * SQUARE, y + i * down, columns * sizeof(float));
-    square(parts, a, c, steps, sums, SQUARE, add);
+    square(parts, a, c, steps, sums, SQUARE, add, up_to(rows, GRAIN));
     for (count i = 0; i < rows; i++)
         memcpy(y + i * down, sums + i * SQUARE, columns * sizeof(float));
+}
+
+/* Where the i-th of `shares` of so many rows begins: they differ by GRAIN rows at most. */
+static count border(count rows, int i, int shares) {
+    return least(up_to(rows * i / shares, GRAIN), rows);
 }
 
 /* y = a b^T, or added to y: sums over so many numbers. A y for each matrix of the side that has
@@ -148,12 +155,15 @@ static inline __attribute__((always_inline)) void corner(
 static inline __attribute__((always_inline)) void product(
     const int parts, int threads, const Side *a, const Side *b, count numbers, float *const *y,
     const count *down, int adding) {
-    const count m = spread(a), n = spread(b);
-    const count deep = least(up_to(numbers, ACROSS), DEEP(parts)), broad = least(n, BROAD);
+    const count m = spread(a), n = spread(b), sweeps = up_to(numbers, DEEP(parts)) / DEEP(parts);
+    const count deep = up_to((numbers + sweeps - 1) / sweeps, ACROSS);
+    const count broad = least(n, BROAD(parts, deep));
     const count line = deep / ACROSS * parts * TILE * sizeof(float); /* of tiles */
     float *right = aligned_alloc(64, broad / LANES * line);
     #pragma omp parallel num_threads(threads)
     {
+        const int share = omp_get_thread_num(), shares = omp_get_num_threads();
+        const count last = border(m, share + 1, shares);
         float *left = aligned_alloc(64, SQUARE / LANES * line);
         begin();
         for (count j0 = 0; j0 < n; j0 += broad)
@@ -164,23 +174,25 @@ static inline __attribute__((always_inline)) void product(
                 #pragma omp for
                 for (count j = 0; j < columns; j += SQUARE)
                     strips(parts, 1, b, j0 + j, first, held, right + j / SQUARE * strip);
-                #pragma omp for
-                for (count i = 0; i < m; i += SQUARE) {
-                    strips(parts, 0, a, i, first, held, left);
+                for (count i = border(m, share, shares), next; i < last; i = next) {
+                    next = least(up_to(i + 1, SQUARE), last);
                     count row = i;
                     const int up = source(a, &row);
-                    const count tall = least(SQUARE, a->size[up] - row);
+                    const count tall = least(next - i, a->size[up] - row);
+                    if (tall <= 0) continue;
+                    strips(parts, 0, a, i, first, held, left);
                     for (count j = 0; j < columns; j += SQUARE) {
                         count column = j0 + j;
                         const int of = source(b, &column), to = up + of;
                         const count wide = least(SQUARE, b->size[of] - column);
                         float *at = y[to] + row * down[to] + column;
                         const float *other = right + j / SQUARE * strip;
-                        if (tall == SQUARE && wide == SQUARE)
-                            square(parts, left, other, steps, at, down[to], add);
+                        if (tall % GRAIN == 0 && wide == SQUARE)
+                            square(parts, left, other, steps, at, down[to], add, tall);
                         else corner(parts, left, other, steps, at, down[to], add, tall, wide);
                     }
                 }
+                #pragma omp barrier
             }
         end();
         free(left);

@@ -11,7 +11,8 @@
 #define NEARLY 2 /* and that are 16 bits of it */
 #define ROUGHLY NEARLY /* nobody asks: PyTorch's products of bfloat16 are used */
 #define DEEP(parts) 512 /* numbers that are summed over before the sums go to memory */
-#define BROAD 512 /* columns whose tiles stay in the processor's cache */
+#define BROAD(parts, deep) 512 /* columns whose tiles stay in the processor's cache */
+#define GRAIN SQUARE /* rows that are computed together */
 #define TURNED(right, along) ((right) == (along)) /* the left side has a row in each row */
 
 /* Whether Linux lets this process use them. */
@@ -50,7 +51,8 @@ static inline void cut(const int parts, lanes x, lanes y, lanes *to) {
 
 /* SQUARE rows and columns of a product, or what is added to them. Small products come first. */
 static inline __attribute__((always_inline)) void square(
-    const int parts, const float *a, const float *c, count steps, float *y, count down, int add) {
+    const int parts, const float *a, const float *c, count steps, float *y, count down, int add,
+    count tall) {
     const count step = parts * TILE;
     const float *b = a + steps * step, *d = c + steps * step;
     if (add) {

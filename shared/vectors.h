@@ -10,10 +10,11 @@
 #define WHOLLY 2 /* words that a pair of numbers takes: each as it is */
 #define NEARLY WHOLLY
 #define ROUGHLY 1 /* each as bfloat16 */
-#define DEEP(parts) (512 / (parts)) /* numbers that are summed over before the sums go to memory */
-#define BROAD 768 /* columns whose tiles stay in the processor's cache */
+#define DEEP(parts) (640 / (parts)) /* numbers that are summed over before the sums go to memory */
+#define BROAD(parts, deep) ((3 << 17) / (parts) / (deep) / SQUARE * SQUARE) /* columns whose tiles
+   take three quarters of a core's cache, 1 MiB: two bytes a part of a number */
 #define TURNED(right, along) (along) /* either side has a row in each column */
-#define TALL 8 /* rows whose sums are in registers at a time */
+#define GRAIN 8 /* rows whose sums are in registers at a time */
 
 /* Whether the processor is one of those. */
 static int worth_it(void) {
@@ -52,21 +53,22 @@ static inline __attribute__((always_inline)) lanes more(
 
 /* SQUARE rows and columns of a product, or what is added to them. */
 static inline __attribute__((always_inline)) void square(
-    const int parts, const float *a, const float *c, count steps, float *y, count down, int add) {
+    const int parts, const float *a, const float *c, count steps, float *y, count down, int add,
+    count tall) {
     const count strip = steps * parts * TILE;
     const float *d = c + strip;
-    for (int top = 0; top < SQUARE; top += TALL, y += TALL * down) {
+    for (count top = 0; top < tall; top += GRAIN, y += GRAIN * down) {
         const float *row = a + top / LANES * strip + top % LANES;
-        lanes low[TALL] = {0}, high[TALL] = {0};
+        lanes low[GRAIN] = {0}, high[GRAIN] = {0};
         for (count l = 0; l < strip; l += LANES) {
             const lanes first = get(c + l), second = get(d + l);
             #pragma GCC unroll 8
-            for (int i = 0; i < TALL; i++) {
+            for (int i = 0; i < GRAIN; i++) {
                 low[i] = more(parts, low[i], row + l + i, first);
                 high[i] = more(parts, high[i], row + l + i, second);
             }
         }
-        for (int i = 0; i < TALL; i++) {
+        for (int i = 0; i < GRAIN; i++) {
             float *to = y + i * down;
             if (add) low[i] += get(to), high[i] += get(to + LANES);
             put(to, low[i]), put(to + LANES, high[i]);

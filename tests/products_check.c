@@ -57,8 +57,8 @@ static int many_are_wrong(count rows, count k, const count *n) {
         w[i] = numbers(n[i] * k), of_w[i] = numbers(n[i] * k);
         y[i] = numbers(rows * n[i]), g[i] = numbers(rows * n[i]);
     }
-    products(2, few_bits, 3, rows, k, n, x, (const float *const *)w, y);
-    products_backward(2, few_bits, 3, rows, k, n, x, (const float *const *)w,
+    products(3, few_bits, 3, rows, k, n, x, (const float *const *)w, y);
+    products_backward(3, few_bits, 3, rows, k, n, x, (const float *const *)w,
                       (const float *const *)g, of_x, of_w);
     for (int i = 0; i < 3; i++) {
         double *ys = calloc(rows * n[i], sizeof(double)), *of_ws = calloc(n[i] * k, sizeof(double));

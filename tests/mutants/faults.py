@@ -640,6 +640,16 @@ FAULTS = (
         "of wide layers the last numbers alone count", ("test_native.py",),
     ),
     Fault(
+        "products: a share of rows runs on into the next matrix", "shared/products.c",
+        "next = least(up_to(i + 1, SQUARE), last);", "next = least(i + SQUARE, last);",
+        "rows of a matrix that is not the first have no gradient", ("test_native.py",),
+    ),
+    Fault(
+        "products: the last rows of a share are left out", "shared/products.c",
+        "SQUARE, add, up_to(rows, GRAIN));", "SQUARE, add, rows / GRAIN * GRAIN);",
+        "rows beyond a multiple of eight are those from before", ("test_native.py",),
+    ),
+    Fault(
         "products: the last of several gives the gradient", "shared/products.c",
         "&of_x, down, i > 0);", "&of_x, down, 0);",
         "what comes before queries and keys learns from values alone", ("test_native.py",),
