@@ -85,6 +85,44 @@ void rotate(int threads, count tokens, count heads, count size, float sign,
         }
 }
 
+/* The logarithm of the sum of e^x over each row of x (rows, size). Sums of a part of a row are
+   added to the row's: with 50,000 numbers one sum loses digits. */
+void log_sum_exp(int threads, count rows, count size, const float *x, float *y) {
+    const count even = size / LANES * LANES, part = 64 * LANES;
+    #pragma omp parallel for num_threads(threads)
+    for (count i = 0; i < rows; i++) {
+        const float *a = x + i * size;
+        const whole left = LANE < (int32_t)(size - even);
+        const lanes rest = choose(left, some(a + even, size - even), all(-INFINITY));
+        lanes most = rest;
+        for (count j = 0; j < even; j += LANES)
+            most = choose(get(a + j) > most, get(a + j), most);
+        float top = -INFINITY;
+        for (int j = 0; j < LANES; j++) top = most[j] > top ? most[j] : top;
+        lanes sum = power(rest - top);
+        for (count first = 0; first < even; first += part) {
+            lanes more = {0};
+            for (count j = first; j < least(first + part, even); j += LANES)
+                more += power(get(a + j) - top);
+            sum += more;
+        }
+        double total = 0;
+        for (int j = 0; j < LANES; j++) total += sum[j];
+        y[i] = top + (float)log(total);
+    }
+}
+
+/* Gradients of x where each row's -log_sum_exp has the gradient g (rows,). */
+void log_sum_exp_backward(int threads, count rows, count size, const float *x, const float *y,
+                          const float *g, float *of_x) {
+    #pragma omp parallel for num_threads(threads)
+    for (count i = 0; i < rows; i++)
+        for (count j = 0; j < size; j += LANES) {
+            const count at = i * size + j;
+            put_some(of_x + at, power(some(x + at, size - j) - y[i]) * -g[i], size - j);
+        }
+}
+
 void swiglu(int threads, count numbers, const float *restrict gate, const float *restrict up,
             float *restrict y) {
     #pragma omp parallel for num_threads(threads)

@@ -1,8 +1,8 @@
 """Operations with their gradients written out, for CPUs: there a training step's time goes into
 passes over memory, and autograd makes twice as many of them.
 
-Each is equal to the plain form but for rounding. Gradients of gradients are not there. All but
-`picked` are written in C (`kernels.c`, `products.c`), and are there where `shared.native` is.
+Each is equal to the plain form but for rounding. Gradients of gradients are not there. All are
+written in C (`kernels.c`, `products.c`), and but for `picked` are there where `shared.native` is.
 """
 # pyright: reportIncompatibleMethodOverride=false
 
@@ -275,7 +275,12 @@ class _Adapted(torch.autograd.Function):
 class _Picked(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits: Tensor, tokens: Tensor) -> Tensor:
-        total = torch.cat([part.logsumexp(-1) for part in logits.split(_rows(logits))])
+        logits = logits.contiguous()
+        if _in_c(logits):
+            total = logits.new_empty(len(logits))
+            call("log_sum_exp", *logits.shape, logits, total)
+        else:
+            total = torch.cat([part.logsumexp(-1) for part in logits.split(_rows(logits))])
         ctx.save_for_backward(logits, total, tokens)
         return logits.gather(-1, tokens.unsqueeze(-1)).squeeze(-1) - total
 
@@ -284,10 +289,18 @@ class _Picked(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         logits, total, tokens = ctx.saved_tensors
         of_logits, g = torch.empty_like(logits), gradient.unsqueeze(-1)
-        parts = (t.split(_rows(logits)) for t in (of_logits, logits, total.unsqueeze(-1), g))
-        for out, part, sums, scale in zip(*parts, strict=True):
-            torch.sub(part, sums, out=out).exp_().mul_(-scale)
+        if _in_c(logits):
+            told = logits, total, gradient.contiguous(), of_logits
+            call("log_sum_exp_backward", *logits.shape, *told)
+        else:
+            parts = (t.split(_rows(logits)) for t in (of_logits, logits, total.unsqueeze(-1), g))
+            for out, part, sums, scale in zip(*parts, strict=True):
+                torch.sub(part, sums, out=out).exp_().mul_(-scale)
         return of_logits.scatter_add_(-1, tokens.unsqueeze(-1), g), None
+
+
+def _in_c(logits: Tensor) -> bool:
+    return here(logits) and logits.dtype == torch.float32
 
 
 def _rows(logits: Tensor) -> int:

@@ -25,6 +25,8 @@ FUNCTIONS = {  # after the number of threads: whole numbers, floats, tensors
     "rms_norm": "nnf****",
     "rms_norm_backward": "nnn******",
     "rotate": "nnnf****",
+    "log_sum_exp": "nn**",
+    "log_sum_exp_backward": "nn****",
     "swiglu": "n***",
     "swiglu_backward": "n*****",
     "linear": "nnn***",

@@ -757,6 +757,22 @@ FAULTS = (
         "all tokens become less likely", KERNELS,
     ),
     Fault(
+        "picked: numbers beyond a row count", "shared/kernels.c",
+        "choose(left, some(a + even, size - even), all(-INFINITY));",
+        "some(a + even, size - even);",
+        "tokens of a vocabulary of an odd size are less likely than they are", KERNELS,
+    ),
+    Fault(
+        "picked: all is summed in one", "shared/kernels.c",
+        "part = 64 * LANES;", "part = size;",
+        "log-probabilities of large vocabularies lose digits", KERNELS,
+    ),
+    Fault(
+        "picked: a sum is not relative to the largest", "shared/kernels.c",
+        "y[i] = top + (float)log(total);", "y[i] = (float)log(total);",
+        "log-probabilities are above 0", KERNELS,
+    ),
+    Fault(
         "collate: EOS is no completion token", "shared/sequences.py",
         "return Sequences(torch.tensor(rows), torch.cat([real, mask], dim=1).long(), mask)",
         "every = torch.cat([real, mask], dim=1).long()\n    "
