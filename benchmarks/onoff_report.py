@@ -162,7 +162,8 @@ def markdown(found: dict[str, Any]) -> str:
             lines.append(f"| {' | '.join([*about, _yes(alike(e))])} |")
     lines += [
         "",
-        "Reward models: how often they are right on pairs of other prompts, on - off.",
+        "Reward models: how often they are right on pairs of other prompts, on - off. Those with",
+        "it on are the same in every row, and so is what chance did to them.",
         "",
         "| optimisation | on - off |",
         "|---|---|",

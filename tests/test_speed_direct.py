@@ -64,13 +64,11 @@ def test_drawn_pairs_hold_ordinary_tokens_and_one_eos_and_can_be_drawn_again(
 
 def test_the_named_shapes_are_what_their_names_say():
     shapes = LOADS["smollm2-135m"].shapes
-    assert {name: shape.prompt_ratio for name, shape in shapes.items()} == {
-        "prompt-heavy": 2.0,
-        "prompt-heavy, batch 16": 2.0,
-        "equal": 1.0,
-        "completion-heavy": 0.25,
+    ratios = {"prompt-heavy": 2.0, "equal": 1.0, "completion-heavy": 0.25}
+    assert {name: (s.prompt_ratio, s.batch, s.micro_batch) for name, s in shapes.items()} == {
+        **{name: (ratio, 4, 4) for name, ratio in ratios.items()},
+        **{f"{name}, batch 16": (ratio, 16, 8) for name, ratio in ratios.items()},
     }
-    assert [(s.batch, s.micro_batch) for s in shapes.values()] == [(4, 4), (16, 8), (4, 4), (4, 4)]
     assert LOADS["reviews"].precisions == ("float32",)
 
 

@@ -56,7 +56,9 @@ LOADS = {
             "prompt-heavy": Shape(4, 2.0, 4),
             "prompt-heavy, batch 16": Shape(16, 2.0, 8),
             "equal": Shape(4, 1.0, 4),
+            "equal, batch 16": Shape(16, 1.0, 8),
             "completion-heavy": Shape(4, 0.25, 4),
+            "completion-heavy, batch 16": Shape(16, 0.25, 8),
         },
     ),
     "reviews": Load(
