@@ -119,7 +119,9 @@ void log_sum_exp_backward(int threads, count rows, count size, const float *x, c
     for (count i = 0; i < rows; i++)
         for (count j = 0; j < size; j += LANES) {
             const count at = i * size + j;
-            put_some(of_x + at, power(some(x + at, size - j) - y[i]) * -g[i], size - j);
+            const lanes below = some(x + at, size - j) - y[i];
+            const lanes share = choose(below < -80, (lanes){0}, power(below));
+            put_some(of_x + at, share * -g[i], size - j);
         }
 }
 

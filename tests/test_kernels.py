@@ -410,7 +410,7 @@ def test_picked_stands_large_logits():
     assert found.tolist() == [0.0, -2e4]
     found.sum().backward()
     assert logits.grad is not None
-    torch.testing.assert_close(logits.grad, torch.tensor([[0.0, 0], [1, -1]]), atol=1e-30, rtol=0)
+    assert logits.grad.tolist() == [[0.0, 0.0], [1.0, -1.0]]
 
 
 @pytest.mark.usefixtures("either")
