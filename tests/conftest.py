@@ -31,6 +31,12 @@ def quiet_and_single_threaded() -> None:
     quiet_libraries()
 
 
+@pytest.fixture(autouse=True)
+def single_threaded() -> None:
+    """Whatever the tests before did: commands have threads of their own."""
+    torch.set_num_threads(1)
+
+
 @pytest.fixture(scope="session")
 def task_config() -> TaskConfig:
     return TaskConfig()
