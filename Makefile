@@ -24,7 +24,7 @@ mutants: $(VLLM) $(SMOLLM2)  ## proof that the tests can fail: single faults, ea
 	cd tests && ../$(BIN)/python -m mutants
 
 smollm2: $(SMOLLM2)  ## SmolLM2-135M-Instruct as a transformers folder, models/smollm2-135m
-	$(BIN)/python -m benchmarks.smollm2 models/smollm2-135m
+	$(BIN)/python -m benchmarks.speed.smollm2 models/smollm2-135m
 
 vllm: $(VLLM)  ## sampling with vLLM on a CPU
 

@@ -11,14 +11,14 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from benchmarks.arms import unpaired
-from benchmarks.compare import Places, compare, timed_seeds, train_alone, tuning_seeds
-from benchmarks.experiment import Experiment
-from benchmarks.process import OnThreads, set_up_process, side_by_side, stage_context
+from benchmarks.pipeline.arms import unpaired
+from benchmarks.pipeline.compare import Places, compare, timed_seeds, train_alone, tuning_seeds
+from benchmarks.pipeline.experiment import Experiment
+from benchmarks.pipeline.places import OnThreads, set_up_process, side_by_side, stage_context
 from benchmarks.report.build import draw_report
-from benchmarks.summary import summarise
-from shared.fit import checkpoint_steps, steps_of
+from benchmarks.results.summary import summarise
 from shared.stages import Stages, output_folder
+from shared.training.fit import checkpoint_steps, steps_of
 
 OTHERS = ("experiment.json", "samples.json", "curves.json")
 

@@ -15,12 +15,12 @@ from torch import Tensor
 
 from dpo.train import Dataset, DirectConfig, finish, with_setting
 from shared.config import Config
-from shared.fit import Diverged, prepare, steps_of
 from shared.generation.engine import Engine, Sampling
 from shared.generation.start import TRANSFORMERS, GenerationConfig, make_engine
-from shared.lora import LoRAConfig, with_lora
-from shared.models import Scorer, load_policy, save, special_ids
+from shared.models.load import Scorer, load_policy, save, special_ids
+from shared.models.lora import LoRAConfig, with_lora
 from shared.stages import write_json, write_jsonl
+from shared.training.fit import Diverged, prepare, steps_of
 
 
 class FilterConfig(Config):

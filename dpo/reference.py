@@ -9,12 +9,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from shared.config import InputError
-from shared.cost import Meter
-from shared.fit import Precision, arithmetic
-from shared.logprobs import score_logps
-from shared.models import load_policy, load_tokenizer, special_ids
-from shared.preferences import Pair, read_pairs
+from shared.data.pairs import Pair, read_pairs
+from shared.models.cost import Meter
+from shared.models.load import load_policy, load_tokenizer, special_ids
+from shared.models.logprobs import score_logps
 from shared.stages import write_json
+from shared.training.fit import Precision, arithmetic
 
 
 class Mismatched(NamedTuple):

@@ -13,8 +13,14 @@ from transformers import PreTrainedModel
 from dpo.losses import LOSSES, UNPAIRED, LogRatios, expected_loss
 from dpo.reference import read_mismatched, read_reference, unpaired_rows
 from shared.config import Config, InputError, suggest
-from shared.cost import Meter
-from shared.fit import (
+from shared.data.pairs import Pair, read_pairs
+from shared.models.cost import Meter
+from shared.models.load import load_policy, load_tokenizer, save, special_ids
+from shared.models.logprobs import sequence_logps
+from shared.models.lora import LoRAConfig, with_lora
+from shared.models.sequences import SCORING, Limit, Sequences, by_length, collate
+from shared.stages import write_json
+from shared.training.fit import (
     Diverged,
     OptimizerConfig,
     Trainee,
@@ -25,12 +31,6 @@ from shared.fit import (
     step,
     steps_of,
 )
-from shared.logprobs import sequence_logps
-from shared.lora import LoRAConfig, with_lora
-from shared.models import load_policy, load_tokenizer, save, special_ids
-from shared.preferences import Pair, read_pairs
-from shared.sequences import SCORING, Limit, Sequences, by_length, collate
-from shared.stages import write_json
 
 
 class DirectConfig(Config):

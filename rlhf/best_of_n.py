@@ -3,10 +3,10 @@
 import torch
 from torch import Tensor
 
-from shared.cost import Meter
 from shared.generation.engine import Completions, Engine, Sampling
-from shared.models import Scorer
-from shared.sequences import collate
+from shared.models.cost import Meter
+from shared.models.load import Scorer
+from shared.models.sequences import collate
 
 
 def best_of_n(

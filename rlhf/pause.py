@@ -6,8 +6,8 @@ from typing import Any
 from safetensors.torch import load_file, save_file
 
 from rlhf.rollout import Actors
-from shared.fit import Trainee, restore, state_of
 from shared.stages import read_json, write_json
+from shared.training.fit import Trainee, restore, state_of
 
 TENSORS, PLAIN = "paused.safetensors", "paused.json"  # in the stage's folder
 

@@ -28,17 +28,17 @@ from rlhf.rollout import (
     score_rollout,
 )
 from shared.config import Config
-from shared.cost import Meter
-from shared.fit import Diverged, OptimizerConfig, batches, checkpoint_steps, step
 from shared.generation.engine import EngineLost, Sampling
 from shared.generation.start import TRANSFORMERS, GenerationConfig
 from shared.kl import k1
-from shared.logprobs import logprobs_and_values, token_logprobs
-from shared.lora import LoRAConfig
-from shared.models import load_tokenizer, save, state_values
-from shared.sequences import Limit, by_length
+from shared.models.cost import Meter
+from shared.models.load import load_tokenizer, save, state_values
+from shared.models.logprobs import logprobs_and_values, token_logprobs
+from shared.models.lora import LoRAConfig
+from shared.models.sequences import Limit, by_length
 from shared.stages import write_json
 from shared.tasks.registry import TaskConfig, make_task
+from shared.training.fit import Diverged, OptimizerConfig, batches, checkpoint_steps, step
 
 
 class PPOConfig(Config):

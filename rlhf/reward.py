@@ -11,9 +11,10 @@ from transformers import PreTrainedModel
 
 from rlhf.losses import bradley_terry_loss
 from shared.config import Config
-from shared.cost import Meter
-from shared.fit import Diverged, Loss, OptimizerConfig, batches, prepare, step, steps_of
-from shared.models import (
+from shared.data.pairs import Pair, read_pairs
+from shared.data.samples import read_samples
+from shared.models.cost import Meter
+from shared.models.load import (
     Scorer,
     load_tokenizer,
     new_scalar_model,
@@ -22,11 +23,10 @@ from shared.models import (
     sequence_scores,
     special_ids,
 )
-from shared.preferences import Pair, read_pairs
-from shared.samples import read_samples
-from shared.sequences import Limit, Sequences, by_length, collate
+from shared.models.sequences import Limit, Sequences, by_length, collate
 from shared.stages import write_json
 from shared.tasks.registry import TaskConfig, make_task
+from shared.training.fit import Diverged, Loss, OptimizerConfig, batches, prepare, step, steps_of
 
 
 class RewardConfig(Config):

@@ -13,14 +13,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rlhf.losses import explained_variance
 from shared.config import InputError
-from shared.cost import Meter
-from shared.fit import OptimizerConfig, Trainee, arithmetic, prepare
 from shared.generation.engine import Engine
 from shared.generation.start import TRANSFORMERS, GenerationConfig, make_engine
 from shared.kl import k1, k3, masked_mean, masked_sum
-from shared.logprobs import logprobs_and_values, policy_values, token_logprobs
-from shared.lora import LoRAConfig, add_value_head, with_lora
-from shared.models import (
+from shared.models.cost import Meter
+from shared.models.load import (
     Scorer,
     frozen,
     load_policy,
@@ -30,9 +27,12 @@ from shared.models import (
     special_ids,
     state_values,
 )
-from shared.packing import packs
-from shared.sequences import SCORING, Sequences, by_length, collate
+from shared.models.logprobs import logprobs_and_values, policy_values, token_logprobs
+from shared.models.lora import LoRAConfig, add_value_head, with_lora
+from shared.models.packing import packs
+from shared.models.sequences import SCORING, Sequences, by_length, collate
 from shared.tasks.task import Task
+from shared.training.fit import OptimizerConfig, Trainee, arithmetic, prepare
 
 
 class Rollout(NamedTuple):

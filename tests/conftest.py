@@ -10,10 +10,11 @@ import pytest
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from benchmarks.process import quiet_libraries
+from benchmarks.pipeline.places import quiet_libraries
 from dpo.reference import score_mismatched, score_reference
+from shared.data.preferences import PreferenceConfig, make_preferences
 from shared.generation.engine import Sampling
-from shared.models import (
+from shared.models.load import (
     ModelConfig,
     new_policy,
     new_scalar_model,
@@ -21,7 +22,6 @@ from shared.models import (
     save_normalisation,
     special_ids,
 )
-from shared.preferences import PreferenceConfig, make_preferences
 from shared.tasks.registry import TaskConfig, make_task
 
 
@@ -51,7 +51,7 @@ def tokenizer(task_config: TaskConfig) -> PreTrainedTokenizerBase:
 def policy_folder(
     tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTokenizerBase
 ) -> Path:
-    """A policy as `shared.models.save` writes it. Do not write here."""
+    """A policy as `shared.models.load.save` writes it. Do not write here."""
     folder = tmp_path_factory.mktemp("policy")
     config = ModelConfig(hidden_size=32, layers=2, intermediate_size=64)
     model = new_policy(config, tokenizer, seed=0)

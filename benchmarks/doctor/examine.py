@@ -22,10 +22,16 @@ from benchmarks.doctor import models, reward, tokens
 from benchmarks.doctor.finding import Finding
 from benchmarks.doctor.patient import Patient, any_tokenizer, readable, token_id
 from shared.config import InputError
+from shared.data.pairs import Pair
 from shared.generation.hf import HFEngine
-from shared.models import SpecialIds, frozen, load_policy, load_scalar_model, require_reward_model
-from shared.preferences import Pair
-from shared.sequences import Limit
+from shared.models.load import (
+    SpecialIds,
+    frozen,
+    load_policy,
+    load_scalar_model,
+    require_reward_model,
+)
+from shared.models.sequences import Limit
 
 SAMPLED = 32  # tokens a prompt, at most
 

@@ -10,11 +10,11 @@ from transformers import PreTrainedModel
 
 from benchmarks.doctor.finding import Finding, verdict
 from dpo.losses import LogRatios, dpo_loss
+from shared.data.pairs import Pair
 from shared.generation.engine import Engine, Sampling
 from shared.kl import exact_kl
-from shared.logprobs import completion_logits, sequence_logps, token_logprobs
-from shared.preferences import Pair
-from shared.sequences import Sequences, collate
+from shared.models.logprobs import completion_logits, sequence_logps, token_logprobs
+from shared.models.sequences import Sequences, collate
 
 TOLERANCE = 1e-3  # nats a token, float32: sound models differ by 1e-5 to 1e-4
 SURPRISE = 5.0  # standard errors

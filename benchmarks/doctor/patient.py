@@ -2,7 +2,7 @@
 
 import json
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,13 +12,13 @@ from pydantic import Field
 from safetensors import SafetensorError
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from benchmarks.arms import prepare_reward, prepare_start
-from benchmarks.experiment import Experiment, experiment_file, load_experiment
-from benchmarks.process import quiet_libraries, set_up_process, stage_context
+from benchmarks.pipeline.arms import prepare_reward, prepare_start
+from benchmarks.pipeline.experiment import Experiment, experiment_file, load_experiment
+from benchmarks.pipeline.places import quiet_libraries, set_up_process, stage_context
 from benchmarks.run import progress
 from shared.config import Config, InputError, load
+from shared.data.pairs import Pair, read_pairs
 from shared.generation.engine import Sampling
-from shared.preferences import Pair, read_pairs
 from shared.stages import Stages
 
 Messages = list[dict[str, str]]
@@ -71,7 +71,7 @@ class Patient(NamedTuple):
     adapter: Path | None = None
 
 
-def admit(file: str, runs: Path, overrides: list[str], quick: bool) -> Patient:
+def admit(file: str, runs: Path, overrides: Sequence[str], quick: bool) -> Patient:
     """Read `file`, an experiment or a `DoctorConfig`; an experiment's first stages are run."""
     path = experiment_file(file)
     raw: dict[str, Any] = {}

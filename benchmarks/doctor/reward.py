@@ -12,8 +12,8 @@ from transformers import PreTrainedModel
 
 from benchmarks.doctor.finding import Finding, verdict
 from benchmarks.doctor.models import both_sides
-from shared.models import sequence_scores
-from shared.preferences import Pair
+from shared.data.pairs import Pair
+from shared.models.load import sequence_scores
 
 TOLERANCE = 1e-3  # of the scores' own deviation, at least 1
 SWAPPED = 1e-4  # chance of an accuracy this low, were the scores a coin
@@ -105,7 +105,7 @@ def normalisation(folder: Path, scores: Scores) -> Finding:
     check, path = "normalisation", folder / "normalisation.json"
     fix = (
         'write normalisation.json beside it, {"offset": mean raw score of SFT samples, '
-        '"scale": their deviation within prompts}: shared.models.save_normalisation'
+        '"scale": their deviation within prompts}: shared.models.load.save_normalisation'
     )
     if not path.is_file():
         return Finding(check, "no normalisation.json", fix)

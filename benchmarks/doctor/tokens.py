@@ -7,7 +7,7 @@ from transformers import PreTrainedTokenizerBase
 
 from benchmarks.doctor.finding import Finding, verdict
 from benchmarks.doctor.patient import Row, render
-from shared.preferences import Pair, clean
+from shared.data.pairs import Pair, clean
 
 
 def eos_and_pad(tokenizer: PreTrainedTokenizerBase, whose: str = "") -> Finding:

@@ -15,14 +15,14 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from pydantic import TypeAdapter, ValidationError
 
-from benchmarks.report import rows
+from benchmarks.report import page_tables as rows
 from benchmarks.report.figures import draw_all
 from benchmarks.report.frontier_plot import KL_CAP, beyond
 from benchmarks.report.style import PALETTE, Picture, look, marker_path
 from benchmarks.report.tables import Bar, Table, count, number, to_csv, to_latex
 from benchmarks.report.training_plot import Curves
 from benchmarks.report.verdict import SEEDS_NEEDED, judge
-from benchmarks.results import Results
+from benchmarks.results.schema import Results
 from shared.config import Config, InputError, validate
 
 

@@ -6,8 +6,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, MaxNLocator, PercentFormatter
 
+from benchmarks.evaluation.statistics import Estimate
 from benchmarks.report import frontier_plot
-from benchmarks.report.rows import by_gold
+from benchmarks.report.page_tables import by_gold
 from benchmarks.report.style import (
     CARD,
     FAINT,
@@ -22,7 +23,7 @@ from benchmarks.report.style import (
     plain,
 )
 from benchmarks.report.training_plot import Curves, Series, known, training_picture
-from benchmarks.results import Cost, CurvePoint, Estimate, Method, Results
+from benchmarks.results.schema import Cost, CurvePoint, Method, Results
 
 
 def draw_all(results: Results, curves: Curves) -> dict[str, Picture]:

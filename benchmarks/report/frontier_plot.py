@@ -8,9 +8,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 
+from benchmarks.evaluation.frontier import FrontierPoint
 from benchmarks.report.labels import Label, place
 from benchmarks.report.style import CARD, FAINT, GRID, INK, MUTED, look, plain
-from benchmarks.results import FrontierPoint, Method, Results
+from benchmarks.results.schema import Method, Results
 
 Point = tuple[float, float]
 TICKS = (0, 0.5, 1, 2, 5, 10, 20, 30, 50, 100, 200, 500, 1000, 2000, 5000)

@@ -7,7 +7,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from benchmarks.results import Estimate
+from benchmarks.evaluation.statistics import Estimate
 
 NULL = "\u2013"  # an en dash: not defined, or not measured
 MINUS = "\u2212"

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from benchmarks.report.style import look
 from benchmarks.report.tables import duration, interval, kl_digits, number, percent
-from benchmarks.results import Comparison, Method, Results
+from benchmarks.results.schema import Comparison, Method, Results
 
 SEEDS_NEEDED = 3
 DIRECT = ("dpo", "fdpo", "ipo", "kto", "cdpo", "rdpo", "ipo-token")

@@ -6,11 +6,11 @@ from typing import NamedTuple
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from benchmarks.smollm2 import convert
+from benchmarks.speed.smollm2 import convert
 from dpo.losses import UNPAIRED
 from dpo.reference import score_mismatched, score_reference
-from shared.fit import OptimizerConfig, Precision
-from shared.models import (
+from shared.data.pairs import Pair
+from shared.models.load import (
     ModelConfig,
     load_tokenizer,
     new_policy,
@@ -18,9 +18,9 @@ from shared.models import (
     save,
     special_ids,
 )
-from shared.preferences import Pair
 from shared.stages import output_folder, write_jsonl
 from shared.tasks.registry import TaskConfig, make_task
+from shared.training.fit import OptimizerConfig, Precision
 
 LOSSES = {  # work: our loss and its setting
     "dpo": ("dpo", {"beta": 0.1}),

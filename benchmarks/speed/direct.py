@@ -17,16 +17,16 @@ import torch
 from transformers import PreTrainedModel
 
 from benchmarks.speed.cases import LOADS, LOSSES, Case, make_case, policy_folder
-from benchmarks.speed.peers import train_in_turn
 from benchmarks.speed.sides import Choice, Done, Speed, Work, Worker, seconds_since, side_by_side
+from benchmarks.speed.trl.steps import train_in_turn
 from dpo.losses import UNPAIRED
 from dpo.train import Dataset, DirectConfig
 from rlhf.reward import pair_batches, reward_loss
-from shared.cost import Meter, matmul_rate
-from shared.fit import Trainee, prepare, step
-from shared.models import load_policy, load_scalar_model, load_tokenizer, special_ids
-from shared.preferences import read_pairs
-from shared.sequences import Limit
+from shared.data.pairs import read_pairs
+from shared.models.cost import Meter, matmul_rate
+from shared.models.load import load_policy, load_scalar_model, load_tokenizer, special_ids
+from shared.models.sequences import Limit
+from shared.training.fit import Trainee, prepare, step
 
 TRAINERS = {
     "dpo": "DPOTrainer",

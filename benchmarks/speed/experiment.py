@@ -24,26 +24,20 @@ from tempfile import TemporaryDirectory
 
 import numpy as np
 
-from benchmarks.arms import (
+from benchmarks.pipeline.arms import (
     Common,
     evaluate_model,
     prepare_common,
     prepare_preferences,
     setting_text,
 )
-from benchmarks.compare import tuning_seeds
-from benchmarks.experiment import Arm, Experiment, load_experiment
-from benchmarks.process import side_by_side, stage_context
-from benchmarks.speed.assembled import (
-    PAIR_LOSSES,
-    Trained,
-    import_ppo,
-    import_trl,
-    trl_process,
-)
+from benchmarks.pipeline.compare import tuning_seeds
+from benchmarks.pipeline.experiment import Arm, Experiment, load_experiment
+from benchmarks.pipeline.places import side_by_side, stage_context
 from benchmarks.speed.sides import Choice, machine
 from benchmarks.speed.trainings import PHASES, Ours, Sides, Theirs, Training, say
-from benchmarks.speed.trl_ppo import TRL, install_trl
+from benchmarks.speed.trl.ppo import TRL, install_trl
+from benchmarks.speed.trl.trainings import PAIR_LOSSES, Trained, import_ppo, import_trl, trl_process
 from dpo.losses import UNPAIRED
 from shared.config import Config
 from shared.stages import Stages, output_folder, read_jsonl, write_json

@@ -7,11 +7,11 @@ from time import perf_counter
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from benchmarks.smollm2 import convert
 from benchmarks.speed.sides import Choice, Side, Speed, side_by_side
+from benchmarks.speed.smollm2 import convert
 from shared.generation.engine import Sampling
 from shared.generation.vllm import VLLMEngine
-from shared.models import SpecialIds, load_policy, load_tokenizer, special_ids
+from shared.models.load import SpecialIds, load_policy, load_tokenizer, special_ids
 
 
 def speed_generation(choice: Choice) -> list[Speed]:

@@ -5,18 +5,18 @@ from tempfile import TemporaryDirectory
 from time import perf_counter
 from typing import NamedTuple
 
-from benchmarks.process import stage_context
+from benchmarks.pipeline.places import stage_context
 from benchmarks.speed.cases import Case, Load, Shape, make_case
 from benchmarks.speed.sides import Done, Work, seconds_since
 from dpo.reference import score_reference
 from dpo.train import DirectConfig, train_direct
-from shared.cost import peak_memory_bytes
+from shared.data.preferences import PreferenceConfig, make_preferences
 from shared.generation.engine import Sampling
-from shared.models import ModelConfig, new_policy, save
-from shared.preferences import PreferenceConfig, make_preferences
-from shared.sft import SftConfig, train_sft
+from shared.models.cost import peak_memory_bytes
+from shared.models.load import ModelConfig, new_policy, save
 from shared.stages import Stages, read_json
 from shared.tasks.registry import TaskConfig, make_task
+from shared.training.sft import SftConfig, train_sft
 
 TASK = TaskConfig()
 PROMPT_TOKENS = 12  # of a step's pairs, whatever their completions' length

@@ -30,7 +30,7 @@ from benchmarks.speed.growing import (
 )
 from benchmarks.speed.sides import Choice, Work, Worker, cell, machine
 from shared.config import Config
-from shared.models import ModelConfig
+from shared.models.load import ModelConfig
 from shared.stages import output_folder, write_json
 
 STEPS_A_ROUND = 2  # a step is short beside a training, and so measured more often

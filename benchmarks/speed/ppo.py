@@ -28,8 +28,7 @@ from transformers import (
     PrinterCallback,
 )
 
-from benchmarks.process import stage_context
-from benchmarks.smollm2 import convert
+from benchmarks.pipeline.places import stage_context
 from benchmarks.speed.generation import chat_prompts
 from benchmarks.speed.sides import (
     Choice,
@@ -41,18 +40,19 @@ from benchmarks.speed.sides import (
     seconds_since,
     side_by_side,
 )
-from benchmarks.speed.trl_ppo import TRL, import_trl_ppo, install_trl, loaded, trl_settings
+from benchmarks.speed.smollm2 import convert
+from benchmarks.speed.trl.ppo import TRL, import_trl_ppo, install_trl, loaded, trl_settings
 from rlhf.ppo import PPOConfig, ppo_update
 from rlhf.rollout import make_actors
-from shared.cost import Meter, matmul_rate
-from shared.fit import OptimizerConfig
 from shared.generation.engine import Sampling
 from shared.generation.start import TRANSFORMERS, GenerationConfig
-from shared.lora import LoRAConfig, adapter
-from shared.models import ModelConfig, load_tokenizer, new_scalar_model, save
-from shared.sft import SftConfig, train_sft
+from shared.models.cost import Meter, matmul_rate
+from shared.models.load import ModelConfig, load_tokenizer, new_scalar_model, save
+from shared.models.lora import LoRAConfig, adapter
 from shared.stages import Stages, output_folder
 from shared.tasks.registry import TaskConfig, make_task
+from shared.training.fit import OptimizerConfig
+from shared.training.sft import SftConfig, train_sft
 
 KL_COEF = 0.1
 STEADY = {

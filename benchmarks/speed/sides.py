@@ -17,15 +17,10 @@ from typing import Any, NamedTuple
 import torch
 from pydantic import Field
 
-from benchmarks.process import (
-    end_with,
-    keep_freed_memory,
-    quiet_libraries,
-)
-from benchmarks.results import Estimate
-from benchmarks.statistics import seed_interval
+from benchmarks.evaluation.statistics import Estimate, seed_interval
+from benchmarks.pipeline.places import end_with, keep_freed_memory, quiet_libraries
 from shared.config import Config
-from shared.cost import peak_memory_bytes, reset_peak_memory
+from shared.models.cost import peak_memory_bytes, reset_peak_memory
 
 Side = Callable[[], float]  # does the work once, returns units a second
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from time import perf_counter
 from typing import NamedTuple
 
-from benchmarks.arms import (
+from benchmarks.pipeline.arms import (
     Common,
     Seed,
     prepare_preferences,
@@ -22,8 +22,8 @@ from benchmarks.arms import (
     setting_text,
     train,
 )
-from benchmarks.experiment import Experiment
-from benchmarks.speed.assembled import (
+from benchmarks.pipeline.experiment import Experiment
+from benchmarks.speed.trl.trainings import (
     Trained,
     make_data,
     train_direct,
@@ -31,7 +31,7 @@ from benchmarks.speed.assembled import (
     train_reward,
     trl_setting,
 )
-from shared.preferences import read_pairs
+from shared.data.pairs import read_pairs
 from shared.stages import Stages, read_json
 
 PHASES = {"reward": "reward models", "direct": "direct methods, references too", "ppo": "PPO"}

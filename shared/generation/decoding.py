@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from shared.attention import Pass
-from shared.models import trunk
-from shared.native import call, here
-from shared.packing import pack_rows, pass_inputs
+from shared.cpu.native import call, here
+from shared.models.attention import Pass
+from shared.models.load import trunk
+from shared.models.packing import pack_rows, pass_inputs
 
 VECTOR = 16  # numbers; PyTorch's softmax over fewer is ten times slower each
 

@@ -13,10 +13,10 @@ from transformers import DynamicCache, PreTrainedModel
 
 from shared.generation.decoding import Decoding
 from shared.generation.engine import Completions, Sampling, require_tokens
-from shared.lora import merged
-from shared.models import SpecialIds
-from shared.packing import packs
-from shared.sequences import Limit, by_length
+from shared.models.load import SpecialIds
+from shared.models.lora import merged
+from shared.models.packing import packs
+from shared.models.sequences import Limit, by_length
 
 SAMPLING = Limit(512, 2**16)  # whose keys and values are held at once
 LEAVE_BELOW = 0.8  # share of rows still going under which the ended ones leave the cache

@@ -34,8 +34,8 @@ from shared.generation.vllm import (
     require_room,
     sampling_params,
 )
-from shared.lora import plain_weights
-from shared.models import SpecialIds, require_model
+from shared.models.load import SpecialIds, require_model
+from shared.models.lora import plain_weights
 
 AT_ONCE = 256  # requests under way; vLLM batches them
 

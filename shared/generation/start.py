@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 from shared.config import Config
 from shared.generation.engine import Dtype, Engine
 from shared.generation.hf import HFEngine
-from shared.models import SpecialIds
+from shared.models.load import SpecialIds
 
 
 class GenerationConfig(Config):

@@ -8,9 +8,9 @@ from transformers import PreTrainedModel
 
 from shared.config import InputError
 from shared.generation.engine import Engine, Sampling, StaleEngine
-from shared.logprobs import token_logprobs
-from shared.models import SpecialIds
-from shared.sequences import collate
+from shared.models.load import SpecialIds
+from shared.models.logprobs import token_logprobs
+from shared.models.sequences import collate
 
 PROBES, PROBE_TOKENS = 2, 8  # fixed prompts, and the most tokens of each
 DRAWN = 2  # tokens after each: every weight says its part of the first, the cache of the second

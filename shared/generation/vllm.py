@@ -20,8 +20,8 @@ from shared.config import InputError
 from shared.generation.engine import Completions, Dtype, Sampling, StaleEngine, require_tokens
 from shared.generation.sync import require_fresh
 from shared.generation.vllm_cpu import use_kernels
-from shared.lora import plain_weights
-from shared.models import SpecialIds
+from shared.models.load import SpecialIds
+from shared.models.lora import plain_weights
 
 WORKER = "shared.generation.worker.SyncWorker"
 ENVIRONMENT = {

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from shared.kernels import linear, rms_norm
-from shared.native import library
+from shared.cpu.kernels import linear, rms_norm
+from shared.cpu.native import library
 
 PROVIDER = "klash"
 NORMS = ("rms_norm", "fused_add_rms_norm")

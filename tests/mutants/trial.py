@@ -141,7 +141,7 @@ def run_tests(tree: Path, tests: Sequence[str]) -> None:
     sys.dont_write_bytecode = True
     os.environ |= {"PYTHONPATH": str(tree), "PYTHONDONTWRITEBYTECODE": "1"}
     watcher = Watcher(tree)
-    paths = [f"tests/{name}" for name in tests]
+    paths = [str(path_of_tests(name).relative_to(ROOT)) for name in tests]
     code = pytest.main([*OPTIONS, f"--basetemp={tree.parent / 'tmp'}", *paths], plugins=[watcher])
     for name, module in list(sys.modules.items()):
         path = getattr(module, "__file__", None)
@@ -149,6 +149,12 @@ def run_tests(tree: Path, tests: Sequence[str]) -> None:
             assert Path(path).is_relative_to(tree), f"{name} is not the copy's: {path}"
     assert code in (0, 1, 2), f"pytest did no tests: exit code {code}"
     (tree.parent / "result.json").write_text(json.dumps(watcher.result()))
+
+
+def path_of_tests(name: str) -> Path:
+    """The test file of this name, in whichever folder it lies."""
+    (found,) = (ROOT / "tests").rglob(name)
+    return found
 
 
 def verdict(tree: Path, late: bool) -> Trial:
@@ -175,7 +181,7 @@ class Watcher:
             node.session.shouldstop = "enough is known"
 
     def pytest_runtest_logreport(self, report: Any) -> None:
-        name = report.nodeid.partition("::")[0].removeprefix("tests/")
+        name = Path(report.nodeid.partition("::")[0]).name
         self.seconds[name] = self.seconds.get(name, 0.0) + report.duration
 
     def result(self) -> dict[str, Any]:

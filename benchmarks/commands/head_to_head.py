@@ -1,0 +1,40 @@
+"""The commands that compare methods and draw what came of it."""
+
+from pathlib import Path
+
+from benchmarks.entry import Argument, Overrides
+from benchmarks.pipeline.experiment import load_experiment
+from benchmarks.report.build import build_report
+from benchmarks.run import run_experiment
+from shared.config import InputError
+
+
+def compare(
+    file: Argument[str] = "reviews",
+    /,
+    quick: bool = False,
+    runs: Path = Path("runs"),
+    overrides: Overrides = (),
+) -> None:
+    """A head-to-head: train, evaluate, write results.json and the report.
+
+    Any key of the experiment can be changed: --ppo.epochs 4 --seeds "[0, 1]".
+
+    Args:
+        file: an experiment's TOML file, or the name of one that comes with Klash.
+        quick: one seed, smaller, each arm at its first setting.
+        runs: the folder of all runs and of the stages they share.
+    """
+    run = run_experiment(load_experiment(file, overrides, quick), runs)
+    print(f"report: {run / 'report' / 'index.html'}")
+
+
+def report(run: Argument[Path], /) -> None:
+    """Draw the report of a finished run again.
+
+    Args:
+        run: the folder with results.json.
+    """
+    if not (run / "results.json").is_file():
+        raise InputError(f"{run}: no results.json here; `klash compare` writes it")
+    print(f"report: {build_report(run)}")

@@ -1,0 +1,203 @@
+"""Held-out generations -> one row per prompt: the one meter that every method is read with."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from benchmarks.evaluation.exact import World
+from benchmarks.evaluation.optimum import best_of_n_logps
+from rlhf.best_of_n import best_of_n
+from shared.data.pairs import read_pairs
+from shared.data.samples import read_samples
+from shared.generation.engine import Completions, Sampling
+from shared.generation.start import TRANSFORMERS, GenerationConfig, make_engine
+from shared.kl import exact_kl, k1, k3, masked_sum
+from shared.models.cost import Meter
+from shared.models.load import Scorer, load_policy, load_tokenizer, special_ids
+from shared.models.logprobs import BLOCK, completion_logits, gather_logprobs, score_logps
+from shared.models.sequences import SCORING, Limit, by_length, collate
+from shared.stages import write_json, write_jsonl
+from shared.tasks.registry import TaskConfig, make_task
+from shared.tasks.task import Split, Task
+
+
+def evaluate(
+    folder: Path,
+    policy: Path,
+    checkpoint: str,
+    ref: Path,
+    reward_model: Path | None,
+    preferences: Path | None,
+    task: TaskConfig,
+    split: Split,
+    prompts: int,
+    samples: int,
+    sampling: Sampling,
+    prompt_seed: int,
+    seed: int,
+    listed: Path | None,
+    generation: GenerationConfig = TRANSFORMERS,
+) -> None:
+    """Stage: `rows.jsonl`, and `displacement.json` where there are held-out `preferences`.
+
+    Completions are sampled at temperature 1; a greedy one lies beside them. Where all completions
+    are `listed`, each row holds the expectations over them too, as `exact`.
+    """
+    tokenizer, source = load_tokenizer(ref), make_task(task)
+    model, ref_model = load_policy(policy / checkpoint).eval(), load_policy(ref).eval()
+    engine = make_engine(generation, model, special_ids(tokenizer), policy / checkpoint)
+    texts = source.prompts(split, prompts, prompt_seed)
+    ids = [tokenizer(text).input_ids for text in texts]
+    many = [p for p in ids for _ in range(samples)]
+    drawn = engine.generate(many, sampling.model_copy(update={"temperature": 1.0, "seed": seed}))
+    columns = measure(source, tokenizer, reward_model, texts, ids, drawn, samples)
+    kl = measure_kl(model, ref_model, many, drawn.ids, special_ids(tokenizer).pad)
+    columns.update(kl)
+    greedy = engine.generate(ids, sampling.model_copy(update={"temperature": 0.0}))
+    greedy_texts = tokenizer.batch_decode(greedy.ids, skip_special_tokens=True)
+    rows = _rows(texts, columns, samples)
+    greedy_gold = source.gold(texts, greedy_texts).tolist()
+    for row, text, gold in zip(rows, greedy_texts, greedy_gold, strict=True):
+        row.update(greedy=text, greedy_gold=gold)
+    if listed is not None:
+        world = World(listed)
+        logps = world.logps(policy / checkpoint, sampling)
+        scores = world.scores(reward_model) if reward_model else None
+        add_exact(rows, world.expectations(logps, scores, special_ids(tokenizer).eos))
+    write_jsonl(folder / "rows.jsonl", rows)
+    if preferences is not None:
+        displacement = _displacement(model, ref_model, preferences, special_ids(tokenizer).pad)
+        write_json(folder / "displacement.json", displacement)
+
+
+def evaluate_best_of_n(
+    folder: Path,
+    ref: Path,
+    reward_model: Path,
+    n: int,
+    task: TaskConfig,
+    split: Split,
+    prompts: int,
+    samples: int,
+    sampling: Sampling,
+    prompt_seed: int,
+    seed: int,
+    listed: Path | None,
+    generation: GenerationConfig = TRANSFORMERS,
+) -> None:
+    """Stage: `rows.jsonl` of the reward model's favourites among `n` reference samples. No KL,
+    unless all completions are `listed`: then it is exact, ties included.
+
+    Its cost is that of answering the test prompts: this arm pays when it is used."""
+    tokenizer, source, meter = load_tokenizer(ref), make_task(task), Meter()
+    model, scorer = load_policy(ref).eval(), Scorer(reward_model)
+    engine = make_engine(generation, model, special_ids(tokenizer), ref)
+    meter.models_held = 2
+    texts = source.prompts(split, prompts, prompt_seed)
+    ids = [tokenizer(text).input_ids for text in texts]
+    many = [p for p in ids for _ in range(samples)]
+    draw = sampling.model_copy(update={"temperature": 1.0, "seed": seed})
+    with meter.phase("generate and score"):
+        favourites = best_of_n(engine, scorer, many, n, draw, meter)
+    write_json(folder / "cost.json", meter.summary())
+    columns = measure(source, tokenizer, reward_model, texts, ids, favourites, samples)
+    rows = _rows(texts, columns, samples)
+    if listed is not None:
+        world = World(listed)
+        scores = world.scores(reward_model)
+        logps = best_of_n_logps(world.log_ref, scores, n)
+        add_exact(rows, world.expectations(logps, scores, special_ids(tokenizer).eos))
+    write_jsonl(folder / "rows.jsonl", rows)
+
+
+def add_exact(rows: list[dict[str, Any]], exact: list[dict[str, float]]) -> None:
+    """Put a finite task's expectations beside each prompt's samples, as `exact`."""
+    for row, expectations in zip(rows, exact, strict=True):
+        row["exact"] = expectations
+
+
+def score_samples(folder: Path, reward_model: Path, samples: Path, per_prompt: int | None) -> None:
+    """Stage: `scores.json`, the reward model's scores of reference samples, (P, per_prompt).
+
+    None: of all that there are.
+    """
+    rows, scorer = read_samples(samples), Scorer(reward_model)
+    per_prompt = per_prompt or len(rows[0].completions)
+    prompts = [row.prompt_ids for row in rows for _ in range(per_prompt)]
+    scores = scorer.score_all(prompts, [c for row in rows for c in row.completions[:per_prompt]])
+    write_json(folder / "scores.json", scores.view(len(rows), per_prompt).tolist())
+
+
+def measure(
+    source: Task,
+    tokenizer: PreTrainedTokenizerBase,
+    reward_model: Path | None,
+    texts: list[str],
+    ids: list[list[int]],
+    drawn: Completions,
+    samples: int,
+) -> dict[str, list[Any]]:
+    """Everything about completions but their KL: one list a column, `samples` entries a prompt."""
+    completions = tokenizer.batch_decode(drawn.ids, skip_special_tokens=True)
+    columns: dict[str, list[Any]] = {
+        "completions": completions,
+        "gold": source.gold([t for t in texts for _ in range(samples)], completions).tolist(),
+        "length": [len(c) for c in drawn.ids],
+        "truncated": drawn.truncated,
+        "well_formed": [
+            not cut and source.well_formed(text)
+            for text, cut in zip(completions, drawn.truncated, strict=True)
+        ],
+    }
+    if reward_model is not None:
+        prompts = [p for p in ids for _ in range(samples)]
+        columns["score"] = Scorer(reward_model).score_all(prompts, drawn.ids).tolist()
+    return columns
+
+
+@torch.no_grad()
+def measure_kl(
+    model: PreTrainedModel,
+    ref_model: PreTrainedModel,
+    prompts: list[list[int]],
+    completions: list[list[int]],
+    pad_id: int,
+    limit: Limit = SCORING,
+) -> dict[str, list[Any]]:
+    """Nats per sequence: the exact KL summed over positions, and the sums of k1 and k3."""
+    sums = {name: torch.zeros(len(prompts)) for name in ("kl", "k1", "k3")}
+    row = model.config.get_text_config().vocab_size * max(map(len, completions))
+    limit = limit._replace(rows=max(1, min(limit.rows, BLOCK // row)))
+    for rows in by_length([*map(len, completions)], [*map(len, prompts)], limit):
+        batch = collate([prompts[i] for i in rows], [completions[i] for i in rows], pad_id)
+        batch = batch.to(model.device)
+        logits, ref_logits = (completion_logits(m, batch) for m in (model, ref_model))
+        logprobs, ref_logprobs = (gather_logprobs(z, batch) for z in (logits, ref_logits))
+        index = torch.tensor(rows)
+        sums["kl"][index] = batch.spread(exact_kl(logits, ref_logits)).sum(1).cpu()
+        sums["k1"][index] = masked_sum(k1(logprobs, ref_logprobs), batch.mask).cpu()
+        sums["k3"][index] = masked_sum(k3(logprobs, ref_logprobs), batch.mask).cpu()
+    return {name: values.tolist() for name, values in sums.items()}
+
+
+def _rows(texts: list[str], columns: dict[str, list[Any]], samples: int) -> list[dict[str, Any]]:
+    return [
+        {"prompt": text, **{k: v[i * samples : (i + 1) * samples] for k, v in columns.items()}}
+        for i, text in enumerate(texts)
+    ]
+
+
+def _displacement(
+    model: PreTrainedModel, ref_model: PreTrainedModel, preferences: Path, pad_id: int
+) -> dict[str, float]:
+    """Mean change of log policy(chosen) and log policy(rejected) on held-out pairs, in nats."""
+    pairs = read_pairs(preferences / "held_out.jsonl")
+    prompts = [p.prompt_ids for p in pairs]
+    change = {}
+    for side in ("chosen", "rejected"):
+        completions = [getattr(p, f"{side}_ids") for p in pairs]
+        logps, ref = (score_logps(m, prompts, completions, pad_id) for m in (model, ref_model))
+        change[side] = (logps - ref).mean().item()
+    return change

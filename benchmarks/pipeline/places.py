@@ -1,0 +1,156 @@
+"""What a process that runs stages starts with, and stages in processes of their own."""
+
+import contextlib
+import ctypes
+import multiprocessing
+import os
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from threading import Lock, Thread
+from typing import Any, TypeVar
+
+import torch
+from transformers.utils import logging as transformers_logging
+
+from shared.cpu.native import kind
+from shared.generation.start import TRANSFORMERS, GenerationConfig, engine_version
+from shared.models.cost import versions
+from shared.stages import Stages, fill_stage, stage_key
+
+A = TypeVar("A")
+B = TypeVar("B")
+THREADS = 64  # that wait for processes
+TRIM_THRESHOLD, MMAP_MAX = -1, -4  # of mallopt(3)
+WATCH = 0.2  # seconds between looks at the parent
+
+
+def set_up_process(threads: int) -> None:
+    """What every process that runs stages starts with."""
+    torch.set_num_threads(threads)
+    torch.use_deterministic_algorithms(True)
+    # Nothing here reads what it would fill, and filling doubles the time of SFT.
+    torch.utils.deterministic.fill_uninitialized_memory = False  # pyright: ignore
+    keep_freed_memory()
+    quiet_libraries()
+
+
+def keep_freed_memory() -> None:
+    """Let glibc reuse the memory of freed tensors; else each large one is mapped and cleared anew.
+
+    Worth 6 to 13 % of a training step of SmolLM2-135M; nothing where there is no glibc.
+    """
+    libc = ctypes.CDLL(None) if sys.platform == "linux" else None
+    if hasattr(libc, "mallopt"):
+        libc.mallopt(MMAP_MAX, 0)
+        libc.mallopt(TRIM_THRESHOLD, -1)  # never give any back
+
+
+def quiet_libraries() -> None:
+    """No progress bars or loading notes of the libraries between our own lines."""
+    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+
+
+def stage_context(generation: GenerationConfig = TRANSFORMERS) -> dict[str, Any]:
+    """What changes results besides configuration and code: part of every stage's address."""
+    here = {"threads": torch.get_num_threads(), "kernels": kind()}
+    return {**versions(), **engine_version(generation), **here}
+
+
+@dataclass
+class OnThreads(Stages):
+    """Stages that run here with `threads` threads, however many this process has."""
+
+    threads: int = field(kw_only=True)
+
+    def __post_init__(self) -> None:
+        self.context = {**self.context, "threads": self.threads}
+
+    def fill_one(
+        self, folder: Path, name: str, work: Callable[..., None], inputs: dict[str, Any]
+    ) -> float:
+        before = torch.get_num_threads()
+        torch.set_num_threads(self.threads)
+        try:
+            return super().fill_one(folder, name, work, inputs)
+        finally:
+            torch.set_num_threads(before)
+
+
+@dataclass
+class SideBySide(Stages):
+    """Stages that run in processes of their own, several at a time.
+
+    Each process has as many threads as one without others beside it, so that results are the same
+    to the bit. If one of `each` items fails, the others are finished before its error is raised.
+    """
+
+    pool: Executor = field(kw_only=True)
+    _filling: defaultdict[str, Lock] = field(default_factory=lambda: defaultdict(Lock))
+    _alone: Lock = field(default_factory=Lock)
+
+    def run(self, name: str, work: Callable[..., None], *, label: str = "", **inputs: Any) -> Path:
+        """See `Stages.run`: who comes second for a stage waits until the first one has it."""
+        with self._alone:  # Python 3.11 parses code, which the key needs, in one thread at a time
+            filling = self._filling[stage_key(name, work, inputs, self.context)]
+        with filling:
+            return super().run(name, work, label=label, **inputs)
+
+    def fill_one(
+        self, folder: Path, name: str, work: Callable[..., None], inputs: dict[str, Any]
+    ) -> float:
+        """In the next process that is free."""
+        return self.pool.submit(fill_stage, folder, name, work, inputs).result()
+
+    def each(self, function: Callable[[A], B], items: Iterable[A]) -> list[B]:
+        """In threads, which wait for the processes."""
+        with ThreadPoolExecutor(THREADS) as threads:
+            futures = [threads.submit(function, item) for item in items]
+        return [future.result() for future in futures]
+
+
+@contextlib.contextmanager
+def side_by_side(stages: Stages, workers: int, threads: int) -> Iterator[SideBySide]:
+    """`stages` with `workers` processes of `threads` threads; they start when there is work."""
+    context = multiprocessing.get_context("spawn")
+    start = context, start_worker, (os.getpid(), threads)
+    with sleeping_threads(), ProcessPoolExecutor(workers, *start) as pool:
+        about = {f.name: getattr(stages, f.name) for f in fields(Stages)}
+        yield SideBySide(**about, pool=pool)
+
+
+def start_worker(parent: int, threads: int) -> None:
+    """A process that runs stages."""
+    end_with(parent)
+    set_up_process(threads)
+
+
+def end_with(parent: int) -> None:
+    """Let this process end when the one that started it is gone, killed or not."""
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(WATCH)
+        os._exit(1)
+
+    Thread(target=watch, daemon=True).start()
+
+
+@contextlib.contextmanager
+def sleeping_threads() -> Iterator[None]:
+    """Processes that start in here have OpenMP threads that sleep while they wait."""
+    before = os.environ.get("OMP_WAIT_POLICY")
+    os.environ["OMP_WAIT_POLICY"] = "passive"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["OMP_WAIT_POLICY"]
+        else:
+            os.environ["OMP_WAIT_POLICY"] = before

@@ -1,0 +1,310 @@
+"""The report's tables, row by row, from the results."""
+
+from collections.abc import Callable, Sequence
+
+from benchmarks.evaluation.statistics import Estimate
+from benchmarks.report.style import look
+from benchmarks.report.tables import (
+    MINUS,
+    NULL,
+    Bar,
+    Cell,
+    Column,
+    Table,
+    count,
+    duration,
+    interval,
+    kl_digits,
+    number,
+    percent,
+    si,
+)
+from benchmarks.report.verdict import nats, winner
+from benchmarks.results.schema import Comparison, Method, Results
+
+Show = Callable[[Estimate], Cell]
+
+
+def all_tables(results: Results) -> dict[str, Table]:
+    """Every table, by name."""
+    tables = [
+        main_table(results),
+        matched_table(results),
+        *comparison_tables(results),
+        cost_table(results),
+        reward_table(results),
+        stability_table(results),
+        filtering_table(results),
+    ]
+    return {table.name: table for table in tables}
+
+
+def by_gold(results: Results) -> list[tuple[str, Method]]:
+    """Methods from the highest gold down; those without gold last."""
+    missing = float("-inf")
+    return sorted(
+        results.methods.items(),
+        key=lambda item: -(missing if item[1].gold.mean is None else item[1].gold.mean),
+    )
+
+
+def _name(name: str, method: Method) -> Cell:
+    setting = ", ".join(f"{key} {value:g}" for key, value in method.setting.items())
+    return Cell(look(name).label, setting, (name, setting), method=name)
+
+
+NAME = Column("Method", ("method", "setting"), numeric=False)
+METHOD = Column("Method", ("method",), numeric=False)
+
+
+def _estimate(digits: int = 2, signed: bool = False, scale: float = 1, unit: str = "") -> Show:
+    def show(e: Estimate) -> Cell:
+        mean = None if e.mean is None else scale * e.mean
+        text = number(mean, digits, signed)
+        shown = text if text == NULL else text + unit
+        return Cell(shown, interval(e, digits, scale), (e.mean, e.low, e.high))
+
+    return show
+
+
+def _keys(name: str) -> tuple[str, str, str]:
+    return name, f"{name}_low", f"{name}_high"
+
+
+def _prefixed(cell: Cell, prefix: str) -> Cell:
+    return Cell(prefix + cell.text, cell.note, cell.values) if cell.text != NULL else cell
+
+
+def _scale(estimates: Sequence[Estimate], zero: bool = True) -> Callable[[Estimate], Bar | None]:
+    """Bars on one scale for all `estimates`, from zero, which is marked if `zero`."""
+    known = [v for e in estimates for v in (e.mean, e.low, e.high) if v is not None]
+    low, high = min([0.0, *known]), max([0.0, *known])
+    width = (high - low) or 1.0
+
+    def at(value: float) -> float:
+        return round(3 + 94 * (value - low) / width, 2)
+
+    def bar(e: Estimate) -> Bar | None:
+        if e.mean is None:
+            return None
+        ends = (e.mean if e.low is None else e.low), (e.mean if e.high is None else e.high)
+        return Bar(at(ends[0]), at(e.mean), at(ends[1]), at(0.0) if zero else None)
+
+    return bar
+
+
+def main_table(results: Results) -> Table:
+    """One row per method at its tuned setting, by gold."""
+    share, rows = _estimate(0, scale=100, unit=" %"), []
+    bar = _scale([m.gold for m in results.methods.values()], zero=False)
+    for name, m in by_gold(results):
+        gold = _estimate()(m.gold)
+        kl = _estimate(kl_digits(m.kl.mean))(m.kl)
+        efficiency = share(m.frontier_efficiency)
+        rows.append(
+            [
+                _name(name, m),
+                Cell(gold.text, gold.note, gold.values, bar=bar(m.gold)),
+                _estimate(signed=True)(m.gain),
+                _prefixed(kl, "≤ " if m.kl_is_bound else ""),
+                share(m.win_rate),
+                _prefixed(efficiency, "≥ " if m.efficiency_is_lower_bound else ""),
+                _estimate(signed=True)(m.hacking_gap),
+                _estimate(3)(m.regret) if results.enumerated else share(m.well_formed),
+                _estimate(1)(m.length),
+                _estimate(1, signed=True)(m.displacement),
+            ]
+        )
+    headings = {
+        "Gold": "gold",
+        "Gain": "gain",
+        "KL, nats": "kl",
+        "Win rate": "win_rate",
+        "Of the limit": "frontier_efficiency",
+        "Hacking gap": "hacking_gap",
+        **({"Regret": "regret"} if results.enumerated else {"Well-formed": "well_formed"}),
+        "Length": "length",
+        "Displacement": "displacement",
+    }
+    columns = [NAME, *(Column(label, _keys(key)) for label, key in headings.items())]
+    return Table("main", "Every method at its tuned setting, on test prompts", columns, rows)
+
+
+def matched_table(results: Results) -> Table:
+    """Gold at the preset levels of KL; SFT, which spends none, is left out."""
+    keys = {k for m in results.methods.values() for k in m.gold_at_matched_kl}
+    levels = sorted(keys, key=float)
+    rows = []
+    for name, method in by_gold(results):
+        if name == "sft":
+            continue
+        cells = [_name(name, method)]
+        for level in levels:
+            estimate = method.gold_at_matched_kl.get(level)
+            if estimate is None or estimate.mean is None:
+                cells.append(Cell("not reached", values=(None, None, None)))
+            else:
+                cells.append(_estimate()(estimate))
+        rows.append(cells)
+    columns = [NAME, *(Column(f"at {nats(float(k))}", _keys(f"gold_at_{k}")) for k in levels)]
+    return Table("matched-kl", "Gold at the same KL from the start", columns, rows)
+
+
+def comparison_tables(results: Results) -> list[Table]:
+    """Differences between methods: one table per level of KL, and one at the tuned settings."""
+    bar = _scale([c.difference for c in results.comparisons])
+    groups: dict[float | None, list[Comparison]] = {}
+    for comparison in results.comparisons:
+        level = comparison.kl if comparison.metric == "gold_at_matched_kl" else None
+        groups.setdefault(level, []).append(comparison)
+    levels = sorted(groups, key=lambda k: float("inf") if k is None else k)
+    return [comparison_table(results, groups[level], level, bar) for level in levels]
+
+
+def comparison_table(
+    results: Results,
+    comparisons: Sequence[Comparison],
+    level: float | None,
+    bar: Callable[[Estimate], Bar | None],
+) -> Table:
+    """One level's differences, as a forest of intervals."""
+    rows = []
+    for c in comparisons:
+        best = winner(c, results)
+        said = f"{look(best).label} higher" if best else "not shown"
+        if c.difference.mean is None:
+            said = "not reached by both"
+        raw = f"{best} higher" if best else said
+        difference = _estimate(signed=True)(c.difference)
+        rows.append(
+            [
+                Cell(f"{look(c.a).label} {MINUS} {look(c.b).label}", values=(c.a, c.b)),
+                Cell(difference.text, difference.note, difference.values, bar=bar(c.difference)),
+                Cell(said, values=(raw,), strong=best is not None),
+            ]
+        )
+    where = "at the tuned settings" if level is None else f"at {nats(level)}"
+    columns = [
+        Column("Pair", ("a", "b"), numeric=False),
+        Column("Difference", _keys("difference")),
+        Column("Verdict", ("verdict",), numeric=False),
+    ]
+    name = "differences-tuned" if level is None else f"differences-{level:g}-nats"
+    return Table(name, f"Differences in gold {where}", columns, rows)
+
+
+def headline_table(results: Results, headline: Sequence[Comparison], most: int = 5) -> Table:
+    """The first screen's differences: those with PPO first."""
+    first = sorted(headline, key=lambda c: "ppo" not in (c.a, c.b))[:most]
+    level = first[0].kl if first and first[0].metric == "gold_at_matched_kl" else None
+    return comparison_table(results, first, level, _scale([c.difference for c in first]))
+
+
+def cost_table(results: Results) -> Table:
+    """What one training run took."""
+    rows = []
+    for name, m in by_gold(results):
+        c = m.cost
+        rows.append(
+            [
+                _name(name, m),
+                Cell(duration(c.wall_s), values=(c.wall_s,)),
+                Cell(si(c.train_tokens), values=(c.train_tokens,)),
+                Cell(si(c.generated_tokens), values=(c.generated_tokens,)),
+                Cell(si(c.flops), values=(c.flops,)),
+                Cell(percent(c.mfu), values=(c.mfu,)),
+                Cell(si(c.peak_memory_bytes, "B"), values=(c.peak_memory_bytes,)),
+                Cell(str(c.models_held), values=(c.models_held,)),
+                Cell(count(c.labels_used), values=(c.labels_used,)),
+            ]
+        )
+    labels = {
+        "Time": "wall_s",
+        "Tokens trained": "train_tokens",
+        "Tokens generated": "generated_tokens",
+        "FLOPs": "flops",
+        "Of peak FLOP/s": "mfu",
+        "Peak memory": "peak_memory_bytes",
+        "Models held": "models_held",
+        "Labels used": "labels_used",
+    }
+    columns = [NAME, *(Column(label, (key,)) for label, key in labels.items())]
+    return Table("cost", "One training run of each method; shared stages left out", columns, rows)
+
+
+def timed_alone(results: Results) -> str:
+    """Which seeds' seconds are shown, where not all seeds had the machine to themselves."""
+    timed = next((m.cost.timed_seeds for m in results.methods.values() if m.cost.timed_seeds), [])
+    if not timed or timed == results.seeds:
+        return ""
+    which = f"seed {timed[0]}" if len(timed) == 1 else f"seeds {', '.join(map(str, timed))}"
+    return f"Time, memory and share of peak are of {which}, run alone; others ran side by side."
+
+
+def reward_table(results: Results) -> Table:
+    """The reward model's numbers, one per row."""
+    rm = results.reward_model
+    share = _estimate(0, scale=100, unit=" %")
+    cells = [
+        ("Accuracy on held-out pairs", "accuracy", _estimate(1, scale=100, unit=" %")(rm.accuracy)),
+        (
+            "Best possible accuracy",
+            "bayes_accuracy",
+            Cell(percent(rm.bayes_accuracy, 1), values=(rm.bayes_accuracy, None, None)),
+        ),
+        ("Share of what is attainable", "share_of_attainable", share(rm.share_of_attainable)),
+        ("Calibration error", "calibration_error", _estimate(3)(rm.calibration_error)),
+        ("Correlation with length", "length_correlation", _estimate()(rm.length_correlation)),
+        ("Correlation with gold", "gold_correlation", _estimate()(rm.gold_correlation)),
+        ("Score's standard deviation", "score_sd", _estimate()(rm.score_sd)),
+        ("Held-out pairs", "pairs", Cell(count(rm.pairs), values=(rm.pairs, None, None))),
+    ]
+    columns = [Column("Measure", ("measure",), numeric=False), Column("Value", _keys("value"))]
+    rows = [[Cell(label, values=(key,)), cell] for label, key, cell in cells]
+    return Table("reward-model", "The reward model, on pairs it has not seen", columns, rows)
+
+
+def stability_table(results: Results) -> Table:
+    """How the runs of each method went, over seeds and settings."""
+    rows = []
+    for name, m in by_gold(results):
+        s = m.stability
+        counts = (s.runs, s.failed, s.stopped_early)
+        rows.append(
+            [
+                Cell(look(name).label, values=(name,), method=name),
+                *(Cell(str(n), values=(n,)) for n in counts),
+                Cell(number(s.gold_iqr), values=(s.gold_iqr,)),
+                Cell(percent(s.final_over_best), values=(s.final_over_best,)),
+                Cell(number(s.kl_overshoot), values=(s.kl_overshoot,)),
+                Cell(str(s.gradient_spikes), values=(s.gradient_spikes,)),
+            ]
+        )
+    labels = {
+        "Runs": "runs",
+        "Failed": "failed",
+        "Stopped early": "stopped_early",
+        "Gold, quartile range": "gold_iqr",
+        "Final / best gold": "final_over_best",
+        "KL overshoot": "kl_overshoot",
+        "Gradient spikes": "gradient_spikes",
+    }
+    columns = [METHOD, *(Column(label, (key,)) for label, key in labels.items())]
+    return Table("stability", "Runs over all seeds and settings", columns, rows)
+
+
+def filtering_table(results: Results) -> Table:
+    """What the filter kept before each epoch."""
+    rows = [
+        [
+            Cell(look(name).label, values=(name,), method=name),
+            Cell(str(epoch.epoch), values=(epoch.epoch,)),
+            Cell(percent(epoch.kept_share), values=(epoch.kept_share,)),
+            Cell(str(epoch.floor_bound), values=(epoch.floor_bound,)),
+        ]
+        for name, method in results.methods.items()
+        for epoch in method.filtering or ()
+    ]
+    labels = {"Epoch": "epoch", "Pairs kept": "kept_share", "Seeds at the floor": "floor_bound"}
+    columns = [METHOD, *(Column(label, (key,)) for label, key in labels.items())]
+    return Table("filtering", "Pairs kept by the filter", columns, rows)

@@ -1,0 +1,102 @@
+"""What the runs of one arm cost, how steadily they went, and what filtering kept."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks.evaluation.statistics import interquartile_range
+from benchmarks.pipeline.arms import Trained
+from benchmarks.results.folders import Array, Rows
+from benchmarks.results.schema import Cost, FilterEpoch, Stability
+from shared.stages import read_json
+
+
+def cost_of(final: list[Trained], labels: int, rate: float, timed: tuple[int, ...]) -> Cost:
+    """What one arm at its setting spends, averaged over seeds; nothing for SFT.
+
+    Seconds and memory are those of the seeds in `timed`, which had the machine to themselves.
+    """
+    if not final:
+        return Cost(wall_s=0, train_tokens=0, generated_tokens=0, flops=0,
+                    peak_memory_bytes=0, models_held=1, labels_used=0)  # fmt: skip
+    every = [_spent(run) for run in final]
+    alone = [_spent(run) for run in final if run.seed in timed]
+    seconds, flops = _mean(alone, "wall_s"), _mean(alone, "flops")
+    names = alone[0]["phases"]
+    return Cost(
+        wall_s=seconds,
+        train_tokens=_mean(every, "train_tokens"),
+        generated_tokens=_mean(every, "generated_tokens"),
+        flops=_mean(every, "flops"),
+        peak_memory_bytes=_mean(alone, "peak_memory_bytes"),
+        models_held=max(spent["models_held"] for spent in every),
+        labels_used=labels,
+        mfu=flops / seconds / rate,
+        phases={n: float(np.mean([s["phases"].get(n, 0.0) for s in alone])) for n in names},
+        timed_seeds=list(timed),
+    )
+
+
+def _spent(run: Trained) -> dict[str, Any]:
+    """Sums over the run's own stages, and the most memory and models that one of them held."""
+    costs = {f.name.rsplit("-", 1)[0]: read_json(f / "cost.json") for f in run.stages}
+    phases: dict[str, float] = {}
+    for stage, cost in costs.items():
+        inner = {f"{stage}: {name}": seconds for name, seconds in cost["phases"].items()}
+        phases |= inner if stage in ("ppo", "filtered") else {stage: cost["wall_s"]}
+    summed = ("wall_s", "train_tokens", "generated_tokens", "flops")
+    return {
+        **{key: sum(cost[key] for cost in costs.values()) for key in summed},
+        "peak_memory_bytes": max(cost["peak_memory_bytes"] for cost in costs.values()),
+        "models_held": max(cost["models_held"] for cost in costs.values()),
+        "phases": phases,
+    }
+
+
+def _mean(spent: list[dict[str, Any]], key: str) -> float:
+    return float(np.mean([one[key] for one in spent]))
+
+
+def stability_of(runs: list[Trained], final: list[Trained]) -> Stability:
+    """Failures, spread and spikes of one arm's `runs`; `final` are those at its setting."""
+
+    def gold(folder: Path) -> float:
+        return float(Rows([folder]).mean("gold").mean())
+
+    ends = [gold(run.rows[1.0]) for run in final]
+    best = [max(gold(f) for f in run.rows.values()) for run in final]
+    trained = [run for run in runs if run.model]
+    overshoot = []
+    for run in trained:
+        kls = {share: float(Rows([f]).mean("kl").mean()) for share, f in run.rows.items()}
+        overshoot.append(max(kls.values()) / kls[1.0] if kls[1.0] > 0 else 1.0)
+    stops = [read_json(run.model / "stopped.json") for run in trained if run.model]
+    norms = [_column(run.model / "log.json", "grad_norm") for run in trained if run.model]
+    return Stability(
+        runs=len(runs),
+        failed=sum(bool(stop["failed"]) for stop in stops),
+        stopped_early=sum(bool(stop["stopped_early"]) for stop in stops),
+        gold_iqr=interquartile_range(ends),
+        final_over_best=float(np.mean(np.array(ends) / best)) if ends and min(best) > 0 else None,
+        kl_overshoot=max(overshoot) if overshoot else None,
+        gradient_spikes=sum(int((n > 5 * np.median(n)).sum()) for n in norms if len(n)),
+    )
+
+
+def filtering_of(final: list[Trained]) -> list[FilterEpoch]:
+    """What filtered DPO kept before each epoch."""
+    logs = [read_json(run.model / "filtering.json") for run in final if run.model]
+    return [
+        FilterEpoch(
+            epoch=epochs[0]["epoch"],
+            kept_share=float(np.mean([e["kept_share"] for e in epochs])),
+            kept_share_per_seed=[e["kept_share"] for e in epochs],
+            floor_bound=sum(e["floor_bound"] for e in epochs),
+        )
+        for epochs in zip(*logs, strict=True)
+    ]
+
+
+def _column(path: Path, name: str) -> Array:
+    return np.array([row[name] for row in read_json(path)], dtype=np.float64)

@@ -1,0 +1,84 @@
+"""What a finished head-to-head's folders hold: evaluation rows, answers side by side, logs."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from benchmarks.pipeline.compare import Compared
+from shared.stages import read_json, read_jsonl
+
+Array = NDArray[np.float64]
+
+
+class Rows:
+    """One arm's evaluation rows over seeds: `rows["gold"]` is (seeds, prompts, samples)."""
+
+    def __init__(self, folders: list[Path]):
+        self.raw = [read_jsonl(folder / "rows.jsonl") for folder in folders]
+
+    def __contains__(self, column: str) -> bool:
+        row = self.raw[0][0]
+        return column in row or column in row.get("exact", {})
+
+    def __getitem__(self, column: str) -> Array:
+        return np.array([[row[column] for row in rows] for rows in self.raw], dtype=np.float64)
+
+    @property
+    def exact(self) -> bool:
+        """Whether the rows hold expectations over all completions of a finite task."""
+        return "exact" in self
+
+    def mean(self, column: str) -> Array:
+        """(seeds, prompts); of a finite task (seeds, 1), the mean over its prompts.
+
+        They are all there are, so that no interval asks about others.
+        """
+        if not self.exact:
+            return self[column].mean(-1)
+        if column not in self.raw[0][0]["exact"]:
+            return self[column].mean(-1).mean(-1, keepdims=True)
+        values = [[row["exact"][column] for row in rows] for rows in self.raw]
+        return np.array(values, dtype=np.float64).mean(-1, keepdims=True)
+
+
+def side_by_side(compared: Compared, seed: int, count: int) -> dict[str, Any]:
+    """The first test prompts, each answered by every method (`samples.json`)."""
+    folders = {"sft": compared.seeds[seed].sft_rows}
+    for name, runs in compared.runs.items():
+        run = next(r for r in runs if r.seed == seed and r.setting == compared.tuned[name])
+        folders[name] = run.rows[1.0]
+    rows = {name: read_jsonl(folder / "rows.jsonl")[:count] for name, folder in folders.items()}
+    return {
+        "prompts": [
+            {
+                "prompt": rows["sft"][i]["prompt"],
+                "answers": {
+                    name: {"text": r[i]["completions"][0], "gold": r[i]["gold"][0]}
+                    for name, r in rows.items()
+                },
+            }
+            for i in range(len(rows["sft"]))
+        ]
+    }
+
+
+def training_curves(compared: Compared, points: int = 100) -> dict[str, Any]:
+    """Training logs at the tuned settings, by method, seed and metric (`curves.json`)."""
+    folders = {("reward", s.seed): s.reward for s in compared.seeds.values()}
+    for name, runs in compared.runs.items():
+        for run in runs:
+            if run.model is not None and run.setting == compared.tuned[name]:
+                folders[name, run.seed] = run.model
+    curves: dict[str, Any] = {}
+    for (name, seed), folder in folders.items():
+        log = read_json(folder / "log.json")
+        if not log:  # it failed in its first step
+            continue
+        stride = max(1, len(log) // points)
+        curves.setdefault(name, {})[str(seed)] = {
+            metric: [[i + 1, log[i][metric]] for i in range(0, len(log), stride)]
+            for metric in log[0]
+        }
+    return curves

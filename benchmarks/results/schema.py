@@ -1,0 +1,146 @@
+"""`results.json` as typed models; its JSON schema is generated from them.
+
+Every metric carries its per-seed values; what is undefined is null. Units: gold in
+[-1, 1] on `reviews`, KL in nats per sequence, seconds, tokens, bytes.
+"""
+
+from typing import Any, Literal
+
+from pydantic import Field
+
+from benchmarks.evaluation.frontier import FrontierPoint
+from benchmarks.evaluation.statistics import Estimate
+from shared.config import Config
+
+
+class Cost(Config):
+    """What one training run of the method took, averaged over seeds; shared stages (SFT) left out.
+
+    `wall_s` includes what the method needs and others do not (PPO: its reward model). Seconds,
+    memory and `mfu` are of `timed_seeds`, which ran alone.
+    """
+
+    wall_s: float
+    train_tokens: float
+    generated_tokens: float
+    flops: float
+    peak_memory_bytes: float
+    models_held: int
+    labels_used: int
+    mfu: float | None = None
+    phases: dict[str, float] = Field(default_factory=dict)
+    timed_seeds: list[int] = Field(default_factory=list)
+
+
+class Stability(Config):
+    """Across seeds and settings. `kl_overshoot`: highest evaluated KL over the final one."""
+
+    runs: int
+    failed: int
+    stopped_early: int
+    gold_iqr: float | None
+    final_over_best: float | None
+    kl_overshoot: float | None
+    gradient_spikes: int
+
+
+class CurvePoint(Config):
+    """One evaluated checkpoint: `fraction` of training done, on test prompts."""
+
+    fraction: float
+    gold: Estimate
+    kl: Estimate
+
+
+class Setting(Config):
+    """One setting of the sweep, with its checkpoints; `validation_gold` chose the tuned one."""
+
+    setting: dict[str, float]
+    tuned: bool
+    validation_gold: float | None
+    gold: Estimate
+    kl: Estimate
+    checkpoints: list[CurvePoint] = Field(default_factory=list)
+
+
+class FilterEpoch(Config):
+    """fDPO's log, averaged over seeds: kept share of the pairs before each epoch."""
+
+    epoch: int
+    kept_share: float
+    kept_share_per_seed: list[float]
+    floor_bound: int
+
+
+class Method(Config):
+    """One arm at its tuned setting, on test prompts."""
+
+    kind: str
+    setting: dict[str, float]
+    gold: Estimate
+    greedy_gold: Estimate
+    gain: Estimate
+    proxy: Estimate
+    hacking_gap: Estimate
+    kl: Estimate
+    kl_is_bound: bool = False
+    k1: Estimate
+    k3: Estimate
+    win_rate: Estimate
+    frontier_efficiency: Estimate
+    efficiency_is_lower_bound: bool = False
+    frontier_margin: Estimate
+    # J(pi*) - J(pi) with J = gold - beta KL, in gold's units; null where that is not defined
+    regret: Estimate = Estimate(mean=None)
+    rm_limit: Estimate
+    length: Estimate
+    truncated: Estimate
+    well_formed: Estimate
+    displacement: Estimate
+    gold_at_matched_kl: dict[str, Estimate | None]
+    cost: Cost
+    stability: Stability
+    sweep: list[Setting] = Field(default_factory=list)
+    filtering: list[FilterEpoch] | None = None
+
+
+class RewardModel(Config):
+    """On held-out pairs, label noise integrated: mean P(the reward model's favourite wins)."""
+
+    accuracy: Estimate
+    bayes_accuracy: float
+    share_of_attainable: Estimate
+    calibration_error: Estimate
+    length_correlation: Estimate
+    gold_correlation: Estimate
+    score_sd: Estimate
+    pairs: int
+    reliability: list[tuple[float, float, int]]
+
+
+class Comparison(Config):
+    """a - b, paired by seed and prompt. A winner needs three seeds and an interval without 0."""
+
+    a: str
+    b: str
+    metric: Literal["gold", "gold_at_matched_kl"]
+    kl: float | None = None
+    difference: Estimate
+    verdict: str
+
+
+class Results(Config):
+    """One head-to-head."""
+
+    schema_version: int = Field(default=1, alias="schema")
+    experiment: str
+    task: str
+    seeds: list[int]
+    environment: dict[str, Any]
+    sizes: dict[str, int]
+    enumerated: bool = False  # gold, KL and what follows are expectations over all completions
+    methods: dict[str, Method]
+    reward_model: RewardModel
+    frontier: list[FrontierPoint]
+    rm_frontier: list[FrontierPoint]
+    comparisons: list[Comparison]

@@ -1,0 +1,115 @@
+"""PPO with either sampling engine: do they end in the same place?
+
+    klash study engines --out reports
+
+Same policy, reward model and prompts; transformers or vLLM draws the rollouts. Both ends are read
+with the same meter on the same test prompts, and compared in pairs of seeds. Writes engines.json
+and engines.md. Exit code 1 if gold differs by more than 0.03 or KL by more than 10 % on average.
+"""
+
+from pathlib import Path
+
+import numpy as np
+
+from benchmarks.entry import Argument
+from benchmarks.evaluation.statistics import Estimate, paired_difference
+from benchmarks.pipeline.arms import evaluate_model, prepare_common, prepare_seed, train
+from benchmarks.pipeline.experiment import load_experiment
+from benchmarks.pipeline.places import set_up_process, stage_context
+from benchmarks.results.folders import Rows
+from benchmarks.run import progress
+from shared.config import InputError
+from shared.generation.start import TRANSFORMERS, GenerationConfig
+from shared.stages import Stages, output_folder, read_json, write_json
+
+GOLD, KL = 0.03, 0.10  # what counts as the same
+ENGINES = {"transformers": TRANSFORMERS, "vllm": GenerationConfig(engine="vllm")}
+
+
+def engines(
+    file: Argument[str] = "reviews",
+    /,
+    arm: str = "ppo",
+    seeds: tuple[int, ...] = (0, 1, 2, 3, 4),
+    runs: Path = Path("runs"),
+    out: Path = Path("reports"),
+) -> bool:
+    """Train `arm` at its first setting with both engines; True if they agree.
+
+    Args:
+        file: an experiment's TOML file, or the name of one that comes with Klash.
+        arm: the arm of kind ppo to train.
+        seeds: each trains once with either engine.
+        runs: the folder of all runs.
+        out: where the two files go.
+    """
+    experiment = load_experiment(file, [], quick=False)
+    if arm not in experiment.arms:
+        raise InputError(f"no arm {arm!r} in {file}: {sorted(experiment.arms)}")
+    output_folder(out)
+    set_up_process(experiment.threads)
+    method, setting = experiment.arms[arm], experiment.arms[arm].settings[0]
+    folders: dict[str, list[Path]] = {name: [] for name in ENGINES}
+    logs: list[Path] = []
+    with progress(4 + len(seeds) * (7 + 2 * len(ENGINES))) as say:
+        run = Stages(runs / ".stages", say, stage_context(ENGINES["vllm"])).run
+        common = prepare_common(experiment, run)
+        for number in seeds:
+            seed = prepare_seed(experiment, run, common, number)
+            for name, generation in ENGINES.items():
+                drawn = experiment.model_copy(update={"generation": generation})
+                model, _ = train(drawn, run, common, seed, f"{arm}, {name}", method, setting)
+                label = f"{arm}, {name}, seed {number}"
+                inputs = seed.reward, None, number, model, "final", label
+                folders[name].append(evaluate_model(experiment, run, common, *inputs))
+                logs += [model / "log.json"] if name == "vllm" else []
+    rows = {name: Rows(found) for name, found in folders.items()}
+    mismatch = max(row["generation/logprob_difference_max"] for f in logs for row in read_json(f))
+    return compare_ends(rows, seeds, mismatch, out)
+
+
+def compare_ends(rows: dict[str, Rows], seeds: tuple[int, ...], mismatch: float, out: Path) -> bool:
+    """Write both ends and their differences; whether they agree."""
+    gold = paired_difference(rows["vllm"].mean("gold"), rows["transformers"].mean("gold"))
+    kls = {name: r.mean("kl") for name, r in rows.items()}
+    kl = paired_difference(kls["vllm"], kls["transformers"])
+    share = (kl.mean or 0.0) / float(kls["transformers"].mean())
+    held = abs(gold.mean or 0.0) <= GOLD and abs(share) <= KL
+    write_json(
+        out / "engines.json",
+        {
+            "seeds": list(seeds),
+            "gold": {name: r.mean("gold").mean(1).tolist() for name, r in rows.items()},
+            "kl": {name: values.mean(1).tolist() for name, values in kls.items()},
+            "gold_difference": gold.model_dump(),
+            "kl_difference": kl.model_dump(),
+            "kl_share": share,
+            "logprob_difference_max": mismatch,
+            "holds": held,
+        },
+    )
+    text = markdown(rows, gold, kl, share, mismatch, held)
+    (out / "engines.md").write_text(text, encoding="utf-8")
+    print(text)
+    return held
+
+
+def markdown(
+    rows: dict[str, Rows], gold: Estimate, kl: Estimate, share: float, mismatch: float, held: bool
+) -> str:
+    """The two ends and their difference, seed by seed."""
+    lines = ["# PPO with either sampling engine", "", "`klash study engines`", ""]
+    names = list(rows)
+    lines.append("| seed | " + " | ".join(f"gold, {n} | KL, {n}" for n in names) + " |")
+    lines.append("|---" * (1 + 2 * len(names)) + "|")
+    columns = [r.mean(column).mean(1) for r in rows.values() for column in ("gold", "kl")]
+    for number, values in enumerate(np.array(columns).T):
+        lines.append(f"| {number} | " + " | ".join(f"{value:.3f}" for value in values) + " |")
+    apart = f"gold {gold.text('+.3f')}, KL {kl.text('+.3f')} nats ({share:+.1%})"
+    lines += [
+        "",
+        f"vLLM - transformers: {apart}. Largest "
+        f"difference of a sampled token's log-probability, trainer to engine: {mismatch:.1e} nats.",
+        f"Within {GOLD} in gold and {KL:.0%} in KL on average: {'yes' if held else 'no'}.",
+    ]
+    return "\n".join(lines) + "\n"

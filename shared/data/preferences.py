@@ -1,0 +1,156 @@
+"""Preference pairs: sampled from a policy, labelled by the task, cleaned with counted reasons.
+
+Pairs carry token ids from the sampler to the losses: nothing is decoded and encoded again.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+from pydantic import Field
+
+from shared.config import Config, InputError
+from shared.data.pairs import Pair, clean, swapped
+from shared.data.samples import draw_samples, list_samples
+from shared.generation.engine import Sampling
+from shared.generation.start import TRANSFORMERS, GenerationConfig
+from shared.stages import write_json, write_jsonl
+from shared.tasks.registry import TaskConfig, make_task
+from shared.tasks.task import Split, Task
+
+
+class PreferenceConfig(Config):
+    """`labels`: drawn from the gold scores; "shuffled": tossed by a coin (control); "exact": each
+    pair carries its probability, as if it had been labelled infinitely often.
+
+    `per_prompt` pairs are drawn for each prompt, of two samples each; `listed`: of all completions
+    of a finite task, evenly, in the samples' place.
+    """
+
+    pairs: int = Field(default=6000, gt=0)
+    per_prompt: int = Field(default=1, gt=0)
+    held_out_pairs: int = Field(default=256, gt=0)
+    labels: Literal["bradley-terry", "shuffled", "exact"] = "bradley-terry"
+    listed: bool = False
+
+
+def make_preferences(
+    folder: Path,
+    task: TaskConfig,
+    policy: Path,
+    data: PreferenceConfig,
+    sampling: Sampling,
+    seed: int,
+    generation: GenerationConfig = TRANSFORMERS,
+) -> None:
+    """Stage: `train.jsonl` and `held_out.jsonl`, samples of `policy` in labelled pairs.
+
+    No prompt of the held-out pairs is among the training pairs', unless the task is finite: there
+    prompts are few, and equal pairs with other labels are what the data says of them.
+    """
+    count = data.pairs + data.held_out_pairs
+    rng = np.random.default_rng([seed, 2])
+    share = 1 if task.finite else 20  # some samples are identical
+    prompts = -(-(count + max(64, count // share, 2 * data.per_prompt)) // data.per_prompt)
+    if data.listed:
+        drawn = list_pairs(task, policy, prompts, sampling, seed)
+    else:
+        drawn = sample_pairs(
+            task, policy, "preference", prompts, sampling, seed, generation, data.per_prompt
+        )
+    labelled = label(drawn, make_task(task), data.labels, rng)
+    pairs, dropped = clean(labelled, repeats=task.finite)
+    train = pairs[: data.pairs]
+    seen = set() if task.finite else {p.prompt for p in train}
+    held_out = [p for p in pairs[data.pairs :] if p.prompt not in seen][: data.held_out_pairs]
+    if len(held_out) < data.held_out_pairs:
+        raise InputError(
+            f"preferences: only {len(train) + len(held_out)} of {count} pairs are usable (dropped: "
+            f"{dict(dropped)}); the policy repeats itself: ask for fewer pairs, or sample at a "
+            f"higher temperature than {sampling.temperature:g}"
+        )
+    write_jsonl(folder / "train.jsonl", [p._asdict() for p in train])
+    write_jsonl(folder / "held_out.jsonl", [p._asdict() for p in held_out])
+    write_json(
+        folder / "cleaning.json",
+        {"drawn": len(drawn), "dropped": dict(dropped), "usable": len(pairs), "kept": count},
+    )
+
+
+def label(drawn: Sequence[Pair], task: Task, labels: str, rng: np.random.Generator) -> list[Pair]:
+    """The pairs with their winners as chosen, or as drawn with the probability that they are."""
+    gold = np.array([[p.chosen_gold, p.rejected_gold] for p in drawn]).T
+    p_first_wins = task.preference(*gold)
+    if labels == "exact":
+        return [p._replace(p=share) for p, share in zip(drawn, p_first_wins.tolist(), strict=True)]
+    if labels == "shuffled":
+        p_first_wins = np.full(len(drawn), 0.5)
+    first_wins = rng.random(len(drawn)) < p_first_wins
+    return [p if won else swapped(p) for p, won in zip(drawn, first_wins, strict=True)]
+
+
+def make_reward_test(
+    folder: Path,
+    task: TaskConfig,
+    policy: Path,
+    pairs: int,
+    sampling: Sampling,
+    seed: int,
+    generation: GenerationConfig = TRANSFORMERS,
+) -> None:
+    """Stage: `pairs.jsonl`, unlabelled pairs of other prompts, to examine reward models on."""
+    drawn = sample_pairs(task, policy, "reward-test", pairs, sampling, seed, generation)
+    write_jsonl(folder / "pairs.jsonl", [p._asdict() for p in drawn])
+
+
+def sample_pairs(
+    task: TaskConfig,
+    policy: Path,
+    split: Split,
+    prompts: int,
+    sampling: Sampling,
+    seed: int,
+    generation: GenerationConfig,
+    per_prompt: int = 1,
+) -> list[Pair]:
+    """`per_prompt` pairs of samples for each prompt with their gold scores, in the order drawn."""
+    counts = prompts, 2 * per_prompt
+    rows = draw_samples(task, policy, split, *counts, sampling, seed, seed, generation)
+    return [
+        Pair(
+            id=f"{split}-{seed}-{number * per_prompt + first // 2}",
+            prompt=row.prompt,
+            prompt_ids=row.prompt_ids,
+            chosen_ids=row.completions[first],
+            rejected_ids=row.completions[first + 1],
+            chosen_gold=row.gold[first],
+            rejected_gold=row.gold[first + 1],
+        )
+        for number, row in enumerate(rows)
+        for first in range(0, 2 * per_prompt, 2)
+    ]
+
+
+def list_pairs(
+    task: TaskConfig, policy: Path, count: int, sampling: Sampling, seed: int
+) -> list[Pair]:
+    """`count` pairs of a finite task, each two different ones of all completions, drawn evenly."""
+    rows = list_samples(task, policy, "preference", sampling, seed)
+    rng = np.random.default_rng([seed, 3])
+    pairs = []
+    for number in range(count):
+        row = rows[number % len(rows)]
+        a, b = rng.choice(len(row.completions), 2, replace=False)
+        pairs.append(
+            Pair(
+                id=f"listed-{seed}-{number}",
+                prompt=row.prompt,
+                prompt_ids=row.prompt_ids,
+                chosen_ids=row.completions[a],
+                rejected_ids=row.completions[b],
+                chosen_gold=row.gold[a],
+                rejected_gold=row.gold[b],
+            )
+        )
+    return pairs

@@ -1,0 +1,221 @@
+"""What a stage costs: seconds by phase, tokens, FLOPs, peak memory, models held at once."""
+
+import ctypes
+import gc
+import importlib.metadata
+import os
+import platform
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cache
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from shared.cpu.kernels import linear
+from shared.models.packing import READ, distinct_tokens, packs
+from shared.models.sequences import Sequences
+
+PACKAGES = ("torch", "transformers", "trl", "accelerate", "datasets", "peft", "numpy", "scipy")
+
+
+class Meter:
+    """Counts as the work goes on; `summary()` is what a stage's manifest keeps.
+
+    FLOPs count non-padding tokens and unmasked attention: a forward pass of n tokens is
+    2 n parameters + 2 n^2 hidden layers, where the output head and, packed, the last layer's MLP
+    see only the tokens that are read; a backward pass twice that, less the gradients of matrices
+    that do not train. For a sum over rows.
+    """
+
+    def __init__(self) -> None:
+        self.phases: dict[str, float] = {}
+        self.train_tokens = 0
+        self.generated_tokens = 0
+        self.flops = 0.0
+        self.models_held = 1
+        reset_peak_memory()
+        self._start = time.perf_counter()
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Adds the time spent inside to phase `name`."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.phases[name] = self.phases.get(name, 0.0) + time.perf_counter() - start
+
+    def forward(
+        self,
+        model: PreTrainedModel,
+        batch: Sequences,
+        backward: bool = False,
+        *,
+        logits: bool = True,
+        ends: bool = False,
+    ) -> None:
+        """Counts a pass over `batch`; with `backward` also its gradient and the trained tokens.
+
+        What a packed pass computes once for several rows is counted once, what nothing reads is
+        not. Without `logits` a policy's output head is not used; `ends`: only each row's last token
+        is read.
+        """
+        lengths = batch.attention.sum(1).tolist()
+        tokens = read = trained = sum(lengths)
+        if packs(model):
+            where = batch.last if ends else batch.predicting
+            tokens, read, lengths = distinct_tokens(batch, where)
+        at = At(tokens, read, int(batch.mask.sum()) if logits else 0)
+        flops = forward_flops(model, lengths, at)
+        self.flops += flops
+        if backward:
+            frozen = zip(at, matrices(model)[1], strict=True)
+            self.flops += 2 * flops - 2.0 * sum(seen * size for seen, size in frozen)
+            self.train_tokens += trained
+
+    def generation(
+        self, model: PreTrainedModel, prompts: list[list[int]], completions: list[list[int]]
+    ) -> None:
+        """Counts sampled completions (token ids), and what prompts begin with in common once."""
+        generated = sum(map(len, completions))
+        self.generated_tokens += generated
+        lengths = [len(p) + len(c) for p, c in zip(prompts, completions, strict=True)]
+        tokens = distinct_beginnings(prompts) + generated
+        self.flops += forward_flops(model, lengths, At(tokens, tokens, generated))
+
+    def state(self) -> dict[str, Any]:
+        """What `restore` goes on from, in another process too."""
+        return {**vars(self), "_start": time.perf_counter() - self._start}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        vars(self).update(state, _start=time.perf_counter() - state["_start"])
+
+    def summary(self) -> dict[str, float | int | dict[str, float]]:
+        return {
+            "wall_s": time.perf_counter() - self._start,
+            "train_tokens": self.train_tokens,
+            "generated_tokens": self.generated_tokens,
+            "flops": self.flops,
+            "peak_memory_bytes": peak_memory_bytes(),
+            "models_held": self.models_held,
+            "phases": dict(self.phases),
+        }
+
+
+class At(NamedTuple):
+    """Numbers for the parts of a model: tokens that go through them, or parameters of matrices."""
+
+    trunk: int  # all but the others
+    last_mlp: int  # of a model that packs
+    head: int  # makes logits; tied embeddings count here
+
+
+def forward_flops(model: PreTrainedModel, lengths: list[int], at: At | None = None) -> float:
+    """FLOPs of a forward pass over rows of these lengths; `at`: of fewer tokens than all."""
+    config = model.config.get_text_config()
+    causal = config.num_hidden_layers * config.hidden_size
+    at = at or At(*[sum(lengths)] * 3)
+    products = sum(seen * size for seen, size in zip(at, matrices(model)[0], strict=True))
+    return 2.0 * products + sum(2.0 * n * n * causal for n in lengths)
+
+
+def distinct_beginnings(rows: list[list[int]]) -> int:
+    """Tokens of `rows`, those that they begin with in common once."""
+    shared = map(os.path.commonprefix, pairwise(sorted(rows)))
+    return sum(map(len, rows)) - sum(map(len, shared))
+
+
+_matrices: WeakKeyDictionary[nn.Module, tuple[At, At]] = WeakKeyDictionary()
+
+
+def matrices(model: PreTrainedModel) -> tuple[At, At]:
+    """Parameters that a token is multiplied with, and those of them that are frozen; counted once
+    a model."""
+    if model not in _matrices:
+        found, frozen = [0, 0, 0], [0, 0, 0]
+        mlp = {m for top in model.modules() if hasattr(top, READ) for m in top.modules()}
+        head = model.get_output_embeddings()
+        for module in model.modules():
+            if isinstance(module, nn.Linear | Conv1D):
+                part, weight = 2 if module is head else int(module in mlp), module.weight
+                found[part] += weight.numel()  # pyright: ignore
+                frozen[part] += 0 if weight.requires_grad else weight.numel()  # pyright: ignore
+        _matrices[model] = At(*found), At(*frozen)
+    return _matrices[model]
+
+
+def matmul_rate(seconds: float = 0.5, dtype: torch.dtype = torch.float32) -> float:
+    """FLOP/s of a plain matrix product on the CPU, measured now: what `mfu` is a share of.
+
+    Of PyTorch's or of ours (`shared.cpu.kernels`), whichever is faster here.
+    """
+    a = torch.randn(1024, 1024)
+    cast = a.to(dtype)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+        ways = lambda: torch.mm(cast, cast), lambda: linear(a, a, None)
+        return 2 * 1024**3 * max(_per_second(way, seconds / len(ways)) for way in ways)
+
+
+def _per_second(work: Callable[[], object], seconds: float) -> float:
+    work()
+    start, count = time.perf_counter(), 0
+    while (spent := time.perf_counter() - start) < seconds:
+        work()
+        count += 1
+    return count / spent
+
+
+def versions() -> dict[str, str]:
+    """Of the libraries that results depend on."""
+    return {name: importlib.metadata.version(name) for name in PACKAGES}
+
+
+def environment(rate: float) -> dict[str, Any]:
+    """Versions and machine; the one part of the results that may differ between equal runs."""
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    return {
+        "python": platform.python_version(),
+        **versions(),
+        "processor": platform.machine(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "gpu": gpu,
+        "matmul_flops_per_s": rate,
+    }
+
+
+def peak_memory_bytes() -> int:
+    """Most memory held since the last Meter began: of the GPU where there is one, else resident."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    status = Path("/proc/self/status")
+    if not status.exists():
+        return 0
+    line = next(row for row in status.read_text().splitlines() if row.startswith("VmHWM"))
+    return int(line.split()[1]) * 1024
+
+
+@cache
+def set_modules_aside() -> None:
+    """Once: what modules hold is no garbage, and to look at it takes a fifth of a second a time."""
+    gc.freeze()
+
+
+def reset_peak_memory() -> None:
+    """`peak_memory_bytes` forgets what was held before."""
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    elif os.access(clear := Path("/proc/self/clear_refs"), os.W_OK):
+        gc.collect()
+        set_modules_aside()
+        if hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
+            libc.malloc_trim(0)  # what earlier work freed would count
+        clear.write_text("5")  # Linux: start VmHWM anew

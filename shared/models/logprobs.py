@@ -1,0 +1,151 @@
+"""Log-probabilities of completions: the one place where any method gets them."""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel
+
+from shared.models.cost import Meter
+from shared.cpu.kernels import picked
+from shared.models.lora import value_head
+from shared.models.load import last_states
+from shared.models.packing import packs
+from shared.models.sequences import SCORING, Limit, Sequences, by_length, collate
+
+BLOCK = 2**26  # logits held at once: 256 MiB in float32
+
+
+def completion_logits(model: PreTrainedModel, batch: Sequences, temperature: float = 1.0) -> Tensor:
+    """Logits that predict the M completion tokens, over the sampling temperature, (M, V).
+
+    In the order of `batch.mask`; `batch.spread` puts what is computed from them into (B, T).
+    """
+    batch = batch.to(model.device)
+    if packs(model):
+        return _logits(output_head(model), predicting_states(model, batch), temperature)
+    length = batch.mask.shape[1]
+    logits = model(
+        input_ids=batch.ids,
+        attention_mask=batch.attention,
+        position_ids=batch.positions,
+        use_cache=False,
+        logits_to_keep=length + 1,
+    ).logits[:, -length - 1 : -1][batch.mask]
+    return logits.float() if temperature == 1 else logits.float() / temperature
+
+
+def predicting_states(model: PreTrainedModel, batch: Sequences) -> Tensor:
+    """Of a model that packs: the last hidden states that predict the M completion tokens, (M, H).
+
+    The output head sees these only, and no prompt.
+    """
+    return last_states(model, batch, batch.predicting)
+
+
+def output_head(model: PreTrainedModel) -> nn.Module:
+    """What makes logits of hidden states; the families that pack do nothing else to them."""
+    return model.get_output_embeddings()  # pyright: ignore[reportReturnType]
+
+
+def of_tokens(
+    model: PreTrainedModel,
+    batch: Sequences,
+    measure: Callable[[Tensor, Tensor], Tensor],
+    temperature: float = 1.0,
+) -> Tensor:
+    """`measure(logits (m, V), tokens (m,)) -> (m, ...)` of all M completion tokens, (M, ...).
+
+    At most BLOCK logits exist at once: where there are more, each block is computed again for its
+    gradient.
+    """
+    batch = batch.to(model.device)
+    tokens = batch.completion_ids[batch.mask]
+    if not packs(model):
+        return measure(completion_logits(model, batch, temperature), tokens)
+    return _in_blocks(model, predicting_states(model, batch), tokens, measure, temperature)
+
+
+def _in_blocks(
+    model: PreTrainedModel,
+    states: Tensor,
+    tokens: Tensor,
+    measure: Callable[[Tensor, Tensor], Tensor],
+    temperature: float,
+) -> Tensor:
+    head = output_head(model)
+    rows = max(1, BLOCK // model.get_input_embeddings().weight.shape[0])  # pyright: ignore
+
+    def block(states: Tensor, tokens: Tensor) -> Tensor:
+        return measure(_logits(head, states, temperature), tokens)
+
+    if len(tokens) <= rows:
+        return block(states, tokens)
+    parts = zip(states.split(rows), tokens.split(rows), strict=True)
+    again = {"use_reentrant": False, "preserve_rng_state": False}
+    return torch.cat([checkpoint(block, *part, **again) for part in parts])  # pyright: ignore
+
+
+def _logits(head: nn.Module, states: Tensor, temperature: float) -> Tensor:
+    logits = head(states).float()
+    return logits if temperature == 1 else logits / temperature
+
+
+def token_logprobs(model: PreTrainedModel, batch: Sequences, temperature: float = 1.0) -> Tensor:
+    """log p(token | before) of the completion, in nats, (B, T); 0 where `mask` is False."""
+    return batch.to(model.device).spread(of_tokens(model, batch, picked, temperature))
+
+
+def logprobs_and_values(
+    policy: PreTrainedModel, batch: Sequences, temperature: float = 1.0
+) -> tuple[Tensor, Tensor]:
+    """(`token_logprobs`, `policy_values`) of one pass, (B, T) each."""
+    batch = batch.to(policy.device)
+    states, tokens = predicting_states(policy, batch), batch.completion_ids[batch.mask]
+    logprobs = _in_blocks(policy, states, tokens, picked, temperature)
+    return batch.spread(logprobs), batch.spread(_values(policy, states))
+
+
+def policy_values(policy: PreTrainedModel, batch: Sequences) -> Tensor:
+    """V(prompt, tokens before t) for each completion token t, (B, T), 0 where `mask` is False.
+
+    Of a policy that packs and has a value head; it reads the states that predict token t.
+    """
+    batch = batch.to(policy.device)
+    return batch.spread(_values(policy, predicting_states(policy, batch)))
+
+
+def _values(policy: PreTrainedModel, states: Tensor) -> Tensor:
+    return value_head(policy)(states).squeeze(-1).float()
+
+
+def gather_logprobs(logits: Tensor, batch: Sequences) -> Tensor:
+    """Pick the completion's tokens out of `logits` (M, V): (B, T), 0 where `mask` is False."""
+    batch = batch.to(logits.device)
+    return batch.spread(picked(logits, batch.completion_ids[batch.mask]))
+
+
+def sequence_logps(model: PreTrainedModel, batch: Sequences) -> Tensor:
+    """log p(completion | prompt), summed over its tokens, in nats, (B,)."""
+    return token_logprobs(model, batch).sum(1)
+
+
+@torch.no_grad()
+def score_logps(
+    model: PreTrainedModel,
+    prompts: Sequence[Sequence[int]],
+    completions: Sequence[Sequence[int]],
+    pad_id: int,
+    limit: Limit = SCORING,
+    *,
+    meter: Meter | None = None,
+) -> Tensor:
+    """`sequence_logps` of any number of rows in their order, no gradients, on the CPU, (N,)."""
+    logps = torch.zeros(len(prompts))
+    for rows in by_length([*map(len, completions)], [*map(len, prompts)], limit):
+        batch = collate([prompts[i] for i in rows], [completions[i] for i in rows], pad_id)
+        logps[torch.tensor(rows)] = sequence_logps(model, batch).cpu()
+        if meter is not None:
+            meter.forward(model, batch)
+    return logps

@@ -1,0 +1,287 @@
+"""The command: exit codes, and what the user reads when the input is wrong. Nothing is trained."""
+
+import importlib.metadata
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from benchmarks.cli import main
+from benchmarks.entry import split_overrides
+from benchmarks.speed import measure
+from benchmarks.speed.sides import Choice
+from shared.generation.engine import EngineLost
+
+ROOT = Path(__file__).parents[2]
+ARM = '[arms.dpo]\nkind = "direct"\nsettings = [{ beta = 0.2 }]\n'
+
+Klash = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def klash(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> Klash:
+    """Runs `klash <words>` in an empty folder: (exit code, standard output, standard error)."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*words: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["klash", *words])
+        code: object = 0
+        try:
+            main()
+        except SystemExit as stop:
+            code = stop.code
+        out, err = capsys.readouterr()
+        return (code if isinstance(code, int) else 1 if code else 0), out, err
+
+    return run
+
+
+# --- words ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("words", "own", "overrides"),
+    [
+        ("compare reviews", "compare reviews", ""),
+        ("compare", "compare", ""),
+        ("compare reviews --ppo.epochs 4", "compare reviews", "--ppo.epochs 4"),
+        ("compare --ppo.epochs=4 reviews", "compare reviews", "--ppo.epochs=4"),
+        ("compare --ppo.epochs 4 reviews", "compare reviews", "--ppo.epochs 4"),
+        ("compare a.toml --seeds [0,1] --quick", "compare a.toml --quick", "--seeds [0,1]"),
+        ("compare --name=x --threads 1", "compare", "--name=x --threads 1"),
+        ("compare --runs out.d --quick", "compare --runs out.d --quick", ""),
+        ("compare --runs=out.d", "compare --runs=out.d", ""),
+        ("compare --quick.pairs 10", "compare", "--quick.pairs 10"),
+        ("compare --no-quick", "compare --no-quick", ""),
+        ("compare --filtering.margin -0.5", "compare", "--filtering.margin -0.5"),
+        ("compare --arms.best-of-n.settings x", "compare", "--arms.best-of-n.settings x"),
+        ("compare --nosuch 3", "compare --nosuch 3", ""),
+        ("report runs/a.b", "report runs/a.b", ""),
+        ("--help", "--help", ""),
+        ("", "", ""),
+    ],
+)
+def test_keys_of_the_experiment_are_told_from_the_commands_own_words(
+    words: str, own: str, overrides: str
+):
+    assert split_overrides(words.split(), ["quick"]) == (own.split(), tuple(overrides.split()))
+
+
+def test_a_key_without_a_value_is_left_for_the_message():
+    assert split_overrides(["compare", "--ppo.epochs"], []) == (["compare"], ("--ppo.epochs",))
+
+
+def test_a_value_with_spaces_or_equals_stays_one_word():
+    words = ["compare", "--seeds", "[0, 1]", "--name=a=b"]
+    assert split_overrides(words, []) == (["compare"], ("--seeds", "[0, 1]", "--name=a=b"))
+
+
+# --- wrong input: exit code 2 -----------------------------------------------------------------
+
+
+def test_comparing_a_file_that_is_not_there(klash: Klash):
+    code, out, err = klash("compare", "nosuch.toml")
+    assert code == 2
+    assert "nosuch.toml" in err
+    assert "Traceback" not in err + out
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--ppo.epoch", "4"], ["`ppo.epoch`", "did you mean `epochs`"]),
+        (["--ppo.optimizer.learning_rat=1e-3"], ["learning_rate"]),
+        (["--pppo.epochs", "4"], ["`pppo`", "did you mean `ppo`"]),
+        (["--ppo.epochs", "0"], ["`ppo.epochs`", "greater than 0"]),
+        (["--seeds", "none"], ["`seeds`"]),
+        (["--ppo.epochs"], ["--ppo.epochs", "value"]),
+        (["--ppo.epochs", "--quick"], ["--ppo.epochs", "value"]),
+        (["--name", "../../x"], ["`name`"]),
+        (["--arms.ppo.settings", "[{ beta = 1.0 }]"], ["kl_coef"]),
+    ],
+)
+def test_a_wrong_key_or_value_is_named(klash: Klash, words: list[str], said: list[str]):
+    code, out, err = klash("compare", "reviews", *words)
+    assert code == 2
+    assert all(text in err for text in said), err
+    assert "Traceback" not in err + out
+
+
+def test_a_wrong_key_in_a_file_is_named_with_the_file(klash: Klash, tmp_path: Path):
+    (tmp_path / "mine.toml").write_text(f'name = "mine"\nsft = {{ epoch = 1 }}\n{ARM}')
+    code, _, err = klash("compare", "mine.toml")
+    assert code == 2
+    assert "mine.toml" in err
+    assert "did you mean `epochs`" in err
+
+
+def test_a_runs_folder_that_cannot_be_made(klash: Klash, tmp_path: Path):
+    (tmp_path / "taken").write_text("a file")
+    code, _, err = klash("compare", "reviews", "--runs", "taken")
+    assert code == 2
+    assert "taken" in err
+    assert (tmp_path / "taken").read_text() == "a file"
+
+
+def test_a_report_of_a_folder_without_results(klash: Klash, tmp_path: Path):
+    for folder in (".", "nosuch"):
+        code, _, err = klash("report", folder)
+        assert code == 2
+        assert "results.json" in err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_report_of_results_that_are_none(klash: Klash, tmp_path: Path):
+    (tmp_path / "results.json").write_text("{ not json")
+    code, _, err = klash("report", str(tmp_path))
+    assert code == 2
+    assert "results.json" in err
+
+
+def test_the_doctor_of_a_file_that_is_not_there(klash: Klash, tmp_path: Path):
+    code, out, err = klash("doctor", "nosuch.toml")
+    assert code == 2
+    assert "nosuch.toml" in err
+    assert "Traceback" not in err + out
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_doctor_takes_an_experiments_keys(klash: Klash):
+    code, _, err = klash("doctor", "reviews", "--sft.epoch", "4")
+    assert code == 2
+    assert "did you mean `epochs`" in err
+
+
+def test_help_of_the_doctor_names_what_its_file_holds(klash: Klash):
+    code, out, _ = klash("doctor", "--help")
+    assert code == 0
+    assert all(word in out for word in ("`model`", "`data`", "`reward_model`", "TOML"))
+
+
+def test_a_report_takes_no_keys(klash: Klash, tmp_path: Path):
+    code, _, err = klash("report", ".", "--ppo.epochs", "3")
+    assert code == 2
+    assert "--ppo.epochs" in err
+
+
+@pytest.mark.parametrize(
+    "words", [["nosuch"], ["compare", "--nosuch", "3"], ["compare", "a", "b"], ["report"]]
+)
+def test_a_word_that_the_command_does_not_know(klash: Klash, words: list[str]):
+    code, out, err = klash(*words)
+    assert code == 2
+    assert out + err
+
+
+def test_wrong_input_leaves_no_folder(klash: Klash, tmp_path: Path):
+    klash("compare", "reviews", "--ppo.epoch", "4")
+    klash("compare", "reviews", "--name", "..")
+    assert list(tmp_path.iterdir()) == []
+
+
+# --- help: exit code 0 ------------------------------------------------------------------------
+
+
+def test_help_names_every_command(klash: Klash):
+    code, out, _ = klash("--help")
+    assert code == 0
+    assert re.search(r"\bcompare\b", out)
+    assert re.search(r"\breport\b", out)
+    assert re.search(r"\bdoctor\b", out)
+
+
+def test_help_of_compare_names_its_options_and_where_files_are(klash: Klash):
+    code, out, _ = klash("compare", "--help")
+    assert code == 0
+    assert all(word in out for word in ("--quick", "--runs", "TOML", "--ppo.epochs"))
+
+
+def test_help_of_report(klash: Klash):
+    assert klash("report", "--help")[0] == 0
+
+
+def test_the_installed_command_is_this_one():
+    (script,) = importlib.metadata.entry_points(group="console_scripts", name="klash")
+    assert script.load() is main
+
+
+@pytest.mark.slow  # ten seconds of imports
+def test_the_installed_command_ends_with_the_same_code(tmp_path: Path):
+    script = Path(sys.executable).with_name("klash")
+    assert script.is_file(), "the project is not installed: pip install -e ."
+    result = subprocess.run(
+        [script, "compare", "nosuch.toml"], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert result.returncode == 2
+    assert result.stderr.startswith("klash: ")
+    assert "nosuch.toml" in result.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+# --- engines ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--generation.engine", "vlm"], ["generation.engine", "vllm"]),
+        (["--generation.server", "http://a:1"], ["`server` needs `engine` to be vllm"]),
+        (["--generation.engine", "vllm", "--generation.server", "a:1"], ["generation.server"]),
+        (["--generation.memory_share", "1.5"], ["generation.memory_share"]),
+        (["--sampling.top_p", "0.9"], ["sampling", "`top_p` cuts the distribution off"]),
+        (["--sampling.top_k", "5"], ["sampling", "`top_k` cuts the distribution off"]),
+    ],
+)
+def test_what_no_engine_can_do_is_named(klash: Klash, words: list[str], said: list[str]):
+    code, _, err = klash("compare", "reviews", *words)
+    assert code == 2
+    assert all(text in err for text in said), err
+
+
+def test_a_server_of_a_folder_without_a_model(klash: Klash):
+    code, _, err = klash("serve", "nosuch")
+    assert code == 2
+    assert "nosuch: no model here" in err
+
+
+def test_an_unknown_work_of_speed_is_named_with_the_known_ones(klash: Klash, tmp_path: Path):
+    code, _, err = klash("speed", "sampling")
+    assert code == 2
+    known = ["dpo", "experiment", "generation", "growth", "ipo", "kto", "ppo", "reward"]
+    assert f"{known}, not 'sampling'" in err
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("work", ["experiment", "growth"])
+def test_a_study_of_speed_runs_on_its_own(
+    klash: Klash, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, work: str
+):
+    def told(choice: Choice) -> str:
+        return f"quick: {choice.quick}, runs: {choice.runs}"
+
+    monkeypatch.setitem(measure.ALONE, work, told)
+    assert klash("speed", work, "--quick", "--runs", "here")[:2] == (0, "quick: True, runs: here\n")
+    assert klash("speed", work)[1] == "quick: False, runs: runs\n"
+    for words, said in (
+        ((work, "dpo"), "takes no other work beside it"),
+        ((work, "--models", "reviews"), "has no --models, --dtypes or --shapes"),
+    ):
+        code, _, err = klash("speed", *words)
+        assert code == 2
+        assert said in err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_lost_engine_ends_the_run_with_1_and_no_traceback(
+    klash: Klash, monkeypatch: pytest.MonkeyPatch
+):
+    def lost(*_: object) -> Path:
+        raise EngineLost("the server went away")
+
+    monkeypatch.setattr("benchmarks.commands.head_to_head.run_experiment", lost)
+    assert klash("compare") == (1, "", "klash: stopped: the server went away\n")

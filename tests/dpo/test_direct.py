@@ -1,0 +1,540 @@
+"""The direct methods' data path: baseline pairs, reference, batches, steps and whole runs."""
+
+import json
+import math
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate import Accelerator
+from checks import beginnings, close, weights
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+from dpo.losses import LOSSES, UNPAIRED
+from dpo.reference import (
+    mismatch,
+    read_mismatched,
+    read_reference,
+    score_mismatched,
+    score_reference,
+    unpaired_rows,
+)
+from dpo.train import Dataset, DirectConfig, check_setting, train_direct
+from shared.config import InputError
+from shared.data.pairs import read_pairs
+from shared.models.cost import At, forward_flops
+from shared.models.load import frozen, load_policy
+from shared.models.logprobs import sequence_logps
+from shared.models.sequences import Limit, collate
+from shared.training.fit import OptimizerConfig, Trainee, prepare
+
+PAD = 0
+N = 22  # pairs in `preferences_folder`
+SETTINGS = {
+    "dpo": {"beta": 0.1},
+    "cdpo": {"beta": 0.1, "label_smoothing": 0.1},
+    "rdpo": {"beta": 0.1, "label_smoothing": 0.1},
+    "ipo": {"tau": 0.5},
+    "ipo-token": {"tau": 0.5},
+    "kto": {"beta": 0.1},
+}
+STEADY = OptimizerConfig(learning_rate=1e-3, schedule="constant", warmup_share=0.0)
+
+
+def moved(policy_folder: Path) -> PreTrainedModel:
+    """The policy after it has left the reference."""
+    model = load_policy(policy_folder)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.05 * torch.randn(parameter.shape, generator=generator)
+    return model
+
+
+def descent(model: PreTrainedModel) -> Trainee:
+    """Gradient descent: a step moves the weights by the gradient, cut to norm 1."""
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    scheduler = torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1.0)
+    return Trainee(model, optimizer, scheduler, Accelerator(), max_grad_norm=1.0)
+
+
+@pytest.fixture
+def dataset(policy_folder: Path, preferences_folder: Path, reference_folder: Path):
+    def make(loss: str, micro_batch_size: int = 32, tokens: int = 10**6, **setting: float):
+        setting = setting or SETTINGS[loss]
+        folders = policy_folder, preferences_folder, reference_folder, reference_folder
+        return Dataset(*folders, loss, setting, Limit(2 * micro_batch_size, tokens))
+
+    return make
+
+
+def all_rows() -> list[int]:
+    return list(range(2 * N))
+
+
+# KTO's baseline
+
+
+@pytest.mark.parametrize("size", range(2, 10))
+def test_rows_of_different_prompts_are_dealt_out_as_a_derangement(size: int):
+    prompts = [(i,) for i in range(size)]
+    for seed in range(5):
+        partner = mismatch(prompts, seed)
+        assert sorted(partner) == list(range(size))
+        assert all(j != i for i, j in enumerate(partner))
+
+
+@settings(deadline=None)
+@given(rows=st.lists(st.integers(0, 6), min_size=2, max_size=40), seed=st.integers(0, 3))
+def test_every_row_gets_another_prompts_completion_and_each_is_used_once(rows, seed: int):
+    prompts = [(5, row) for row in rows]
+    if max(Counter(prompts).values()) * 2 > len(prompts):
+        with pytest.raises(InputError, match="half"):
+            mismatch(prompts, seed)
+        return
+    partner = mismatch(prompts, seed)
+    assert sorted(partner) == list(range(len(rows)))
+    assert all(prompts[i] != prompts[j] for i, j in enumerate(partner))
+
+
+def test_the_seed_deals_differently():
+    prompts = [(i,) for i in range(20)]
+    assert mismatch(prompts, 0) == mismatch(prompts, 0)
+    assert mismatch(prompts, 0) != mismatch(prompts, 1)
+
+
+def test_one_prompt_with_more_than_half_of_the_rows_is_refused():
+    assert sorted(mismatch([(1,), (1,), (2,), (3,)], 0)) == [0, 1, 2, 3]
+    with pytest.raises(InputError, match="3 of 5 rows"):
+        mismatch([(1,), (1,), (1,), (2,), (3,)], 0)
+
+
+# The reference
+
+
+def test_the_cached_reference_equals_one_computed_row_by_row(
+    policy_folder: Path, preferences_folder: Path, reference_folder: Path
+):
+    cached, mismatched = read_reference(reference_folder), read_mismatched(reference_folder)
+    model, pairs = load_policy(policy_folder), read_pairs(preferences_folder / "train.jsonl")
+    prompts, completions = unpaired_rows(pairs)
+    assert len(pairs) == N
+    assert prompts == [p.prompt_ids for p in pairs] * 2
+    with torch.no_grad():
+        alone = [
+            [
+                sequence_logps(model, collate([p], [c], PAD))
+                for p, c in zip(prompts, of, strict=True)
+            ]
+            for of in (completions, [completions[j] for j in mismatched.partner])
+        ]
+    close(cached, torch.cat(alone[0]), 2e-5)
+    close(mismatched.logps, torch.cat(alone[1]), 2e-5)
+    assert all(prompts[i] != prompts[j] for i, j in enumerate(mismatched.partner))
+
+
+def test_scoring_the_reference_is_paid_for(
+    tmp_path: Path, policy_folder: Path, preferences_folder: Path
+):
+    """A pass over all completions, what they begin with in common once; none of it is training."""
+    model, pairs = load_policy(policy_folder), read_pairs(preferences_folder / "train.jsonl")
+    prompts, completions = unpaired_rows(pairs)
+    folders = tmp_path / "reference", tmp_path / "mismatched"
+    for folder in folders:
+        folder.mkdir()
+    score_reference(folders[0], policy_folder, preferences_folder)
+    score_mismatched(folders[1], policy_folder, preferences_folder, seed=0)
+    dealt = [completions[j] for j in read_mismatched(folders[1]).partner]
+    for folder, of in zip(folders, (completions, dealt), strict=True):
+        cost = json.loads((folder / "cost.json").read_text())
+        rows = [*zip(prompts, of, strict=True)]
+        lengths = [len(p) + len(c) - 1 for p, c in rows]  # a last token predicts nothing
+        read = {(*p, *c[:end]) for p, c in rows for end in range(len(c))}
+        at = At(len(beginnings(p + c[:-1] for p, c in rows)), len(read), sum(map(len, of)))
+        assert cost["flops"] == pytest.approx(forward_flops(model, lengths, at))
+        assert cost["train_tokens"] == 0
+
+
+@pytest.mark.parametrize("loss", ["dpo", "kto"])
+def test_in_bfloat16_policy_and_reference_round_alike(
+    policy_folder: Path, preferences_folder: Path, tmp_path: Path, loss: str
+):
+    """So a log-ratio at the start is 0, and not the rounding error of 20 tokens."""
+    folders = tmp_path / "reference", tmp_path / "mismatched"
+    for folder in folders:
+        folder.mkdir()
+    score_reference(folders[0], policy_folder, preferences_folder, "bfloat16")
+    score_mismatched(folders[1], policy_folder, preferences_folder, 0, "bfloat16")
+    data = Dataset(
+        policy_folder, preferences_folder, *folders, loss, {"beta": 50.0}, DirectConfig().limit
+    )
+    half = OptimizerConfig(learning_rate=1e-3, precision="bfloat16", warmup_share=0.0)
+    trainee = prepare(load_policy(policy_folder), half, 1)
+    exact = tmp_path / "exact"
+    exact.mkdir()
+    score_reference(exact, policy_folder, preferences_folder)
+    assert (read_reference(exact) - read_reference(folders[0])).abs().max() > 1e-3
+    log = data.step(trainee, next(data.batches(range(N), 32, 1, 0)))
+    assert log["loss"] == pytest.approx({"dpo": math.log(2), "kto": 0.5}[loss], abs=1e-4)
+    assert {p.dtype for p in trainee.model.parameters()} == {torch.float32}
+    assert log["grad_norm"] > 0
+
+
+def test_the_frozen_copy_neither_trains_nor_follows_the_policy(policy_folder: Path):
+    policy = load_policy(policy_folder).train()
+    ref = frozen(policy)
+    before = weights(ref).clone()
+    assert not any(p.requires_grad for p in ref.parameters())
+    assert not ref.training
+    with torch.no_grad():
+        for parameter in policy.parameters():
+            parameter += 1
+    assert torch.equal(weights(ref), before)
+
+
+# Settings
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_every_loss_takes_its_own_settings(loss: str):
+    check_setting(loss, SETTINGS[loss])
+
+
+@pytest.mark.parametrize(
+    ("loss", "setting", "message"),
+    [
+        ("dpoo", {"beta": 0.1}, "unknown loss `dpoo` (did you mean `dpo`?)"),
+        ("dpo", {"bta": 0.1}, "loss `dpo` has no `bta` (did you mean `beta`?)"),
+        ("ipo", {"beta": 0.1}, "loss `ipo` has no `beta` (did you mean `tau`?)"),
+        ("dpo", {}, "loss `dpo` needs a value for `beta`"),
+        ("cdpo", {"beta": 0.1}, "loss `cdpo` needs a value for `label_smoothing`"),
+        (
+            "kto",
+            {"beta": 0.1, "desirable_weigth": 2.0},
+            "loss `kto` has no `desirable_weigth` (did you mean `desirable_weight`?)",
+        ),
+    ],
+)
+def test_a_wrong_setting_is_named_with_what_was_probably_meant(loss, setting, message: str):
+    with pytest.raises(InputError) as error:
+        check_setting(loss, setting)
+    assert str(error.value) == message
+
+
+@pytest.mark.parametrize(
+    ("loss", "setting"),
+    [
+        ("dpo", {"beta": 0.0}),
+        ("ipo", {"tau": -0.1}),
+        ("kto", {"beta": 0.1, "desirable_weight": 0.0}),
+        ("cdpo", {"beta": 0.1, "label_smoothing": -0.1}),
+        ("rdpo", {"beta": 0.1, "label_smoothing": 0.5}),  # would divide by zero
+    ],
+)
+def test_a_value_that_makes_no_loss_is_refused(loss: str, setting: dict[str, float]):
+    name, value = list(setting.items())[-1]
+    with pytest.raises(InputError, match=f"`{name}` must .*{value}"):
+        check_setting(loss, setting)
+
+
+def test_a_dataset_refuses_a_wrong_setting(dataset):
+    with pytest.raises(InputError, match="did you mean `beta`"):
+        dataset("dpo", betta=0.1)
+
+
+# Batches
+
+
+@pytest.mark.parametrize("loss", ["dpo", "kto"])
+def test_an_epoch_deals_out_every_completion_once(dataset, loss: str):
+    found = list(dataset(loss).batches(range(N), 5, 2, seed=0))
+    assert len(found) == 2 * 5
+    for epoch in (found[:5], found[5:]):
+        assert [len(rows) for rows in epoch] == [10, 10, 10, 10, 4]
+        assert sorted(row for rows in epoch for row in rows) == all_rows()
+
+
+@pytest.mark.parametrize("loss", ["dpo", "kto"])
+def test_batches_are_shuffled_each_epoch_and_by_seed(dataset, loss: str):
+    data = dataset(loss)
+    found = list(data.batches(range(N), 5, 2, seed=0))
+    assert found == list(data.batches(range(N), 5, 2, seed=0))
+    assert found[:5] != found[5:]
+    assert found != list(data.batches(range(N), 5, 2, seed=1))
+    assert sorted(found[0]) != list(range(10))
+
+
+def test_both_sides_of_a_pair_stay_together(dataset):
+    for rows in dataset("dpo").batches(range(N), 5, 1, seed=0):
+        chosen = sorted(row for row in rows if row < N)
+        assert sorted(row - N for row in rows if row >= N) == chosen
+
+
+def test_kto_mixes_labels_and_parts_pairs(dataset):
+    found = list(dataset("kto").batches(range(N), 5, 1, seed=0))
+    assert all(0 < sum(row < N for row in rows) < len(rows) for rows in found[:-1])
+    assert any(
+        {row % N for row in rows if row < N} != {row % N for row in rows if row >= N}
+        for rows in found
+    )
+
+
+@pytest.mark.parametrize("loss", ["dpo", "kto"])
+def test_batches_of_some_pairs_hold_no_others(dataset, loss: str):
+    some = [3, 7, 8, 20]
+    found = [row for rows in dataset(loss).batches(some, 3, 1, seed=0) for row in rows]
+    assert sorted(found) == [*some, *(N + i for i in some)]
+
+
+@pytest.mark.parametrize("loss", ["dpo", "kto"])
+def test_micro_batches_hold_each_row_once_chosen_sides_first(dataset, loss: str):
+    data = dataset(loss, micro_batch_size=4)
+    rows = (
+        [2, 24, 9, 31, 5, 27, 11, 33, 20, 42]
+        if loss == "dpo"
+        else [2, 30, 9, 31, 40, 5, 6, 7, 8, 43]
+    )
+    groups = list(data.groups(rows))
+    assert sorted(row for group in groups for row in group) == sorted(rows)
+    for group in groups:
+        assert len(group) <= 8
+        assert [row < N for row in group] == sorted((row < N for row in group), reverse=True)
+        if loss == "dpo":
+            half = len(group) // 2
+            assert [row + N for row in group[:half]] == group[half:]
+
+
+@pytest.mark.parametrize("loss", ["dpo", "kto"])
+def test_a_micro_batch_holds_no_more_tokens_than_it_may_but_for_a_row_or_pair_alone(
+    dataset, loss: str
+):
+    for tokens in (1, 60, 90, 300):
+        data = dataset(loss, tokens=tokens)
+        groups = list(data.groups(all_rows()))
+        assert sorted(row for group in groups for row in group) == all_rows()
+        for group in groups:
+            alone = len(group) == (2 if loss == "dpo" else 1)
+            assert alone or data.micro(group, 1, None).sequences.ids.numel() <= tokens
+    assert len(groups) < N
+
+
+# The step
+
+
+@pytest.mark.parametrize(
+    ("loss", "expected"),
+    [
+        ("dpo", math.log(2)),
+        ("cdpo", math.log(2)),
+        ("rdpo", math.log(2)),
+        ("ipo", 1 / (4 * 0.5**2)),
+        ("ipo-token", 1 / (4 * 0.5**2)),
+        ("kto", 0.5),
+    ],
+)
+def test_the_first_step_starts_from_the_loss_of_the_reference(
+    dataset, policy_folder: Path, loss: str, expected: float
+):
+    """The policy is the reference: what the cache holds is what the step computes."""
+    log = dataset(loss).step(descent(load_policy(policy_folder)), all_rows())
+    assert log["loss"] == pytest.approx(expected, abs=2e-6)
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_a_step_equals_the_loss_written_out(
+    dataset, policy_folder: Path, preferences_folder: Path, loss: str
+):
+    """Log-ratios of plain rows, one by one, against the step's own batches and cache."""
+    data, model, ref = dataset(loss, 4), moved(policy_folder), load_policy(policy_folder)
+    rows = [0, N, 4, N + 4, 9, N + 9, 17, N + 17, 3, N + 3]
+    pairs = read_pairs(preferences_folder / "train.jsonl")
+
+    @torch.no_grad()
+    def ratio(prompt: list[int], completion: list[int]) -> float:
+        alone = collate([prompt], [completion], PAD)
+        return (sequence_logps(model, alone) - sequence_logps(ref, alone)).item()
+
+    kept = [pairs[i] for i in rows if i < N]
+    chosen = [ratio(p.prompt_ids, p.chosen_ids) for p in kept]
+    rejected = [ratio(p.prompt_ids, p.rejected_ids) for p in kept]
+    s = SETTINGS[loss]
+    if loss == "kto":
+        prompts, completions = unpaired_rows(pairs)
+        partner = data.mismatched.partner.tolist()
+        baseline = [ratio(prompts[i], completions[partner[i]]) for i in rows]
+        z = max(0.0, sum(baseline) / len(baseline))
+        losses = [1 / (1 + math.exp(-s["beta"] * (z - r))) for r in chosen]
+        losses += [1 / (1 + math.exp(-s["beta"] * (r - z))) for r in rejected]
+    elif loss.startswith("ipo"):
+        per_token = loss == "ipo-token"
+        losses = [
+            (
+                c / (len(p.chosen_ids) if per_token else 1)
+                - r / (len(p.rejected_ids) if per_token else 1)
+                - 1
+            )
+            ** 2
+            for c, r, p in zip(chosen, rejected, kept, strict=True)
+        ]
+    else:
+        wrong = s.get("label_smoothing", 0.0)
+        sign, scale = (-1, 1 - 2 * wrong) if loss == "rdpo" else (1, 1)
+        losses = [
+            ((1 - wrong) * math.log1p(math.exp(-h)) + sign * wrong * math.log1p(math.exp(h)))
+            / scale
+            for h in (s["beta"] * (c - r) for c, r in zip(chosen, rejected, strict=True))
+        ]
+    log = data.step(descent(model), rows)
+    assert log["loss"] == pytest.approx(sum(losses) / len(losses), rel=1e-5)
+    if loss not in UNPAIRED:
+        margins = [c - r for c, r in zip(chosen, rejected, strict=True)]
+        accuracy = sum(m > 0 for m in margins) / len(margins)
+        assert log["rewards/accuracies"] == pytest.approx(accuracy)
+        scale = s.get("beta", s.get("tau"))
+        assert log["rewards/margins"] == pytest.approx(
+            scale * sum(margins) / len(margins), rel=1e-4
+        )
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_the_micro_batch_size_changes_neither_loss_nor_gradient(
+    dataset, policy_folder: Path, loss: str
+):
+    rows = all_rows() if loss != "kto" else [*range(15), *range(N, N + 6), N + 18]
+    found = []
+    for size in ((32,), (5,), (1,), (32, 90), (32, 1)):  # pairs, tokens
+        model = moved(policy_folder)
+        log = dataset(loss, *size).step(descent(model), rows)
+        found.append((log, weights(model)))
+    assert (found[0][1] - weights(moved(policy_folder))).norm() > 0.1
+    for log, after in found[1:]:
+        assert log == pytest.approx(found[0][0], rel=1e-5, abs=1e-6)
+        close(after, found[0][1], 5e-6)  # gradients of products are exact to 4e-6
+
+
+def test_ktos_baseline_is_that_of_the_whole_step_and_is_logged(
+    dataset, policy_folder: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Mismatched log-ratios of 0 to 4.3 by row: a baseline that differs between micro-batches."""
+    data = dataset("kto", 1)
+    known = torch.arange(2 * N) / 10
+    data.mismatched = data.mismatched._replace(logps=data.mismatched.logps - known)
+    rows = [1, 3, N + 5, N + 8, 20]
+    close(data.mismatched_ratios(load_policy(policy_folder), rows), known[rows], 2e-5)
+    monkeypatch.setattr("dpo.train.SCORING", Limit(256, 40))
+    close(data.mismatched_ratios(load_policy(policy_folder), rows), known[rows], 2e-5)
+    log = data.step(descent(load_policy(policy_folder)), rows)
+    z = (0.1 + 0.3 + 2.7 + 3.0 + 2.0) / 5
+    assert log["kl"] == pytest.approx(z, abs=1e-5)
+    desirable, undesirable = (1 / (1 + math.exp(-0.1 * x)) for x in (z, -z))
+    assert log["loss"] == pytest.approx((3 * desirable + 2 * undesirable) / 5, abs=1e-6)
+
+
+# The whole stage
+
+
+def run(
+    folder: Path, policy: Path, preferences: Path, reference: Path, loss: str, **changes
+) -> tuple[list[dict[str, float]], dict]:
+    """(log, how it ended) of a direct stage."""
+    folder.mkdir()
+    options = {"epochs": 4, "batch_size": 8, "optimizer": STEADY, **changes}
+    seed, checkpoints = options.pop("seed", 0), options.pop("checkpoints", ())
+    direct = DirectConfig(**options)
+    inputs = policy, preferences, reference, reference
+    train_direct(folder, *inputs, loss, SETTINGS[loss], direct, checkpoints, seed)
+    return tuple(json.loads((folder / f"{name}.json").read_text()) for name in ("log", "stopped"))
+
+
+@torch.no_grad()
+def margins(model_folder: Path, preferences: Path, reference: Path) -> Tensor:
+    """Log-ratio of chosen less that of rejected, each training pair."""
+    model, ref = load_policy(model_folder), read_reference(reference)
+    prompts, completions = unpaired_rows(read_pairs(preferences / "train.jsonl"))
+    chosen, rejected = sequence_logps(model, collate(prompts, completions, PAD)).chunk(2)
+    ref_chosen, ref_rejected = ref.chunk(2)
+    return (chosen - ref_chosen) - (rejected - ref_rejected)
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_a_short_training_prefers_the_chosen_completions(
+    tmp_path: Path, policy_folder: Path, preferences_folder: Path, reference_folder: Path, loss: str
+):
+    data = policy_folder, preferences_folder, reference_folder
+    log, stopped = run(tmp_path / "run", *data, loss)
+    assert stopped == {"failed": "", "stopped_early": False}
+    assert len(log) == 4 * 3
+    assert log[-1]["loss"] < log[0]["loss"]
+    found = margins(tmp_path / "run" / "final", preferences_folder, reference_folder)
+    assert found.mean() > 0.5
+    assert (found > 0).float().mean() > 0.6
+    if loss not in UNPAIRED:
+        assert log[-1]["rewards/margins"] > log[0]["rewards/margins"] + 0.05
+
+
+def test_a_run_writes_plain_folders_and_counts_its_work(
+    tmp_path: Path, policy_folder: Path, preferences_folder: Path, reference_folder: Path
+):
+    data = policy_folder, preferences_folder, reference_folder
+    run(tmp_path / "run", *data, "dpo", checkpoints=(0.25, 0.5))
+    points = json.loads((tmp_path / "run" / "checkpoints.json").read_text())
+    assert points == {"checkpoint-3": 0.25, "checkpoint-6": 0.5, "final": 1.0}
+    found = [AutoModelForCausalLM.from_pretrained(tmp_path / "run" / name) for name in points]
+    assert AutoTokenizer.from_pretrained(tmp_path / "run" / "final").pad_token_id == PAD
+    distances = [(weights(m) - weights(load_policy(policy_folder))).norm() for m in found]
+    assert 0 < distances[0] < distances[1] < distances[2]
+    cost = json.loads((tmp_path / "run" / "cost.json").read_text())
+    pairs = read_pairs(preferences_folder / "train.jsonl")
+    tokens = sum(2 * len(p.prompt_ids) + len(p.chosen_ids) + len(p.rejected_ids) for p in pairs)
+    assert cost["train_tokens"] == 4 * tokens
+    assert cost["generated_tokens"] == 0
+    assert cost["labels_used"] == N
+
+
+@pytest.mark.parametrize("loss", ["dpo", "kto"])
+def test_equal_seeds_give_equal_runs_and_others_another_order(
+    tmp_path: Path, policy_folder: Path, preferences_folder: Path, reference_folder: Path, loss: str
+):
+    data = policy_folder, preferences_folder, reference_folder
+    logs = [
+        run(tmp_path / str(i), *data, loss, epochs=1, seed=s)[0] for i, s in enumerate([0, 0, 1])
+    ]
+    assert logs[0] == logs[1]
+    assert logs[0] != logs[2]
+
+
+def test_a_run_that_diverges_keeps_its_last_finite_weights_and_says_so(
+    tmp_path: Path, policy_folder: Path, preferences_folder: Path, reference_folder: Path
+):
+    wild = STEADY.model_copy(update={"learning_rate": 1e30})
+    data = policy_folder, preferences_folder, reference_folder
+    log, stopped = run(tmp_path / "run", *data, "dpo", optimizer=wild, checkpoints=(0.5,))
+    assert "not finite" in stopped["failed"]
+    assert len(log) < 12
+    final = load_policy(tmp_path / "run" / "final")
+    assert torch.isfinite(weights(final)).all()
+    assert json.loads((tmp_path / "run" / "checkpoints.json").read_text()) == {"final": 1.0}
+
+
+def test_a_setting_may_hold_its_own_learning_rate(
+    tmp_path: Path, policy_folder: Path, preferences_folder: Path, reference_folder: Path
+):
+    """The same weights as with that rate for all, and other ones than without it."""
+    found = []
+    for number, (setting, rate) in enumerate(
+        [({"beta": 0.1, "learning_rate": 3e-3}, 1e-2), ({"beta": 0.1}, 3e-3), ({"beta": 0.1}, 1e-2)]
+    ):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        direct = DirectConfig(
+            optimizer=STEADY.model_copy(update={"learning_rate": rate}), epochs=1, batch_size=8
+        )
+        inputs = policy_folder, preferences_folder, reference_folder, None, "dpo"
+        train_direct(folder, *inputs, setting, direct, (), 0)
+        found.append(weights(load_policy(folder / "final")))
+    assert torch.equal(found[0], found[1])
+    assert not torch.equal(found[0], found[2])

@@ -1,0 +1,203 @@
+"""The reward model's stages: what training, normalising and examining leave behind."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from checks import close
+from transformers import AutoModelForSequenceClassification
+
+from benchmarks.evaluation.metrics import accuracy_from_gold, bayes_accuracy
+from rlhf.reward import RewardConfig, examine_reward, train_reward
+from shared.data.pairs import read_pairs
+from shared.data.preferences import PreferenceConfig, make_preferences, make_reward_test
+from shared.data.samples import read_samples, sample_reference
+from shared.generation.engine import Sampling
+from shared.models.load import ModelConfig, Scorer
+from shared.stages import read_json, write_jsonl
+from shared.tasks.registry import TaskConfig
+from shared.training.fit import Diverged, OptimizerConfig
+from shared.training.sft import SftConfig, train_sft
+
+SAMPLING = Sampling(max_new_tokens=10)
+STEADY = OptimizerConfig(learning_rate=1e-2, schedule="constant", warmup_share=0.0)
+SMALL = RewardConfig(optimizer=STEADY, epochs=6, batch_size=11, micro_batch_size=32)
+
+
+@pytest.fixture(scope="module")
+def references(
+    tmp_path_factory: pytest.TempPathFactory, policy_folder: Path, task_config: TaskConfig
+) -> Path:
+    """Six samples of each of eight prompts."""
+    folder = tmp_path_factory.mktemp("references")
+    sample_reference(folder, task_config, policy_folder, "validation", 8, 6, SAMPLING, 0)
+    return folder
+
+
+def trained(
+    folder: Path, policy: Path, preferences: Path, references: Path, config: RewardConfig = SMALL
+) -> Path:
+    folder.mkdir()
+    train_reward(folder, policy, preferences, references, config, seed=3)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def reward(
+    tmp_path_factory: pytest.TempPathFactory,
+    policy_folder: Path,
+    preferences_folder: Path,
+    references: Path,
+) -> Path:
+    folder = tmp_path_factory.mktemp("trained") / "reward"
+    return trained(folder, policy_folder, preferences_folder, references)
+
+
+def plain_scores(folder: Path, rows: list[list[int]]) -> torch.Tensor:
+    """Raw scores of token rows one by one, by transformers alone."""
+    model = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=1).eval()
+    with torch.no_grad():
+        return torch.stack([model(torch.tensor([row])).logits[0, 0] for row in rows])
+
+
+def test_training_ranks_the_chosen_answers_higher(reward: Path, preferences_folder: Path):
+    pairs = read_pairs(preferences_folder / "train.jsonl")
+    chosen = plain_scores(reward, [p.prompt_ids + p.chosen_ids for p in pairs])
+    rejected = plain_scores(reward, [p.prompt_ids + p.rejected_ids for p in pairs])
+    assert (chosen > rejected).float().mean() > 0.9
+    log = read_json(reward / "log.json")
+    assert len(log) == 12  # 22 pairs in batches of 11, six times over
+    assert log[-1]["loss"] < log[0]["loss"]
+    assert read_json(reward / "cost.json")["labels_used"] == 22
+
+
+def test_swapped_labels_teach_the_opposite(
+    reward: Path, tmp_path: Path, policy_folder: Path, preferences_folder: Path, references: Path
+):
+    pairs = read_pairs(preferences_folder / "train.jsonl")
+    rows = [
+        p._replace(chosen_ids=p.rejected_ids, rejected_ids=p.chosen_ids)._asdict() for p in pairs
+    ]
+    (tmp_path / "data").mkdir()
+    write_jsonl(tmp_path / "data" / "train.jsonl", rows)
+    other = trained(tmp_path / "reward", policy_folder, tmp_path / "data", references)
+    texts = [p.prompt_ids + c for p in pairs for c in (p.chosen_ids, p.rejected_ids)]
+    mine, theirs = (plain_scores(folder, texts).view(-1, 2) for folder in (reward, other))
+    assert ((mine[:, 0] > mine[:, 1]) != (theirs[:, 0] > theirs[:, 1])).float().mean() > 0.9
+
+
+def test_a_pair_and_its_mirror_with_the_opposite_probability_teach_the_same(
+    tmp_path: Path, policy_folder: Path, preferences_folder: Path, references: Path
+):
+    pairs = read_pairs(preferences_folder / "train.jsonl")
+    swapped = [p._replace(chosen_ids=p.rejected_ids, rejected_ids=p.chosen_ids) for p in pairs]
+    scores = []
+    for name, rows, p in (("pairs", pairs, 0.8), ("mirrored", swapped, 0.2)):
+        (tmp_path / name).mkdir()
+        write_jsonl(tmp_path / name / "train.jsonl", [r._replace(p=p)._asdict() for r in rows])
+        model = trained(tmp_path / f"{name}-reward", policy_folder, tmp_path / name, references)
+        texts = [r.prompt_ids + c for r in pairs for c in (r.chosen_ids, r.rejected_ids)]
+        scores.append(plain_scores(model, texts))
+    close(*scores, 1e-3)
+    margin = (scores[0].view(-1, 2) @ torch.tensor([1.0, -1.0])).mean()
+    close(margin, torch.tensor(0.8).logit(), 0.4)
+
+
+def test_scores_of_sft_samples_have_mean_0_and_a_deviation_of_1_within_prompts(
+    reward: Path, references: Path
+):
+    samples = read_samples(references)
+    raw = plain_scores(reward, [row.prompt_ids + c for row in samples for c in row.completions])
+    stored = json.loads((reward / "normalisation.json").read_text())
+    close(stored["offset"], raw.mean(), 1e-5)
+    scores = ((raw - stored["offset"]) / stored["scale"]).view(8, 6)
+    close(scores.mean(), 0.0, 1e-5)
+    close(scores.var(1).mean(), 1.0, 1e-4)
+    scorer = Scorer(reward)
+    prompts = [row.prompt_ids for row in samples for _ in range(6)]
+    ours = scorer.score_all(prompts, [c for row in samples for c in row.completions])
+    close(ours, scores.flatten(), 1e-4)
+
+
+@pytest.mark.parametrize(
+    "cut", [{"micro_batch_size": 1}, {"micro_batch_size": 4}, {"micro_batch_tokens": 150}]
+)
+def test_micro_batches_change_no_step(
+    tmp_path: Path, policy_folder: Path, preferences_folder: Path, references: Path, cut
+):
+    """Logged before any step has moved the weights far: the first two steps."""
+    gentle = STEADY.model_copy(update={"learning_rate": 1e-4, "adam_epsilon": 1e-3})
+    logs = []
+    for name, part in (("cut", cut), ("whole", {})):
+        config = SMALL.model_copy(update={**part, "epochs": 1, "optimizer": gentle})
+        folder = tmp_path / name
+        trained(folder, policy_folder, preferences_folder, references, config)
+        logs.append(read_json(folder / "log.json"))
+    for one, other in zip(*logs, strict=True):
+        assert one == pytest.approx(other, rel=1e-4, abs=1e-5)
+
+
+def test_centering_keeps_scores_near_0(
+    tmp_path: Path, policy_folder: Path, preferences_folder: Path, references: Path, reward: Path
+):
+    pairs = read_pairs(preferences_folder / "train.jsonl")
+    texts = [p.prompt_ids + c for p in pairs for c in (p.chosen_ids, p.rejected_ids)]
+    config = SMALL.model_copy(update={"center": 1.0})
+    centred = trained(tmp_path / "r", policy_folder, preferences_folder, references, config)
+    sums = [plain_scores(f, texts).view(-1, 2).sum(1).pow(2).mean() for f in (centred, reward)]
+    assert sums[0] < 0.25 * sums[1]
+
+
+def test_a_reward_model_that_diverges_says_which_key_to_change(
+    tmp_path: Path, policy_folder: Path, preferences_folder: Path, references: Path
+):
+    wild = SMALL.model_copy(update={"optimizer": STEADY.model_copy(update={"learning_rate": 1e30})})
+    with pytest.raises(Diverged, match=r"reward model, step 2: .*reward\.optimizer\.learning_rate"):
+        trained(tmp_path / "r", policy_folder, preferences_folder, references, wild)
+
+
+def test_examining_keeps_raw_scores_beside_the_truth(
+    reward: Path, tmp_path: Path, policy_folder: Path, task_config: TaskConfig
+):
+    make_reward_test(tmp_path, task_config, policy_folder, 40, SAMPLING, 0)
+    examine_reward(tmp_path, reward, tmp_path, task_config)
+    found, pairs = read_json(tmp_path / "scores.json"), read_pairs(tmp_path / "pairs.jsonl")
+    close(
+        torch.tensor(found["score_b"]),
+        plain_scores(reward, [p.prompt_ids + p.rejected_ids for p in pairs]),
+        1e-4,
+    )
+    gap = np.array([p.chosen_gold - p.rejected_gold for p in pairs])
+    np.testing.assert_allclose(found["p_a_wins"], 1 / (1 + np.exp(-3 * gap)), rtol=1e-12)
+    assert found["length_a"] == [len(p.chosen_ids) for p in pairs]
+
+
+@pytest.mark.slow  # SFT, 100,000 samples and a long training: minutes
+@pytest.mark.timeout(3600)
+def test_with_fifty_thousand_pairs_the_reward_model_comes_within_three_points_of_the_best(
+    tmp_path: Path,
+):
+    """At the default model size; accuracy with the label noise integrated out, 5,000 new pairs."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    task, sampling = TaskConfig(), Sampling()
+    folders = {name: tmp_path / name for name in ("sft", "scale", "data", "test", "reward")}
+    for folder in folders.values():
+        folder.mkdir()
+    train_sft(folders["sft"], task, ModelConfig(), SftConfig(examples=12000, epochs=1), 0)
+    sft = folders["sft"]
+    sample_reference(folders["scale"], task, sft, "validation", 256, 8, sampling, 0)
+    make_reward_test(folders["test"], task, sft, 5000, sampling, 0)
+    data = PreferenceConfig(pairs=50_000, per_prompt=3)
+    make_preferences(folders["data"], task, sft, data, sampling, 0)
+    config = RewardConfig(batch_size=64, micro_batch_size=64)
+    train_reward(folders["reward"], sft, folders["data"], folders["scale"], config, 0)
+    examine_reward(folders["reward"], folders["reward"], folders["test"], task)
+    torch.set_num_threads(before)
+    found = {k: np.array(v) for k, v in read_json(folders["reward"] / "scores.json").items()}
+    accuracy = accuracy_from_gold(found["score_a"], found["score_b"], found["p_a_wins"])
+    best = bayes_accuracy(found["p_a_wins"])
+    print(f"accuracy {accuracy:.4f}, best possible {best:.4f}")
+    assert accuracy > best - 0.03

@@ -1,0 +1,387 @@
+"""Configuration: what is wrong is said with the file, the key and the key that was meant."""
+
+from pathlib import Path
+from typing import Literal
+
+import pytest
+from pydantic import Field, ValidationError
+
+from benchmarks.pipeline.experiment import EXPERIMENTS, Experiment, load_experiment
+from shared.config import Config, InputError, load
+
+
+class Inner(Config):
+    rate: float = Field(default=0.5, gt=0, le=1)
+    steps: int = 3
+    name: str = "x"
+    on: bool = False
+
+
+class Item(Config):
+    kind: Literal["a", "b"] = "a"
+
+
+class Outer(Config):
+    title: str = "t"
+    sizes: tuple[int, ...] = (1,)
+    inner: Inner = Inner()
+    maybe: Inner | None = None
+    items: dict[str, Item] = Field(default_factory=dict)
+
+
+ARM = '[arms.dpo]\nkind = "direct"\nsettings = [{ beta = 0.2 }]\n'
+
+
+def write(folder: Path, text: str) -> Path:
+    path = folder / "some.toml"
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def refusal(folder: Path, text: str, *overrides: str) -> str:
+    """What the user reads about this file."""
+    with pytest.raises(InputError) as error:
+        load(Outer, write(folder, text), overrides)
+    return str(error.value)
+
+
+def experiment(folder: Path, text: str = "", arms: str = ARM, *overrides: str) -> Experiment:
+    return load_experiment(
+        str(write(folder, f'name = "e"\n{text}\n{arms}')), list(overrides), False
+    )
+
+
+# --- one file ---------------------------------------------------------------------------------
+
+
+def test_what_the_file_says_is_what_one_gets(tmp_path: Path):
+    path = write(tmp_path, 'title = "ünï"\nsizes = [3, 4]\n[inner]\nrate = 0.25\non = true\n')
+    config = load(Outer, path)
+    assert (config.title, config.sizes, config.inner.rate, config.inner.on) == (
+        "ünï", (3, 4), 0.25, True,
+    )  # fmt: skip
+    assert config.inner.steps == 3  # left out: its default
+
+
+@pytest.mark.parametrize(
+    ("text", "key", "meant"),
+    [
+        ('titel = "x"', "titel", "title"),
+        ("[inner]\nrat = 0.1", "inner.rat", "rate"),
+        ("[maybe]\nstep = 1", "maybe.step", "steps"),
+        ('[items.left]\nkin = "a"', "items.left.kin", "kind"),
+        ("iner = { rate = 0.1 }", "iner", "inner"),
+    ],
+)
+def test_an_unknown_key_is_named_with_its_file_and_the_nearest_key(
+    tmp_path: Path, text: str, key: str, meant: str
+):
+    message = refusal(tmp_path, text)
+    assert "some.toml" in message
+    assert f"`{key}`" in message
+    assert f"did you mean `{meant}`" in message
+
+
+def test_a_key_like_no_other_gets_the_list_of_keys(tmp_path: Path):
+    message = refusal(tmp_path, "[inner]\nzzzzzz = 1")
+    assert "`inner.zzzzzz`" in message
+    assert all(name in message for name in ("rate", "steps", "name", "on"))
+
+
+@pytest.mark.parametrize(
+    ("text", "key"),
+    [
+        ("[inner]\nsteps = 1.5", "inner.steps"),
+        ('[inner]\nsteps = "many"', "inner.steps"),
+        ("[inner]\nrate = 0", "inner.rate"),
+        ("[inner]\nrate = 1.01", "inner.rate"),
+        ("[inner]\nrate = nan", "inner.rate"),
+        ("[inner]\nrate = inf", "inner.rate"),
+        ("title = 3", "title"),
+        ("sizes = [1, 2.5]", "sizes.1"),
+        ("inner = 3", "inner"),
+        ('[items.left]\nkind = "c"', "items.left.kind"),
+    ],
+)
+def test_a_wrong_type_or_value_is_named_with_its_file(tmp_path: Path, text: str, key: str):
+    message = refusal(tmp_path, text)
+    assert "some.toml" in message
+    assert f"`{key}`" in message
+
+
+def test_every_mistake_of_a_file_is_named_at_once(tmp_path: Path):
+    message = refusal(tmp_path, "titel = 1\n[inner]\nrate = 7\nsteps = 'x'")
+    assert all(key in message for key in ("`titel`", "`inner.rate`", "`inner.steps`"))
+
+
+@pytest.mark.parametrize("text", ["title = ", "= 3", "[inner\nrate=1", 'title="a"\ntitle="b"'])
+def test_malformed_toml_is_the_users_error(tmp_path: Path, text: str):
+    message = refusal(tmp_path, text)
+    assert "some.toml" in message
+    assert "TOML" in message
+
+
+def test_a_file_that_is_no_text_is_the_users_error(tmp_path: Path):
+    path = tmp_path / "some.toml"
+    path.write_bytes(b"\xff\xfe\x00title")
+    with pytest.raises(InputError, match=r"some\.toml"):
+        load(Outer, path)
+
+
+@pytest.mark.parametrize("name", ["none.toml", ""])
+def test_a_file_that_is_missing_or_a_folder_is_the_users_error(tmp_path: Path, name: str):
+    with pytest.raises(InputError) as error:
+        load(Outer, tmp_path / name)
+    assert str(tmp_path / name) in str(error.value)
+
+
+def test_a_configuration_cannot_be_changed(tmp_path: Path):
+    config = load(Outer, write(tmp_path, ""))
+    with pytest.raises(ValidationError, match="frozen"):
+        config.title = "other"
+    with pytest.raises(ValidationError, match="frozen"):
+        config.inner.rate = 0.1
+
+
+# --- overrides --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("words", "found"),
+    [
+        (["--inner.rate", "0.25"], {"rate": 0.25}),
+        (["--inner.rate=0.25"], {"rate": 0.25}),
+        (["--inner.steps", "-4"], {"steps": -4}),
+        (["--inner.on", "true"], {"on": True}),
+        (["--inner.on=false"], {"on": False}),
+        (["--inner.name", "plain words"], {"name": "plain words"}),
+        (["--inner.name", '"quoted"'], {"name": "quoted"}),
+        (["--inner.name=a=b"], {"name": "a=b"}),
+        (["--inner.name="], {"name": ""}),
+        (["--inner", "{ rate = 0.25, steps = 9 }"], {"rate": 0.25, "steps": 9}),
+        (["--inner.rate", "0.1", "--inner.rate", "0.2"], {"rate": 0.2}),  # the last one holds
+    ],
+)
+def test_an_override_replaces_the_files_value(tmp_path: Path, words: list[str], found: dict):
+    config = load(Outer, write(tmp_path, "[inner]\nrate = 0.75\n"), words)
+    assert {name: getattr(config.inner, name) for name in found} == found
+
+
+def test_an_override_leaves_the_rest_of_the_file(tmp_path: Path):
+    path = write(tmp_path, 'title = "kept"\n[inner]\nsteps = 8\n')
+    config = load(Outer, path, ["--inner.rate", "0.1", "--sizes", "[5, 6]"])
+    assert (config.title, config.inner.steps, config.inner.rate) == ("kept", 8, 0.1)
+    assert config.sizes == (5, 6)
+
+
+def test_an_override_makes_the_sections_it_needs(tmp_path: Path):
+    assert load(Outer, write(tmp_path, ""), ["--maybe.steps", "2"]).maybe == Inner(steps=2)
+    assert load(Outer, None, ["--items.left.kind", "b"]).items == {"left": Item(kind="b")}
+
+
+def test_a_value_does_not_become_a_section(tmp_path: Path):
+    message = refusal(tmp_path, 'title = "a"', "--title.size", "3")
+    assert "--title.size" in message
+    assert "`title`" in message
+
+
+def test_an_unknown_override_is_refused_like_an_unknown_key(tmp_path: Path):
+    message = refusal(tmp_path, "", "--inner.stepz", "3")
+    assert "`inner.stepz`" in message
+    assert "did you mean `steps`" in message
+
+
+@pytest.mark.parametrize("words", [["--title"], ["--title", "--inner.rate"], ["title", "x"]])
+def test_an_override_without_dashes_or_value_is_refused(tmp_path: Path, words: list[str]):
+    assert "title" in refusal(tmp_path, "", *words)
+
+
+# --- experiments ------------------------------------------------------------------------------
+
+
+SHIPPED = sorted(path.stem for path in EXPERIMENTS.glob("*.toml"))
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_every_shipped_experiment_loads_by_name_and_by_path(name: str):
+    by_name = load_experiment(name, [], quick=False)
+    assert by_name == load_experiment(str(EXPERIMENTS / f"{name}.toml"), [], quick=False)
+    assert by_name.name == name  # its run folder is called as the file is
+
+
+def test_reviews_comes_with_klash():
+    assert "reviews" in SHIPPED
+
+
+def test_a_file_nearby_goes_before_a_shipped_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "reviews").write_text(f'name = "mine"\n{ARM}')
+    assert load_experiment("reviews", [], quick=False).name == "mine"
+
+
+def test_an_experiment_that_does_not_exist_is_the_users_error():
+    with pytest.raises(InputError, match="nosuch"):
+        load_experiment("nosuch", [], quick=False)
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_quick_runs_one_seed_and_the_first_setting_of_every_arm(name: str):
+    whole, quick = (load_experiment(name, [], quick=q) for q in (False, True))
+    assert quick.seeds == whole.seeds[:1]
+    assert quick.arms.keys() == whole.arms.keys()
+    for arm in whole.arms:
+        assert quick.arms[arm].settings == whole.arms[arm].settings[:1]
+    assert quick.name != whole.name  # it overwrites no whole run
+    assert quick.sft.examples == whole.quick.sft_examples <= whole.sft.examples
+    assert quick.preferences.pairs == whole.quick.pairs <= whole.preferences.pairs
+    assert quick.ppo.episodes == whole.quick.episodes <= whole.ppo.episodes
+    assert quick.evaluation.prompts <= whole.evaluation.prompts
+    assert quick.evaluation.frontier_samples >= quick.evaluation.reward_limit_samples
+    again = Experiment.model_validate(quick.model_dump())  # still a valid experiment
+    assert again == quick
+
+
+def test_quick_makes_a_small_experiment_no_larger(tmp_path: Path):
+    path = write(
+        tmp_path,
+        f'name = "e"\nsft = {{ examples = 10 }}\npreferences = {{ pairs = 11 }}\n'
+        f"ppo = {{ episodes = 12 }}\nevaluation = {{ prompts = 13, reward_pairs = 14 }}\n{ARM}",
+    )
+    quick = load_experiment(str(path), [], quick=True)
+    assert (quick.sft.examples, quick.preferences.pairs, quick.ppo.episodes) == (10, 11, 12)
+    assert (quick.evaluation.prompts, quick.evaluation.reward_pairs) == (13, 14)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["..", ".", "", "/tmp/x", "a/b", "a\\b", "..\\x", "a\u2215b", "a\u2044b", "x" * 101, "-x",
+     ".hidden", "a b", "a\nb", "a\n", "a\x00", "~", "$HOME", "caf\u00e9", "CON:"],
+)  # fmt: skip
+def test_a_run_name_that_could_leave_the_runs_folder_is_refused(tmp_path: Path, name: str):
+    with pytest.raises(InputError, match="`name`"):
+        experiment(tmp_path, "", ARM, f"--name={toml_string(name)}")
+
+
+def toml_string(text: str) -> str:
+    return '"' + "".join(f"\\u{ord(c):04X}" for c in text) + '"'
+
+
+@pytest.mark.parametrize("name", ["a", "reviews-2.b_c", "0", "x" * 100])
+def test_plain_run_names_are_fine(tmp_path: Path, name: str):
+    assert experiment(tmp_path, "", ARM, f'--name="{name}"').name == name
+
+
+def arm(kind: str, setting: str, loss: str = "") -> str:
+    line = f'loss = "{loss}"\n' if loss else ""
+    return f'[arms.x]\nkind = "{kind}"\n{line}settings = [{setting}]\n'
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (arm("ppo", "{ beta = 0.1 }"), ["beta", "kl_coef"]),
+        (arm("ppo", "{ kl_coef = 0.1, lam = 0.9 }"), ["lam", "kl_coef"]),
+        (arm("ppo", "{}"), ["kl_coef"]),
+        (arm("best-of-n", "{ m = 4 }"), ["m", "n"]),
+        (arm("direct", "{ tau = 0.1 }", "dpo"), ["`tau`", "beta"]),
+        (arm("direct", "{ beta = 0.1 }", "ipo"), ["`beta`", "tau"]),
+        (arm("direct", "{}", "kto"), ["beta"]),
+        (arm("direct", "{ beat = 0.1 }", "dpo"), ["`beat`", "did you mean `beta`"]),
+        (arm("direct", "{ beta = 0.1 }, { beta = 0.2, x = 1 }", "dpo"), ["`x`"]),
+        (arm("direct", "{ beta = 0.1 }", "dop"), ["`dop`", "did you mean `dpo`"]),
+        (arm("filtered", "{ tau = 0.1 }"), ["`tau`", "beta"]),
+        (arm("direkt", "{ beta = 0.1 }"), ["arms.x.kind", "direct"]),
+        ('[arms.x]\nkind = "ppo"\nsettings = []\n', ["arms.x.settings"]),
+        ("[arms]\n", ["arms"]),
+    ],
+    ids=lambda value: value.replace("\n", " ") if isinstance(value, str) else "",
+)
+def test_an_arm_with_a_wrong_setting_is_refused_naming_it(
+    tmp_path: Path, text: str, said: list[str]
+):
+    with pytest.raises(InputError) as error:
+        experiment(tmp_path, "", text)
+    message = str(error.value)
+    assert "some.toml" in message
+    assert all(word in message for word in said), message
+
+
+def test_an_unknown_key_of_an_arm_is_refused_with_the_nearest_key(tmp_path: Path):
+    with pytest.raises(InputError) as error:
+        experiment(tmp_path, "", ARM.replace("settings", "setings"))
+    assert "`arms.dpo.setings`" in str(error.value)
+    assert "did you mean `settings`" in str(error.value)
+
+
+def test_one_setting_can_be_changed_on_the_command_line(tmp_path: Path):
+    override = ["--arms.dpo.settings", "[{ beta = 0.7 }]"]
+    assert experiment(tmp_path, "", ARM, *override).arms["dpo"].settings == ({"beta": 0.7},)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("ppo.lam", "1.1"),
+        ("ppo.episodes", "0"),
+        ("reward.optimizer.learning_rate", "0"),
+        ("preferences.labels", "true"),
+        ("evaluation.samples", "-1"),
+        ("sft.examples", "2.5"),
+        ("seeds", "[]"),
+        ("filtering.floor", "0"),
+        ("sampling.max_new_tokens", "0"),
+        ("sampling.temperature", "-0.1"),
+    ],
+)
+def test_a_value_out_of_range_is_refused_naming_it(tmp_path: Path, key: str, value: str):
+    with pytest.raises(InputError, match=f"`{key}`"):
+        experiment(tmp_path, "", ARM, f"--{key}", value)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("model.hidden_size", "16"),  # no attention head of size 32 fits
+        ("model.layers", "0"),
+        ("seeds", "[0, 0]"),  # one seed counted twice: an interval that is too narrow
+        ("seeds", "[-1]"),  # numpy takes no negative seed
+        ("task_seed", "-1"),
+        ("evaluation.checkpoints", "[1.5]"),  # shares of the training
+        ("evaluation.checkpoints", "[-0.5]"),
+        ("evaluation.kl_levels", "[-1.0]"),
+    ],
+)
+def test_a_value_that_breaks_a_run_or_its_sense_is_refused_before_it(
+    tmp_path: Path, key: str, value: str
+):
+    with pytest.raises(InputError):
+        experiment(tmp_path, "", ARM, f"--{key}", value)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        arm("best-of-n", "{ n = 0 }"),
+        arm("best-of-n", "{ n = 2.5 }"),
+        arm("ppo", "{ kl_coef = -0.1 }"),
+        arm("direct", "{ beta = 0 }", "dpo"),
+        arm("direct", "{ beta = -0.2 }", "dpo"),
+        arm("direct", "{ tau = 0 }", "ipo"),
+        arm("direct", "{ beta = 0.2 }, { beta = 0.2 }", "dpo"),  # the same runs counted twice
+    ],
+    ids=lambda text: text.replace("\n", " "),
+)
+def test_a_setting_that_no_method_can_use_is_refused(tmp_path: Path, text: str):
+    with pytest.raises(InputError, match=r"arms\.x"):
+        experiment(tmp_path, "", text)
+
+
+def test_an_arm_cannot_take_the_name_of_the_start(tmp_path: Path):
+    """`sft` is the row that every arm is compared with."""
+    with pytest.raises(InputError, match="sft"):
+        experiment(tmp_path, "", ARM.replace("arms.dpo", "arms.sft"))
+
+
+def test_more_scored_samples_than_there_are_means_all_of_them(tmp_path: Path):
+    sizes = "[evaluation]\nfrontier_samples = 100\nreward_limit_samples = 200\n"
+    assert experiment(tmp_path, sizes).evaluation.limit_samples == 100
