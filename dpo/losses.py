@@ -24,6 +24,19 @@ class LogRatios(NamedTuple):
     chosen_tokens: Tensor  # (B,) completion lengths, EOS included
     rejected_tokens: Tensor  # (B,)
     mismatched: Tensor | None = None  # (M,) completions of other prompts: KTO's baseline
+    chosen_logps: Tensor | None = None  # (B,) log policy(y|x), for losses without a reference
+    rejected_logps: Tensor | None = None  # (B,)
+
+    def swapped(self) -> "LogRatios":
+        """The same pairs with the other side as the winner."""
+        return self._replace(
+            chosen=self.rejected,
+            rejected=self.chosen,
+            chosen_tokens=self.rejected_tokens,
+            rejected_tokens=self.chosen_tokens,
+            chosen_logps=self.rejected_logps,
+            rejected_logps=self.chosen_logps,
+        )
 
 
 def dpo_loss(r: LogRatios, *, beta: float) -> Tensor:
@@ -112,8 +125,7 @@ def expected_loss(loss: Callable[..., Tensor], r: LogRatios, p: Tensor, **settin
     completions (2 B,), chosen ones first.
     """
     as_drawn = loss(r, **setting)
-    swapped = LogRatios(r.rejected, r.chosen, r.rejected_tokens, r.chosen_tokens, r.mismatched)
-    other = loss(swapped, **setting)
+    other = loss(r.swapped(), **setting)
     if len(other) == 2 * len(p):
         p, other = torch.cat([p, p]), other.roll(len(p))
     return p * as_drawn + (1 - p) * other

@@ -242,7 +242,15 @@ class Dataset:
         logps = sequence_logps(model, batch)
         ratios = logps - micro.ref_logps.to(logps.device)
         lengths, n = batch.lengths, micro.chosen
-        r = LogRatios(ratios[:n], ratios[n:], lengths[:n], lengths[n:], micro.mismatched)
+        r = LogRatios(
+            chosen=ratios[:n],
+            rejected=ratios[n:],
+            chosen_tokens=lengths[:n],
+            rejected_tokens=lengths[n:],
+            mismatched=micro.mismatched,
+            chosen_logps=logps[:n],
+            rejected_logps=logps[n:],
+        )
         if micro.p is None:
             losses = self.loss(r, **self.setting)
         else:
