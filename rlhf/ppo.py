@@ -292,6 +292,8 @@ def update_models(actors: Actors, rollout: Rollout, ppo: PPOConfig, seed: int) -
         if not first:  # nothing had been stepped: the policy was still the sampler
             apart = torch.cat(losses.apart)
             first["ppo/first_ratio"] = numbers["ppo/policy/ratio"]
+            first["ppo/first_policy_loss"] = numbers["loss/policy_avg"]
+            first["ppo/first_value_loss"] = numbers["loss/value_avg"]
             first["generation/logprob_difference"] = apart.mean().item()
             first["generation/logprob_difference_max"] = apart.max().item()
         for name, number in numbers.items():

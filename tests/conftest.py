@@ -4,6 +4,7 @@ The weights are random but not small: attention matters, and a completion ends b
 time in two, so that a wrong mask, position or EOS shows.
 """
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from benchmarks.pipeline.places import quiet_libraries
 from dpo.reference import score_mismatched, score_reference
 from shared.data.preferences import PreferenceConfig, make_preferences
 from shared.generation.engine import Sampling
+from shared.models import ops
 from shared.models.load import (
     ModelConfig,
     new_policy,
@@ -35,6 +37,27 @@ def quiet_and_single_threaded() -> None:
 def single_threaded() -> None:
     """Whatever the tests before did: commands have threads of their own."""
     torch.set_num_threads(1)
+
+
+@pytest.fixture
+def without_c() -> Iterator[None]:
+    with ops.using(ops.Shortcuts(c=False)):
+        yield
+
+
+@pytest.fixture(params=["PyTorch", "C", "C and its products"])
+def each_way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A decoder's operations in PyTorch, in C, and in C with the products of any processor."""
+    if request.param == "PyTorch":
+        with ops.using(ops.Shortcuts(c=False)):
+            yield
+        return
+    native = pytest.importorskip("shared.cpu.native")
+    if native.library() is None:
+        pytest.skip("no C compiler")
+    faster = request.param == "C and its products"
+    monkeypatch.setattr("shared.cpu.kernels.products_are_faster", lambda: faster)
+    yield
 
 
 @pytest.fixture(scope="session")

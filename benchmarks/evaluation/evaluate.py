@@ -14,9 +14,10 @@ from shared.data.samples import read_samples
 from shared.generation.engine import Completions, Sampling
 from shared.generation.start import TRANSFORMERS, GenerationConfig, make_engine
 from shared.kl import exact_kl, k1, k3, masked_sum
+from shared.models import ops
 from shared.models.cost import Meter
 from shared.models.load import Scorer, load_policy, load_tokenizer, special_ids
-from shared.models.logprobs import BLOCK, completion_logits, gather_logprobs, score_logps
+from shared.models.logprobs import completion_logits, gather_logprobs, score_logps
 from shared.models.sequences import SCORING, Limit, by_length, collate
 from shared.stages import write_json, write_jsonl
 from shared.tasks.registry import TaskConfig, make_task
@@ -169,7 +170,7 @@ def measure_kl(
     """Nats per sequence: the exact KL summed over positions, and the sums of k1 and k3."""
     sums = {name: torch.zeros(len(prompts)) for name in ("kl", "k1", "k3")}
     row = model.config.get_text_config().vocab_size * max(map(len, completions))
-    limit = limit._replace(rows=max(1, min(limit.rows, BLOCK // row)))
+    limit = limit._replace(rows=max(1, min(limit.rows, ops.active().block // row)))
     for rows in by_length([*map(len, completions)], [*map(len, prompts)], limit):
         batch = collate([prompts[i] for i in rows], [completions[i] for i in rows], pad_id)
         batch = batch.to(model.device)

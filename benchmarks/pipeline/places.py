@@ -17,9 +17,9 @@ from typing import Any, TypeVar
 import torch
 from transformers.utils import logging as transformers_logging
 
-from shared.cpu.native import kind
 from shared.generation.start import TRANSFORMERS, GenerationConfig, engine_version
 from shared.models.cost import versions
+from shared.models.ops import computed_by
 from shared.stages import Stages, fill_stage, stage_key
 
 A = TypeVar("A")
@@ -59,7 +59,7 @@ def quiet_libraries() -> None:
 
 def stage_context(generation: GenerationConfig = TRANSFORMERS) -> dict[str, Any]:
     """What changes results besides configuration and code: part of every stage's address."""
-    here = {"threads": torch.get_num_threads(), "kernels": kind()}
+    here = {"threads": torch.get_num_threads(), "computed": computed_by()}
     return {**versions(), **engine_version(generation), **here}
 
 

@@ -10,17 +10,17 @@
 #define TALL 8 /* rows of a product that are held in registers */
 #define BLOCK 16 /* positions whose attention is computed at a time */
 
-static const whole LANE = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+static const ints LANE = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
 
 /* e^x, and e^-80 or e^80 beyond: 2^n times a polynomial of what is left, |r| <= ln(2) / 2. */
 static inline lanes power(lanes x) {
-    x = choose(x < -80, all(-80), x); /* NaN stays NaN */
-    x = choose(x > 80, all(80), x);
-    const lanes nearest = x * 1.44269504f + choose(x > 0, all(.5f), all(-.5f));
-    const whole n = __builtin_convertvector(nearest, whole); /* cuts off what follows the point */
+    x = choose(x < -80, splat(-80), x); /* NaN stays NaN */
+    x = choose(x > 80, splat(80), x);
+    const lanes nearest = x * 1.44269504f + choose(x > 0, splat(.5f), splat(-.5f));
+    const ints n = __builtin_convertvector(nearest, ints); /* cuts off what follows the point */
     const lanes m = __builtin_convertvector(n, lanes);
     const lanes r = x - m * 0.693359375f + m * 2.12194440e-4f; /* ln(2) in two parts */
-    lanes sum = all(1 / 5040.f);
+    lanes sum = splat(1 / 5040.f);
     sum = sum * r + 1 / 720.f;
     sum = sum * r + 1 / 120.f;
     sum = sum * r + 1 / 24.f;
@@ -85,52 +85,12 @@ void rotate(int threads, count tokens, count heads, count size, float sign,
         }
 }
 
-/* The logarithm of the sum of e^x over each row of x (rows, size). Sums of a part of a row are
-   added to the row's: with 50,000 numbers one sum loses digits. */
-void log_sum_exp(int threads, count rows, count size, const float *x, float *y) {
-    const count even = size / LANES * LANES, part = 64 * LANES;
-    #pragma omp parallel for num_threads(threads)
-    for (count i = 0; i < rows; i++) {
-        const float *a = x + i * size;
-        const whole left = LANE < (int32_t)(size - even);
-        const lanes rest = choose(left, some(a + even, size - even), all(-INFINITY));
-        lanes most = rest;
-        for (count j = 0; j < even; j += LANES)
-            most = choose(get(a + j) > most, get(a + j), most);
-        float top = -INFINITY;
-        for (int j = 0; j < LANES; j++) top = most[j] > top ? most[j] : top;
-        lanes sum = power(rest - top);
-        for (count first = 0; first < even; first += part) {
-            lanes more = {0};
-            for (count j = first; j < least(first + part, even); j += LANES)
-                more += power(get(a + j) - top);
-            sum += more;
-        }
-        double total = 0;
-        for (int j = 0; j < LANES; j++) total += sum[j];
-        y[i] = top + (float)log(total);
-    }
-}
-
-/* Gradients of x where each row's -log_sum_exp has the gradient g (rows,). */
-void log_sum_exp_backward(int threads, count rows, count size, const float *x, const float *y,
-                          const float *g, float *of_x) {
-    #pragma omp parallel for num_threads(threads)
-    for (count i = 0; i < rows; i++)
-        for (count j = 0; j < size; j += LANES) {
-            const count at = i * size + j;
-            const lanes below = some(x + at, size - j) - y[i];
-            const lanes share = choose(below < -80, (lanes){0}, power(below));
-            put_some(of_x + at, share * -g[i], size - j);
-        }
-}
-
 void swiglu(int threads, count numbers, const float *restrict gate, const float *restrict up,
             float *restrict y) {
     #pragma omp parallel for num_threads(threads)
     for (count i = 0; i < numbers; i += LANES) {
-        const lanes a = some(gate + i, numbers - i);
-        put_some(y + i, a / (1 + power(-a)) * some(up + i, numbers - i), numbers - i);
+        const lanes a = load_part(gate + i, numbers - i);
+        store_part(y + i, a / (1 + power(-a)) * load_part(up + i, numbers - i), numbers - i);
     }
 }
 
@@ -140,10 +100,10 @@ void swiglu_backward(int threads, count numbers, const float *restrict gate,
     #pragma omp parallel for num_threads(threads)
     for (count i = 0; i < numbers; i += LANES) {
         const count left = numbers - i;
-        const lanes a = some(gate + i, left), c = some(g + i, left);
+        const lanes a = load_part(gate + i, left), c = load_part(g + i, left);
         const lanes open = 1 / (1 + power(-a)), swish = a * open;
-        put_some(of_up + i, c * swish, left);
-        put_some(of_gate + i, c * some(up + i, left) * (open + swish * (1 - open)), left);
+        store_part(of_up + i, c * swish, left);
+        store_part(of_gate + i, c * load_part(up + i, left) * (open + swish * (1 - open)), left);
     }
 }
 
@@ -242,20 +202,20 @@ static void store(const Rows *of, const Desk *d, count b, count h, count first, 
 }
 
 /* Positions of LANES queries, from the i-th of a block on. */
-static inline whole place(const Desk *d, count first, count i) {
-    whole found;
+static inline ints place(const Desk *d, count first, count i) {
+    ints found;
     memcpy(&found, d->positions + i, sizeof found);
     return found + (int32_t)first;
 }
 
 /* Logits of LANES queries, `across` apart from key to key, become weights: 0 for keys that come
    after the query's position. Those before `first` come before all. */
-static void softmax(float *s, count across, count first, count keys, whole position, float scaling,
+static void softmax(float *s, count across, count first, count keys, ints position, float scaling,
                     float *top, float *share) {
-    lanes most = all(-INFINITY), sum = {0};
+    lanes most = splat(-INFINITY), sum = {0};
     for (count j = 0; j < keys; j++) {
         const lanes x = get(s + j * across);
-        const whole held = (int32_t)j <= position;
+        const ints held = (int32_t)j <= position;
         most = choose((x > most) & held, x, most);
     }
     for (count j = 0; j < keys; j++) {
@@ -271,12 +231,12 @@ static void softmax(float *s, count across, count first, count keys, whole posit
 
 /* The same weights anew, and from their gradients those of the logits: 0 too where weights are. */
 static void softmax_backward(float *s, float *of_s, count across, count first, count keys,
-                             whole position, float scaling, lanes top, lanes share) {
+                             ints position, float scaling, lanes top, lanes share) {
     lanes along = {0};
     for (count j = 0; j < keys; j++) {
         lanes x = power(get(s + j * across) * scaling - top) * share, g = get(of_s + j * across);
         if (j >= first) {
-            const whole held = (int32_t)j <= position;
+            const ints held = (int32_t)j <= position;
             x = choose(held, x, (lanes){0}), g = choose(held, g, (lanes){0});
         }
         put(s + j * across, x);
@@ -394,17 +354,17 @@ void attend_backward(int threads, const Rows *of, const float *q, const float *k
 
 /* Weights of the keys from `first` to `last` for one query, of its scaled logits. */
 static void softmax_of_row(float *s, count first, count last, float scaling) {
-    lanes most = all(-INFINITY), sum = {0};
+    lanes most = splat(-INFINITY), sum = {0};
     const count begin = first / LANES * LANES;
     for (count j = begin; j < last; j += LANES) {
-        const whole at = LANE + (int32_t)j, held = (at >= (int32_t)first) & (at < (int32_t)last);
+        const ints at = LANE + (int32_t)j, held = (at >= (int32_t)first) & (at < (int32_t)last);
         const lanes x = get(s + j);
         most = choose((x > most) & held, x, most);
     }
     float top = -INFINITY, total = 0;
     for (int i = 0; i < LANES; i++) top = most[i] > top ? most[i] : top;
     for (count j = begin; j < last; j += LANES) {
-        const whole at = LANE + (int32_t)j, held = (at >= (int32_t)first) & (at < (int32_t)last);
+        const ints at = LANE + (int32_t)j, held = (at >= (int32_t)first) & (at < (int32_t)last);
         const lanes x = choose(held, power((get(s + j) - top) * scaling), (lanes){0});
         put(s + j, x);
         sum += x;

@@ -7,15 +7,15 @@
 #define LANES 16
 
 typedef float lanes __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
-typedef int32_t whole __attribute__((vector_size(4 * LANES), aligned(4)));
+typedef int32_t ints __attribute__((vector_size(4 * LANES), aligned(4)));
 typedef uint32_t bits __attribute__((vector_size(4 * LANES), aligned(4)));
 typedef int64_t count;
 
 static inline lanes get(const float *at) { return *(const lanes *)at; }
 static inline void put(float *at, lanes x) { *(lanes *)at = x; }
-static inline lanes all(float x) { return x - (lanes){0}; }
-static inline lanes choose(whole which, lanes a, lanes b) {
-    return (lanes)(((whole)a & which) | ((whole)b & ~which));
+static inline lanes splat(float x) { return x - (lanes){0}; }
+static inline lanes choose(ints which, lanes a, lanes b) {
+    return (lanes)(((ints)a & which) | ((ints)b & ~which));
 }
 /* Of a and b, in turn: the first `step` lanes of each 2 x step (LOW) or the others (HIGH). */
 #define LOW(i, step) ((i) & (step) ? LANES + (i) - (step) : (i))
@@ -26,7 +26,7 @@ static inline lanes choose(whole which, lanes a, lanes b) {
 #ifdef __clang__
 #define MIXED(a, b, f, s) __builtin_shufflevector(a, b, EACH(f, s))
 #else
-#define MIXED(a, b, f, s) __builtin_shuffle(a, b, (whole){EACH(f, s)})
+#define MIXED(a, b, f, s) __builtin_shuffle(a, b, (ints){EACH(f, s)})
 #endif
 #define SWAP(x, step)                                                                            \
     for (int i = 0; i < LANES; i++)                                                              \
@@ -46,34 +46,30 @@ static inline void turn_here(lanes x[LANES]) {
     SWAP(x, 4)
     SWAP(x, 8)
 }
-static inline void turn(const float *from, count apart, float *to, count to_apart) {
+static inline void turn(const float *from, count step, float *to, count to_step) {
     lanes x[LANES];
-    for (int i = 0; i < LANES; i++) x[i] = get(from + i * apart);
+    for (int i = 0; i < LANES; i++) x[i] = get(from + i * step);
     turn_here(x);
-    for (int i = 0; i < LANES; i++) put(to + i * to_apart, x[i]);
+    for (int i = 0; i < LANES; i++) put(to + i * to_step, x[i]);
 }
 
 static inline count up_to(count n, count step) { return (n + step - 1) / step * step; }
 static inline count least(count a, count b) { return a < b ? a : b; }
 
 /* Fewer numbers than lanes may be left: the others are 0, and are not written. */
-static inline lanes some(const float *at, count left) {
+static inline lanes load_part(const float *at, count left) {
     if (left >= LANES) return get(at);
     float part[LANES] = {0};
     memcpy(part, at, left * sizeof(float));
     return get(part);
 }
-static inline void put_some(float *at, lanes x, count left) {
+static inline void store_part(float *at, lanes x, count left) {
     if (left >= LANES) put(at, x);
     else memcpy(at, &x, left * sizeof(float));
 }
 
-/* Pairs of numbers as pairs of bfloat16, of which so many sum up to them, the largest first. */
-static inline void to_bfloat16(const int parts, lanes x, lanes y, lanes *to) {
-    const bits high = (bits){0} + 0xffff0000u;
-    for (int i = 0; i < parts; i++) {
-        const bits a = (bits)x + 0x8000, b = (bits)y + 0x8000;
-        to[i * LANES] = (lanes)((a >> 16) | (b & high));
-        x -= (lanes)(a & high), y -= (lanes)(b & high);
-    }
+/* Pairs of numbers, each rounded to bfloat16: y's in the upper half of a word, x's in the lower. */
+static inline lanes as_bfloat16(lanes x, lanes y) {
+    const bits a = (bits)x + 0x8000, b = (bits)y + 0x8000;
+    return (lanes)((a >> 16) | (b & ((bits){0} + 0xffff0000u)));
 }

@@ -1,7 +1,5 @@
-"""What is written in C, compiled by the machine's C compiler when a process first needs it:
-a second's work.
-
-Where there is no compiler (or `CC=false` says so), PyTorch's own operations do the same, slower.
+"""The functions in C, compiled by the machine's C compiler when a process first needs them: a
+second's work. Where there is no compiler (or `CC=false` says so) there are none.
 """
 
 import ctypes
@@ -25,8 +23,6 @@ FUNCTIONS = {  # after the number of threads: whole numbers, floats, tensors
     "rms_norm": "nnf****",
     "rms_norm_backward": "nnn******",
     "rotate": "nnnf****",
-    "log_sum_exp": "nn**",
-    "log_sum_exp_backward": "nn****",
     "swiglu": "n***",
     "swiglu_backward": "n*****",
     "linear": "nnn***",
@@ -36,12 +32,6 @@ FUNCTIONS = {  # after the number of threads: whole numbers, floats, tensors
     "products": "nnnn****",
     "products_backward": "nnnn******",
 }
-BY = (None, "tiles", "vectors")  # as `by` in C numbers them
-
-
-def here(tensor: Tensor) -> bool:
-    """Whether `call` can compute with `tensor`."""
-    return tensor.is_cpu and library() is not None
 
 
 def call(function: str, *arguments: Any) -> None:
@@ -49,32 +39,25 @@ def call(function: str, *arguments: Any) -> None:
 
     Tensors are contiguous float32. A list holds tensors, each of which may be None, or numbers.
     """
-    getattr(library(), function)(torch.get_num_threads(), *map(_told, arguments))
+    getattr(library(), function)(torch.get_num_threads(), *map(_as_c, arguments))
 
 
-def _told(argument: Any) -> Any:
+def _as_c(argument: Any) -> Any:
     if isinstance(argument, list):
         if isinstance(argument[0], int):
             return (ctypes.c_int64 * len(argument))(*argument)
-        return (ctypes.c_void_p * len(argument))(*map(_told, argument))
+        return (ctypes.c_void_p * len(argument))(*map(_as_c, argument))
     if not isinstance(argument, Tensor):
         return argument
     assert argument.is_contiguous() and argument.dtype == torch.float32
     return argument.data_ptr()
 
 
-def kind() -> str:
-    """What runs the operations that are written in C: results differ in their last digits."""
-    return "PyTorch" if library() is None else f"C, {products_by()}" if products_by() else "C"
-
-
 @cache
-def products_by() -> str | None:
-    """What multiplies matrices of many rows, where that is faster here than PyTorch: the matrix
-    unit's "tiles" (Intel's AMX), or "vectors" (AMD's processors from Zen 5 on).
-    """
+def products_are_faster() -> bool:
+    """Whether C multiplies matrices of many rows faster than PyTorch here: AMD's from Zen 5 on."""
     found = library()
-    return found and BY[found.by()]
+    return found is not None and bool(found.products_are_faster())
 
 
 @cache

@@ -8,15 +8,10 @@
 
 #define SQUARE 32 /* rows and columns whose sums the processor holds at a time */
 #define TILE 256 /* words of a tile: 16 of each of 16 rows */
-#define ACROSS 32 /* numbers of a row that tiles hold: the i-th is a pair with the 16 + i-th */
+#define ACROSS 32 /* numbers of a row that tiles hold: the i-th is paired with the 16 + i-th */
 #define SOURCES 3 /* matrices of one side at most */
 
-/* Either has its own `cut`, which makes words of pairs of numbers, and `square`. */
-#if defined(__AMX_BF16__) && defined(__linux__)
-#include "tiles.h"
-#else
 #include "vectors.h"
-#endif
 
 /* One number of each of `deep` x LANES rows of x, turned, for each of LANES / deep rows of w, of k
    numbers. Of w's next rows, a line is asked for while one is read: they come from far away. */
@@ -68,9 +63,6 @@ void linear(int threads, count rows, count n, count k, const float *x, const flo
     }
 }
 
-/* By what products of many rows are faster here than in PyTorch: tiles, vectors, or nothing. */
-int by(void) { return worth_it() ? BY : 0; }
-
 /* One side of a product: matrices, each of so many rows. Numbers that are summed over lie side by
    side in a row (`along`) or in a column, `down` apart. */
 typedef struct {
@@ -94,13 +86,13 @@ static int source(const Side *s, count *row) {
 
 /* Tiles of 16 rows and ACROSS numbers, 0 where there are fewer: one for each part of a number. */
 static inline __attribute__((always_inline)) void tile(
-    const int parts, const int along, const int right, const float *from, count down, count rows,
+    const int parts, const int along, const float *from, count down, count rows,
     count numbers, float *to) {
-    lanes x[WHOLLY * LANES];
+    lanes x[EXACT * LANES];
     if (rows >= LANES && numbers >= ACROSS)
         for (int i = 0; i < LANES; i++) {
             const float *a = from + i * down;
-            cut(parts, get(a), get(a + (along ? LANES : LANES * down)), x + i);
+            pair_up(parts, get(a), get(a + (along ? LANES : LANES * down)), x + i);
         }
     else
         for (int i = 0; i < LANES; i++) {
@@ -108,18 +100,18 @@ static inline __attribute__((always_inline)) void tile(
             const count first = along ? numbers : rows, second = along ? numbers - LANES : rows;
             const int there = i < (along ? rows : numbers) && first > 0;
             const int too = i + (along ? 0 : LANES) < (along ? rows : numbers) && second > 0;
-            cut(parts, there ? some(a, first) : (lanes){0},
-                too ? some(a + (along ? LANES : LANES * down), second) : (lanes){0}, x + i);
+            pair_up(parts, there ? load_part(a, first) : (lanes){0},
+                too ? load_part(a + (along ? LANES : LANES * down), second) : (lanes){0}, x + i);
         }
     for (int i = 0; i < parts; i++) {
-        if (TURNED(right, along)) turn_here(x + i * LANES);
+        if (along) turn_here(x + i * LANES);
         for (int j = 0; j < LANES; j++) put(to + i * TILE + j * LANES, x[i * LANES + j]);
     }
 }
 
 /* SQUARE rows from `row` on, and of each `numbers` from `first` on: two strips of tiles. */
 static inline __attribute__((always_inline)) void strips(
-    const int parts, const int right, const Side *s, count row, count first, count numbers,
+    const int parts, const Side *s, count row, count first, count numbers,
     float *to) {
     const int i = source(s, &row);
     const count down = s->down[i];
@@ -128,8 +120,8 @@ static inline __attribute__((always_inline)) void strips(
             const count rows = s->size[i] - r, left = numbers - n;
             const float *at = s->at[i];
             at += s->along ? r * down + first + n : (first + n) * down + r;
-            if (s->along) tile(parts, 1, right, at, down, rows, left, to);
-            else tile(parts, 0, right, at, down, rows, left, to);
+            if (s->along) tile(parts, 1, at, down, rows, left, to);
+            else tile(parts, 0, at, down, rows, left, to);
         }
 }
 
@@ -165,7 +157,6 @@ static inline __attribute__((always_inline)) void product(
         const int share = omp_get_thread_num(), shares = omp_get_num_threads();
         const count last = border(m, share + 1, shares);
         float *left = aligned_alloc(64, SQUARE / LANES * line);
-        begin();
         for (count j0 = 0; j0 < n; j0 += broad)
             for (count first = 0; first < numbers; first += deep) {
                 const count held = least(deep, numbers - first), columns = least(broad, n - j0);
@@ -173,14 +164,14 @@ static inline __attribute__((always_inline)) void product(
                 const int add = adding || first;
                 #pragma omp for
                 for (count j = 0; j < columns; j += SQUARE)
-                    strips(parts, 1, b, j0 + j, first, held, right + j / SQUARE * strip);
+                    strips(parts, b, j0 + j, first, held, right + j / SQUARE * strip);
                 for (count i = border(m, share, shares), next; i < last; i = next) {
                     next = least(up_to(i + 1, SQUARE), last);
                     count row = i;
                     const int up = source(a, &row);
                     const count tall = least(next - i, a->size[up] - row);
                     if (tall <= 0) continue;
-                    strips(parts, 0, a, i, first, held, left);
+                    strips(parts, a, i, first, held, left);
                     for (count j = 0; j < columns; j += SQUARE) {
                         count column = j0 + j;
                         const int of = source(b, &column), to = up + of;
@@ -194,7 +185,6 @@ static inline __attribute__((always_inline)) void product(
                 }
                 #pragma omp barrier
             }
-        end();
         free(left);
     }
     free(right);
@@ -207,8 +197,8 @@ void products(int threads, count rough, count sources, count rows, count k, cons
     const Side a = {{rows}, {k}, {x}, 1, 1};
     Side b = {{0}, {k, k, k}, {0}, (int)sources, 1};
     for (int i = 0; i < sources; i++) b.size[i] = n[i], b.at[i] = w[i];
-    if (rough) product(ROUGHLY, threads, &a, &b, k, y, n, 0);
-    else product(WHOLLY, threads, &a, &b, k, y, n, 0);
+    if (rough) product(ROUGH, threads, &a, &b, k, y, n, 0);
+    else product(EXACT, threads, &a, &b, k, y, n, 0);
 }
 
 /* Their gradients, of x and of the matrices that have one: others' are null. */
@@ -233,6 +223,6 @@ static inline __attribute__((always_inline)) void gradients(
 void products_backward(int threads, count rough, count sources, count rows, count k, const count *n,
                        const float *x, const float *const *w, const float *const *g, float *of_x,
                        float *const *of_w) {
-    if (rough) gradients(ROUGHLY, threads, sources, rows, k, n, x, w, g, of_x, of_w);
-    else gradients(NEARLY, threads, sources, rows, k, n, x, w, g, of_x, of_w);
+    if (rough) gradients(ROUGH, threads, sources, rows, k, n, x, w, g, of_x, of_w);
+    else gradients(EXACT, threads, sources, rows, k, n, x, w, g, of_x, of_w);
 }

@@ -6,18 +6,15 @@
 #include <immintrin.h>
 #endif
 
-#define BY 2
-#define WHOLLY 2 /* words that a pair of numbers takes: each as it is */
-#define NEARLY WHOLLY
-#define ROUGHLY 1 /* each as bfloat16 */
+#define EXACT 2 /* words that a pair of numbers takes: each as it is */
+#define ROUGH 1 /* each as bfloat16 */
 #define DEEP(parts) (640 / (parts)) /* numbers that are summed over before the sums go to memory */
 #define BROAD(parts, deep) ((3 << 17) / (parts) / (deep) / SQUARE * SQUARE) /* columns whose tiles
    take three quarters of a core's cache, 1 MiB: two bytes a part of a number */
-#define TURNED(right, along) (along) /* either side has a row in each column */
 #define GRAIN 8 /* rows whose sums are in registers at a time */
 
 /* Whether the processor is one of those. */
-static int worth_it(void) {
+int products_are_faster(void) {
 #if defined(__AVX512BF16__)
     unsigned a, b, c, d;
     __cpuid(0, a, b, c, d);
@@ -29,23 +26,21 @@ static int worth_it(void) {
 #endif
 }
 
-static inline void begin(void) {}
-static inline void end(void) {}
-
-static inline void cut(const int parts, lanes x, lanes y, lanes *to) {
-    if (parts == WHOLLY) to[0] = x, to[LANES] = y;
-    else to_bfloat16(1, x, y, to);
+/* Pairs of numbers as words: each as it is, or both rounded to bfloat16 in one. */
+static inline void pair_up(const int parts, lanes x, lanes y, lanes *to) {
+    if (parts == EXACT) to[0] = x, to[LANES] = y;
+    else to[0] = as_bfloat16(x, y);
 }
 
 /* Sums of a word's number, or of its two of bfloat16, times those beside it. */
 static inline __attribute__((always_inline)) lanes more(
     const int parts, lanes sums, const float *word, lanes other) {
-    if (parts == WHOLLY) return sums + *word * other;
+    if (parts == EXACT) return sums + *word * other;
 #if defined(__AVX512BF16__)
     const __m512 pair = _mm512_set1_ps(*word);
     return (lanes)_mm512_dpbf16_ps((__m512)sums, (__m512bh)pair, (__m512bh)other);
 #else
-    const bits high = (bits){0} + 0xffff0000u, pair = (bits)all(*word), pairs = (bits)other;
+    const bits high = (bits){0} + 0xffff0000u, pair = (bits)splat(*word), pairs = (bits)other;
     sums += (lanes)(pair << 16) * (lanes)(pairs << 16);
     return sums + (lanes)(pair & high) * (lanes)(pairs & high);
 #endif

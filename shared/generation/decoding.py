@@ -12,12 +12,10 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from shared.cpu.native import call, here
+from shared.models import ops
 from shared.models.attention import Pass
 from shared.models.load import trunk
 from shared.models.packing import pack_rows, pass_inputs
-
-VECTOR = 16  # numbers; PyTorch's softmax over fewer is ten times slower each
 
 
 class Decoding:
@@ -32,7 +30,7 @@ class Decoding:
     ):
         self.model, self.prompts, self.rows = model, prompts, rows.to(model.device)
         self.width = max(map(len, prompts))  # columns that are filled
-        self.columns = -(-(self.width + room) // VECTOR) * VECTOR
+        self.columns = -(-(self.width + room) // ops.VECTOR) * ops.VECTOR
         self.cache: Tensor | None = None  # (layers, 2, B, kv, columns, size)
 
     def start(self) -> Tensor:
@@ -42,20 +40,17 @@ class Decoding:
         packed = pack_rows(torch.tensor(padded, device=device))
         lengths = packed.lengths
         last = packed.rows.gather(1, lengths.unsqueeze(1) - 1).squeeze(1)
-        told = _Prompts(self, *packed[3:], read=last)
+        prompts = _Prompts(self, *packed[3:], read=last)
         self.first = self.width - lengths[self.rows]  # (B,) columns before each row's prompt
         places = torch.arange(self.width, device=device) - self.first.unsqueeze(1)
         self.tokens = packed.rows[self.rows].gather(1, places.clamp(min=0))  # (B, width)
         self.positions = lengths[self.rows] - 1
-        states = self._states(packed.ids, packed.positions, told)[last]
+        states = self._states(packed.ids, packed.positions, prompts)[last]
         return self._logits(states)[self.rows]
 
     def step(self, tokens: Tensor) -> Tensor:
         """Let each row grow by its token, (B,): logits of the next one, (B, V)."""
         self.positions = self.positions + 1
-        at = torch.arange(max(VECTOR, self.width + 1), device=tokens.device)
-        outside = (at < self.first.unsqueeze(1)) | (at > self.width)
-        self.hidden = torch.zeros(outside.shape, device=at.device).masked_fill(outside, -torch.inf)
         states = self._states(tokens.unsqueeze(0), self.positions.unsqueeze(0), self)
         self.width += 1
         return self._logits(states)
@@ -69,23 +64,14 @@ class Decoding:
         self.first, self.positions = self.first[rows], self.positions[rows]
 
     def attend(
-        self, layer: Any, query: Tensor, key: Tensor, value: Tensor, **options: Any
+        self, layer: Any, query: Tensor, key: Tensor, value: Tensor, scaling: float
     ) -> Tensor:
         """Of a step: (B, heads, size), (B, kv, size) twice -> (B, heads, size), in float32."""
         assert self.cache is not None
         keys, values = self.cache[layer.layer_idx]
         keys[:, :, self.width], values[:, :, self.width] = key, value
-        scaling, size = options.get("scaling") or query.shape[-1] ** -0.5, query.shape[-1]
-        if here(query) and size % VECTOR == 0:
-            q = query.float().contiguous()
-            shape = len(q), key.shape[1], q.shape[1] // key.shape[1], size, self.columns
-            output = torch.empty_like(q)
-            told = self.first.data_ptr(), q, keys, values, output
-            call("attend_step", *shape, self.width + 1, scaling, *told)
-            return output.to(value.dtype)
-        q, seen = query.float().unflatten(1, (key.shape[1], -1)), self.hidden.shape[1]
-        logits = q @ keys[:, :, :seen].mT * scaling + self.hidden[:, None, None]
-        return (logits.softmax(-1) @ values[:, :, :seen]).view(query.shape).to(value.dtype)
+        output = ops.attend_step(query, keys, values, self.first, self.width + 1, scaling)
+        return output.to(value.dtype)
 
     def take(self, layer: Any, key: Tensor, value: Tensor) -> None:
         """Keep the prompts' keys and values of a layer, (N, kv, size), for every row."""
@@ -93,12 +79,12 @@ class Decoding:
             layers = self.model.config.get_text_config().num_hidden_layers
             room = layers, 2, len(self.rows), key.shape[1], self.columns, key.shape[2]
             self.cache = torch.empty(room, device=key.device)
-            self.cache[..., self.width : VECTOR, :] = 0  # hidden, but read
+            self.cache[..., self.width : ops.VECTOR, :] = 0  # hidden, but read
         for kept, tokens in zip(self.cache[layer.layer_idx], (key, value), strict=True):
             kept[:, :, : self.width] = tokens[self.tokens].transpose(1, 2)
 
-    def _states(self, ids: Tensor, positions: Tensor, told: Any) -> Tensor:
-        return trunk(self.model)(**pass_inputs(ids, positions, told)).last_hidden_state[0]
+    def _states(self, ids: Tensor, positions: Tensor, packed: Any) -> Tensor:
+        return trunk(self.model)(**pass_inputs(ids, positions, packed)).last_hidden_state[0]
 
     def _logits(self, states: Tensor) -> Tensor:
         head: nn.Module = self.model.get_output_embeddings()  # pyright: ignore
@@ -113,7 +99,7 @@ class _Prompts(Pass):
         self.decoding = decoding
 
     def attend(
-        self, layer: nn.Module, query: Tensor, key: Tensor, value: Tensor, **options: Any
+        self, layer: nn.Module, query: Tensor, key: Tensor, value: Tensor, scaling: float
     ) -> Tensor:
         self.decoding.take(layer, key, value)
-        return super().attend(layer, query, key, value, **options)
+        return super().attend(layer, query, key, value, scaling)

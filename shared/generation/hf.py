@@ -13,6 +13,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 from shared.generation.decoding import Decoding
 from shared.generation.engine import Completions, Sampling, require_tokens
+from shared.models import ops
 from shared.models.load import SpecialIds
 from shared.models.lora import merged
 from shared.models.packing import packs
@@ -66,13 +67,11 @@ class HFEngine:
 
         `numbers` (B, T), in [0, 1): each draws a token, of at most T.
         """
-        distinct = {prompt: i for i, prompt in enumerate(dict.fromkeys(map(tuple, prompts)))}
-        rows = torch.tensor([distinct[tuple(p)] for p in prompts])
-        about = self.model, list(distinct), rows
-        if packs(self.model):
-            decoding = Decoding(*about, room=numbers.shape[1])
+        read, rows = _read_once(prompts) if ops.active().beginnings_once else _read_each(prompts)
+        if packs(self.model) and ops.active().packed_sampling:
+            decoding = Decoding(self.model, read, rows, room=numbers.shape[1])
         else:
-            decoding = PaddedDecoding(*about, pad_id=self.pad_id)
+            decoding = PaddedDecoding(self.model, read, rows, pad_id=self.pad_id)
         logits, device = decoding.start(), self.model.device
         numbers = numbers.to(device)
         output = torch.full(numbers.shape, self.pad_id, device=device)
@@ -158,3 +157,14 @@ def _draw(logits: Tensor, numbers: Tensor, temperature: float) -> tuple[Tensor, 
         tokens = torch.searchsorted(up_to, numbers.unsqueeze(1) * up_to[:, -1:], right=True)
         tokens = tokens.clamp(max=logits.shape[1] - 1)
     return tokens.squeeze(1), probabilities.gather(1, tokens).log().squeeze(1)
+
+
+def _read_once(prompts: Sequence[Sequence[int]]) -> tuple[list[tuple[int, ...]], Tensor]:
+    """(different prompts, the number of each row's among them)."""
+    distinct = {prompt: i for i, prompt in enumerate(dict.fromkeys(map(tuple, prompts)))}
+    return list(distinct), torch.tensor([distinct[tuple(p)] for p in prompts])
+
+
+def _read_each(prompts: Sequence[Sequence[int]]) -> tuple[list[tuple[int, ...]], Tensor]:
+    """`_read_once` where each row has its own."""
+    return list(map(tuple, prompts)), torch.arange(len(prompts))

@@ -19,7 +19,6 @@ from transformers import PreTrainedModel
 from shared.config import InputError
 from shared.generation.engine import Completions, Dtype, Sampling, StaleEngine, require_tokens
 from shared.generation.sync import require_fresh
-from shared.generation.vllm_cpu import use_kernels
 from shared.models.load import SpecialIds
 from shared.models.lora import plain_weights
 
@@ -162,7 +161,7 @@ def _start(architecture: str, folder: str, dtype: Dtype, memory_share: float) ->
     gpu = torch.cuda.is_available()
     extra: dict[str, Any] = {"gpu_memory_utilization": memory_share, "enable_sleep_mode": True}
     if not gpu:
-        extra = {"block_size": CPU_BLOCK, **use_kernels()}
+        extra = {"block_size": CPU_BLOCK}
     with _own_threads_and_seeds():
         try:
             _running[key] = LLM(

@@ -19,7 +19,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from shared.cpu.kernels import linear
+from shared.models import ops
 from shared.models.packing import READ, distinct_tokens, packs
 from shared.models.sequences import Sequences
 
@@ -155,12 +155,12 @@ def matrices(model: PreTrainedModel) -> tuple[At, At]:
 def matmul_rate(seconds: float = 0.5, dtype: torch.dtype = torch.float32) -> float:
     """FLOP/s of a plain matrix product on the CPU, measured now: what `mfu` is a share of.
 
-    Of PyTorch's or of ours (`shared.cpu.kernels`), whichever is faster here.
+    Of PyTorch's or of ours (`shared.models.ops`), whichever is faster here.
     """
     a = torch.randn(1024, 1024)
     cast = a.to(dtype)
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
-        ways = lambda: torch.mm(cast, cast), lambda: linear(a, a, None)
+        ways = lambda: torch.mm(cast, cast), lambda: ops.linear(a, a, None)
         return 2 * 1024**3 * max(_per_second(way, seconds / len(ways)) for way in ways)
 
 

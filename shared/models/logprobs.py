@@ -1,20 +1,22 @@
 """Log-probabilities of completions: the one place where any method gets them."""
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
+from shared.models import ops
 from shared.models.cost import Meter
-from shared.cpu.kernels import picked
 from shared.models.lora import value_head
 from shared.models.load import last_states
 from shared.models.packing import packs
 from shared.models.sequences import SCORING, Limit, Sequences, by_length, collate
 
-BLOCK = 2**26  # logits held at once: 256 MiB in float32
+CHUNK = 2**20  # logits that one pass over them takes at a time: they stay in a CPU's cache
 
 
 def completion_logits(model: PreTrainedModel, batch: Sequences, temperature: float = 1.0) -> Tensor:
@@ -57,7 +59,7 @@ def of_tokens(
 ) -> Tensor:
     """`measure(logits (m, V), tokens (m,)) -> (m, ...)` of all M completion tokens, (M, ...).
 
-    At most BLOCK logits exist at once: where there are more, each block is computed again for its
+    At most `Shortcuts.block` logits exist at once: where there are more, each block is computed again for its
     gradient.
     """
     batch = batch.to(model.device)
@@ -75,7 +77,7 @@ def _in_blocks(
     temperature: float,
 ) -> Tensor:
     head = output_head(model)
-    rows = max(1, BLOCK // model.get_input_embeddings().weight.shape[0])  # pyright: ignore
+    rows = max(1, ops.active().block // model.get_input_embeddings().weight.shape[0])  # pyright: ignore
 
     def block(states: Tensor, tokens: Tensor) -> Tensor:
         return measure(_logits(head, states, temperature), tokens)
@@ -118,6 +120,37 @@ def policy_values(policy: PreTrainedModel, batch: Sequences) -> Tensor:
 
 def _values(policy: PreTrainedModel, states: Tensor) -> Tensor:
     return value_head(policy)(states).squeeze(-1).float()
+
+
+def picked(logits: Tensor, tokens: Tensor) -> Tensor:
+    """log p(token) of each row, (M, V), (M,) -> (M,); its gradient is written out.
+
+    Not by `cross_entropy`: it is as fast and on large vocabularies less exact, by some 1e-5 nats.
+    """
+    return _Picked.apply(logits, tokens)  # pyright: ignore[reportReturnType]
+
+
+class _Picked(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, tokens: Tensor) -> Tensor:
+        total = torch.cat([part.logsumexp(-1) for part in logits.split(_chunk(logits))])
+        ctx.save_for_backward(logits, total, tokens)
+        return logits.gather(-1, tokens.unsqueeze(-1)).squeeze(-1) - total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        logits, total, tokens = ctx.saved_tensors
+        of_logits, g = torch.empty_like(logits), gradient.unsqueeze(-1)
+        parts = (t.split(_chunk(logits)) for t in (of_logits, logits, total.unsqueeze(-1), g))
+        for out, part, sums, scale in zip(*parts, strict=True):
+            torch.sub(part, sums, out=out).exp_().mul_(-scale)
+        return of_logits.scatter_add_(-1, tokens.unsqueeze(-1), g), None
+
+
+def _chunk(logits: Tensor) -> int:
+    """Rows of `logits` in one chunk."""
+    return max(1, CHUNK // logits.shape[-1])
 
 
 def gather_logprobs(logits: Tensor, batch: Sequences) -> Tensor:

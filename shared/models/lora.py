@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from shared.config import Config
-from shared.cpu.kernels import adapted, in_float32
+from shared.models import ops
 
 VALUE_HEAD = "value_head"  # of a policy whose trunk PPO's value function shares
 
@@ -49,11 +49,13 @@ def _forward(self: Any, x: Tensor) -> Tensor:
     """`forward` of an adapted layer, as peft has it, in fewer passes over memory."""
     base, weight = self.base_layer, self.base_layer.weight
     off = self.disable_adapters or self.merged
-    if off or type(base) is not nn.Linear or not in_float32(x, weight):
+    single = x.dtype == weight.dtype == torch.float32
+    autocast = torch.is_autocast_enabled(x.device.type)
+    if off or type(base) is not nn.Linear or not single or autocast:
         return type(self).forward(self, x)
     (name,) = self.active_adapters
-    inside = self.lora_A[name].weight, self.lora_B[name].weight
-    return adapted(x, weight, base.bias, *inside, self.scaling[name])
+    a, b = self.lora_A[name].weight, self.lora_B[name].weight
+    return ops.adapted(x, weight, base.bias, a, b, self.scaling[name])
 
 
 def adapter(lora: LoRAConfig) -> Any:

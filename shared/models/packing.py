@@ -9,7 +9,7 @@ batch's distinct tokens; `shared.models.attention` knows which of them see each 
 
 It plugs into transformers as an attention implementation, so the models stay the library's own.
 The last layer's MLP sees only the tokens whose states are read: its others end in nothing. Models
-of Llama's kind also take `shared.cpu.kernels` for their norms, rotary positions and MLPs.
+of Llama's kind also take `shared.models.ops` for their norms, rotary positions and MLPs.
 Families other than FAMILIES, and models that attend through a sliding window, run on padded rows.
 """
 
@@ -21,9 +21,8 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.masking_utils import sdpa_mask
 
+from shared.models import ops
 from shared.models.attention import Pass, packed_attention, rotary_attention
-from shared.cpu.kernels import linear, linears, rms_norm, swiglu
-from shared.cpu.native import here
 from shared.models.sequences import Sequences
 
 PACKED, READ = "klash_packed", "packed_read"
@@ -48,7 +47,7 @@ def pack(batch: Sequences, at: Tensor) -> Packed:
 
     What rows begin with in common is there once, and what follows a row's last `at` is not.
     """
-    real = seen_from(batch, at)
+    real = seen_from(batch, at) if ops.active().read_only else batch.attention.bool()
     start, lengths = real.int().argmax(1), real.sum(1)
     column = torch.arange(int(lengths.max()), device=real.device)
     ids = batch.ids.gather(1, (start.unsqueeze(1) + column).clamp(max=real.shape[1] - 1))
@@ -65,7 +64,7 @@ def seen_from(batch: Sequences, at: Tensor) -> Tensor:
 
 def pack_rows(ids: Tensor) -> Packed:
     """`pack` of rows that are aligned to the left, with -1 after each, (B, L)."""
-    new, rows = number_distinct(ids)
+    new, rows = number_distinct(ids) if ops.active().beginnings_once else number_all(ids)
     lengths = (ids >= 0).sum(1)
     positions = torch.arange(ids.shape[1], device=ids.device).expand(ids.shape)[new]
     back = new.flatten().nonzero().squeeze(1)
@@ -89,6 +88,13 @@ def number_distinct(ids: Tensor) -> tuple[Tensor, Tensor]:
     return new, number.gather(0, holder).masked_fill(ids < 0, 0)
 
 
+def number_all(ids: Tensor) -> tuple[Tensor, Tensor]:
+    """`number_distinct` where every row computes all of its tokens."""
+    new = ids >= 0
+    number = new.flatten().cumsum(0).view(new.shape) - 1
+    return new, number.masked_fill(~new, 0)
+
+
 def distinct_tokens(batch: Sequences, at: Tensor) -> tuple[int, int, list[int]]:
     """How many tokens `pack` leaves, how many of them are those `at` (B, P + T), and each row's."""
     packed = pack(batch, at)
@@ -103,7 +109,7 @@ def packs(model: PreTrainedModel) -> bool:
 def let_pack(model: PreTrainedModel) -> PreTrainedModel:
     """Switch `model` to packed passes if its family is known; generation works as before."""
     windows = "sliding_attention" in (getattr(model.config, "layer_types", None) or ())
-    if model.config.model_type in FAMILIES and not windows:
+    if ops.active().packed and model.config.model_type in FAMILIES and not windows:
         model.set_attn_implementation(PACKED)
         below: Any = getattr(model, model.base_model_prefix)
         last = below.h[-1] if model.config.model_type == "gpt2" else below.layers[-1]
@@ -112,13 +118,13 @@ def let_pack(model: PreTrainedModel) -> PreTrainedModel:
             last.register_forward_pre_hook(_tell_mlp, with_kwargs=True)
             last.mlp.register_forward_pre_hook(_gather_read)
             last.mlp.register_forward_hook(_spread_read)
-        with_kernels(model)
+        with_ops(model)
     return model
 
 
-def with_kernels(model: PreTrainedModel) -> PreTrainedModel:
-    """Let `model` compute with `shared.cpu.kernels`, packed or not: all that Llama's kind does between
-    its matrix products, and of others products of few rows.
+def with_ops(model: PreTrainedModel) -> PreTrainedModel:
+    """Let `model` compute with `shared.models.ops`, packed or not: all of Llama's kind, and of
+    others the matrix products.
     """
     for module in model.modules():
         if type(module) is nn.Linear:
@@ -136,22 +142,17 @@ def with_kernels(model: PreTrainedModel) -> PreTrainedModel:
 
 def _norm(self: Any, hidden_states: Tensor) -> Tensor:
     """`forward` of an RMSNorm layer, as its class has it."""
-    if here(hidden_states) and hidden_states.dtype == torch.float32:
-        return rms_norm(hidden_states, self.weight, self.variance_epsilon)
-    return type(self).forward(self, hidden_states)
+    return ops.rms_norm(hidden_states, self.weight, self.variance_epsilon)
 
 
 def _linear(self: Any, x: Tensor) -> Tensor:
     """`forward` of a linear layer, as its class has it."""
-    return linear(x, self.weight, self.bias)
+    return ops.linear(x, self.weight, self.bias)
 
 
 def _mlp(self: Any, x: Tensor) -> Tensor:
-    """`forward` of an MLP, as its class has it; bfloat16 is left to PyTorch's own operations."""
-    gate, up = linears(x, (self.gate_proj, self.up_proj))
-    if here(gate) and gate.dtype == torch.float32:
-        return self.down_proj(swiglu(gate, up))
-    return self.down_proj(self.act_fn(gate) * up)
+    """`forward` of an MLP with SwiGLU, as its class has it."""
+    return self.down_proj(ops.swiglu(*ops.linears(x, (self.gate_proj, self.up_proj))))
 
 
 def packed_inputs(packed: Packed, read: Tensor) -> dict[str, Any]:
@@ -160,26 +161,28 @@ def packed_inputs(packed: Packed, read: Tensor) -> dict[str, Any]:
     """
     wanted = packed.ids.new_zeros(packed.ids.shape[1], dtype=torch.bool)
     wanted[read] = True
-    told = Pass(*packed[3:], read=wanted.nonzero().squeeze(1))
-    return pass_inputs(packed.ids, packed.positions, told)
+    rows = Pass(
+        packed.rows, packed.back, packed.starts, packed.lengths, read=wanted.nonzero().squeeze(1)
+    )
+    return pass_inputs(packed.ids, packed.positions, rows)
 
 
-def pass_inputs(ids: Tensor, positions: Tensor, told: Any) -> dict[str, Any]:
-    """Of tokens, (1, N), in a pass that `told` knows."""
+def pass_inputs(ids: Tensor, positions: Tensor, packed: Any) -> dict[str, Any]:
+    """Of tokens, (1, N), in a pass whose rows `packed` knows."""
     return {
         "input_ids": ids,
         "position_ids": positions,
         "attention_mask": ids.new_ones(1, 1, 1, 1, dtype=torch.bool),
         "use_cache": False,
-        "packed": told,
+        "packed": packed,
     }
 
 
 def _tell_mlp(layer: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
     """Of the last layer: its MLP is not told by transformers what is read."""
-    told = kwargs.get("packed")
-    read = getattr(told, "read", None)
-    layer.mlp.packed_read = None if read is None else (read, len(told.back))  # pyright: ignore
+    packed = kwargs.get("packed")
+    read = getattr(packed, "read", None) if ops.active().read_only else None
+    layer.mlp.packed_read = None if read is None else (read, len(packed.back))  # pyright: ignore
 
 
 def _gather_read(mlp: Any, args: tuple[Tensor]) -> Tensor | None:

@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerBase, PrinterCallback
 
 from shared.config import Config
 from shared.models.load import ModelConfig, new_policy, save
-from shared.models.packing import with_kernels
+from shared.models.packing import with_ops
 from shared.stages import write_json
 from shared.tasks.registry import TaskConfig, make_task
 
@@ -40,7 +40,7 @@ def train_sft(
     ]
     with tempfile.TemporaryDirectory() as scratch:
         trainer = SFTTrainer(
-            model=with_kernels(new_policy(model, tokenizer, seed)),
+            model=with_ops(new_policy(model, tokenizer, seed)),
             args=SFTConfig(
                 output_dir=scratch,
                 num_train_epochs=sft.epochs,

@@ -104,6 +104,27 @@ def test_nothing_but_the_command_and_the_run_import_the_report():
     }
 
 
+def test_one_place_knows_of_c():
+    """`shared/cpu/` can be deleted: everything runs, slower."""
+    outside = [path for path in SOURCES if path.parent != ROOT / "shared" / "cpu"]
+    users = {
+        module_of(path)
+        for path in outside
+        if any(name.startswith("shared.cpu") for name in imports(TREES[path]))
+    }
+    assert users == {"shared.models.ops"}
+
+
+def test_without_the_folder_of_c_operations_are_pytorchs():
+    code = (
+        "import sys; sys.modules['shared.cpu'] = None; import torch; from shared.models import ops;"
+        "ops.linear(torch.ones(8, 16), torch.ones(16, 16), None);"
+        "print(ops.computed_by()['operations'])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert (done.stdout, done.stderr) == ("PyTorch\n", "")
+
+
 def test_no_module_is_in_a_circle():
     for path in SOURCES:
         module = module_of(path)

@@ -1,9 +1,6 @@
 /* Products of odd sizes beside their sums in double precision, in memory of just their size: a
    sanitizer sees what is read beyond it. The exit code says which is wrong. */
 
-#ifdef EMULATED
-#include "tile_unit.h"
-#endif
 #include "products.c"
 
 static int few_bits; /* numbers are those that bfloat16 has */
@@ -78,7 +75,6 @@ int main(void) {
                                     {70, 48, 130, 17, 33},
                                     {257, 600, 31, 96, 16},
                                     {33, 1030, 515, 47, 49}};
-    by(); /* asks Linux for tiles */
     for (int t = 0; t < 3; t++)
         if (few_are_wrong(few[t][0], few[t][1], few[t][2])) return 8;
     for (int t = 0; t < 8; t++) {

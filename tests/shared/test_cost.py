@@ -4,7 +4,6 @@ import os
 import time
 from collections.abc import Callable
 from pathlib import Path
-from unittest.mock import patch
 
 import pytest
 import torch
@@ -17,9 +16,9 @@ from transformers import (
     PreTrainedModel,
 )
 
-from shared.cpu.kernels import linear
 from shared.models.cost import At, Meter, forward_flops, matmul_rate, peak_memory_bytes
 from shared.models.load import load_policy, load_scalar_model
+from shared.models.ops import Shortcuts, linear, using
 from shared.models.sequences import Sequences, collate
 
 MEGABYTE = 1024 * 1024
@@ -64,7 +63,7 @@ MODELS: dict[str, Callable[[], PreTrainedModel]] = {
 def counted(model: PreTrainedModel, n: int) -> float:
     """PyTorch's count of one row of n tokens, less the masked half of the attention's square."""
     model.set_attn_implementation("eager")  # the counter does not know the CPU's fused kernel
-    plain = patch("shared.cpu.kernels.products_by", lambda: None)  # nor what is written in C
+    plain = using(Shortcuts(c=False))  # nor what is written in C
     with FlopCounterMode(display=False) as counter, torch.no_grad(), plain:
         model(torch.full((1, n), 5), use_cache=False)
     config = model.config
@@ -161,7 +160,7 @@ def test_the_matrix_rate_is_that_of_a_matrix_product():
     assert 1 / 6 < matmul_rate(0.1) / (2 * 768**3 / best) < 3
 
 
-@pytest.mark.parametrize("fast", ["shared.models.cost.linear", "torch.mm"])
+@pytest.mark.parametrize("fast", ["shared.models.ops.linear", "torch.mm"])
 def test_the_matrix_rate_is_that_of_the_faster_product(fast: str, monkeypatch: pytest.MonkeyPatch):
     usual = matmul_rate(0.1)
     monkeypatch.setattr(fast, lambda *_: None)

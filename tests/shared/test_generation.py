@@ -17,11 +17,12 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from shared.generation import decoding, hf
+from shared.generation import hf
 from shared.generation.decoding import Decoding
 from shared.generation.engine import Completions, Sampling
 from shared.generation.hf import HFEngine, moved_up
 from shared.kl import masked_sum
+from shared.models import ops
 from shared.models.load import SpecialIds, load_policy, save, special_ids
 from shared.models.logprobs import completion_logits, gather_logprobs, score_logps
 from shared.models.packing import let_pack, packs
@@ -418,8 +419,7 @@ def test_a_step_says_what_a_forward_pass_over_the_whole_row_says(
     heads: int, kv: int, size: int, written_in_c: bool, monkeypatch: pytest.MonkeyPatch
 ):
     """Rows of 1 to 40 tokens that grow by 20, some of which end on the way; queries in groups."""
-    if not written_in_c:
-        monkeypatch.setattr(decoding, "here", lambda tensor: False)
+    monkeypatch.setattr(ops, "_active", ops.Shortcuts(c=written_in_c))
     shape = {"hidden_size": 144, "intermediate_size": 64, "num_hidden_layers": 2, "head_dim": size}
     torch.manual_seed(0)
     plain = LlamaForCausalLM(
@@ -459,7 +459,7 @@ def test_threads_change_no_bit_of_a_step():
             run.tokens = torch.arange(30).expand(7, 30)
             values = torch.arange(30.0)[:, None, None].expand(30, 2, 32)
             run.take(layer, torch.ones(30, 2, 32), values)
-            found.append(run.attend(layer, query, key, key))
+            found.append(run.attend(layer, query, key, key, 0.2))
     finally:
         torch.set_num_threads(before)
     assert torch.equal(found[0], found[1])

@@ -222,11 +222,8 @@ def test_samples_are_drawn_from_merged_weights():
 # FLOPs
 
 
-def test_a_backward_pass_through_lora_leaves_out_what_does_not_train(
-    monkeypatch: pytest.MonkeyPatch,
-):
+def test_a_backward_pass_through_lora_leaves_out_what_does_not_train(without_c: None):
     """Beside PyTorch's own count, in which the first layer's input gradients are missing too."""
-    monkeypatch.setattr("shared.cpu.kernels.products_by", lambda: None)  # C's are not counted
     counts = []
     for lora in (None, LoRAConfig(rank=8)):
         model = with_lora(policy(CONFIGS["llama"]), lora, seed=0).train()

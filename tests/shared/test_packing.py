@@ -18,10 +18,9 @@ from transformers import (
 )
 from transformers.pytorch_utils import Conv1D
 
-from shared.cpu import native
 from shared.generation.engine import Sampling
 from shared.generation.hf import HFEngine
-from shared.models import logprobs
+from shared.models import ops
 from shared.models.load import SpecialIds, sequence_scores, state_values, without_dropout
 from shared.models.logprobs import token_logprobs
 from shared.models.packing import distinct_tokens, let_pack, pack, packs
@@ -93,7 +92,7 @@ def test_gradients_are_those_of_padded_rows(config: PreTrainedConfig):
 
 @pytest.mark.parametrize("logits_at_once", [SIZE["vocab_size"], 7 * SIZE["vocab_size"] + 3, 1])
 def test_logits_in_blocks_give_the_same_numbers_and_gradients(
-    config: PreTrainedConfig, monkeypatch: pytest.MonkeyPatch, logits_at_once: int
+    config: PreTrainedConfig, logits_at_once: int
 ):
     model = let_pack(policy(config))
     weights = torch.rand(batch_of().mask.shape, generator=torch.Generator().manual_seed(0))
@@ -102,11 +101,11 @@ def test_logits_in_blocks_give_the_same_numbers_and_gradients(
         lambda _, __, logits: heads.append(logits.shape[0])
     )
     found = []
-    for most in (logprobs.BLOCK, logits_at_once):
-        monkeypatch.setattr(logprobs, "BLOCK", most)
+    for most in (ops.Shortcuts().block, logits_at_once):
         model.zero_grad()
-        numbers = token_logprobs(model, batch_of(), 0.7)
-        (numbers * weights).sum().backward()
+        with ops.using(ops.Shortcuts(block=most)):
+            numbers = token_logprobs(model, batch_of(), 0.7)
+            (numbers * weights).sum().backward()
         found.append([numbers.detach(), *(p.grad.clone() for p in model.parameters())])
     hook.remove()
     tokens = sum(map(len, COMPLETIONS))
@@ -273,19 +272,16 @@ def test_the_last_mlp_sees_the_tokens_that_are_read_and_no_other(config: PreTrai
     assert seen == [4, 4]
 
 
-def test_without_a_c_compiler_the_same_is_said(
-    config: PreTrainedConfig, monkeypatch: pytest.MonkeyPatch
-):
+def test_without_c_the_same_is_said(config: PreTrainedConfig):
     found, drawn = [], []
-    for compiled in (native.library(), None):
-        monkeypatch.setattr(native, "library", lambda compiled=compiled: compiled)
-        model = let_pack(policy(config))
-        numbers = token_logprobs(model, batch_of())
-        numbers.sum().backward()
-        found.append([numbers.detach(), *(p.grad for p in model.parameters())])
-        engine = HFEngine(model, SpecialIds(PAD, EOS))
-        drawn.append(engine.generate([[5, 6], [7], [5, 6, 8]], Sampling(max_new_tokens=6)).ids)
-    assert native.kind() == "PyTorch"
+    for c in (True, False):
+        with ops.using(ops.Shortcuts(c=c)):
+            model = let_pack(policy(config))
+            numbers = token_logprobs(model, batch_of())
+            numbers.sum().backward()
+            found.append([numbers.detach(), *(p.grad for p in model.parameters())])
+            engine = HFEngine(model, SpecialIds(PAD, EOS))
+            drawn.append(engine.generate([[5, 6], [7], [5, 6, 8]], Sampling(max_new_tokens=6)).ids)
     assert drawn[0] == drawn[1]
     for ours, plain in zip(*found, strict=True):
         torch.testing.assert_close(ours, plain, atol=2e-4, rtol=1e-4)

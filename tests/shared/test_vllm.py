@@ -14,7 +14,6 @@ import torch
 from checks import TINY, close, weights
 from peft import LoraConfig, get_peft_model
 from scipy import stats
-from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from benchmarks.pipeline.experiment import load_experiment
@@ -23,7 +22,7 @@ from benchmarks.run import run_experiment
 from benchmarks.speed.smollm2 import convert
 from rlhf.ppo import PPOConfig, train_ppo
 from shared.config import InputError
-from shared.generation import vllm, vllm_cpu, worker
+from shared.generation import vllm, worker
 from shared.generation.engine import Completions, Sampling, StaleEngine
 from shared.generation.hf import HFEngine
 from shared.generation.start import GenerationConfig, make_engine
@@ -236,53 +235,6 @@ def test_what_prompts_of_a_batch_begin_with_in_common_is_read_once(engine: VLLME
     outputs = engine.llm.generate(prompts, SamplingParams(max_tokens=1), use_tqdm=False)
     read_before = [output.num_cached_tokens for output in outputs]
     assert read_before == [0, 32, 32]
-
-
-@on_a_cpu
-@pytest.mark.parametrize("count", [1, 5, 40, 80])
-def test_products_are_ours_and_by_the_weights_themselves(
-    engine: VLLMEngine, count: int, monkeypatch: pytest.MonkeyPatch
-):
-    layers = [m for m in served(engine).modules() if hasattr(m, "cpu_linear")]
-    asked, plain = [], vllm_cpu.linear
-    monkeypatch.setattr(vllm_cpu, "linear", lambda *a: asked.append(1) or plain(*a))
-    for layer in layers:
-        weight = layer.weight.detach()
-        x, bias = torch.randn(count, weight.shape[1]), torch.randn(len(weight))
-        with torch.no_grad():
-            close(layer.cpu_linear(x, layer.weight, bias), x @ weight.T + bias, 1e-5)
-    assert 0 < len(layers) == len(asked)
-
-
-@on_a_cpu
-def test_norms_are_ours(engine: VLLMEngine, monkeypatch: pytest.MonkeyPatch):
-    from vllm import ir
-
-    x, other, weight = torch.randn(3, 7, 16)
-    weight = weight[0]
-    with torch.no_grad():
-        for name, inputs in (("rms_norm", (x,)), ("fused_add_rms_norm", (x, other))):
-            implementations = getattr(ir.ops, name).impls
-            ours, theirs = (
-                implementations[by].impl_fn(*inputs, weight, 0.1) for by in ("klash", "native")
-            )
-            for mine, plain in zip(flat(ours), flat(theirs), strict=True):
-                close(mine, plain, 1e-6)
-    asked = []
-    plain = vllm_cpu.rms_norm
-    monkeypatch.setattr(vllm_cpu, "rms_norm", lambda *a: asked.append(1) or plain(*a))
-    engine.sync()
-    assert asked
-
-
-def test_without_a_compiler_vllms_own_operations_stay(monkeypatch: pytest.MonkeyPatch):
-    assert vllm_cpu.use_kernels()
-    monkeypatch.setattr(vllm_cpu, "library", lambda: None)
-    assert vllm_cpu.use_kernels() == {}
-
-
-def flat(found: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    return found if isinstance(found, tuple) else (found,)
 
 
 def test_one_engine_serves_policies_of_one_architecture_in_turn(

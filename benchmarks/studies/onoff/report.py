@@ -10,11 +10,12 @@ from benchmarks.evaluation.metrics import accuracy_from_gold
 from benchmarks.evaluation.statistics import Estimate, paired_difference, seed_interval
 from benchmarks.pipeline.experiment import Experiment
 from benchmarks.results.folders import Rows
-from benchmarks.studies.onoff.switches import Comparison, apart
+from benchmarks.studies.onoff.switches import Comparison, largest_differences
 from shared.stages import read_json
 
 CLOSE, GOLD, KL = 1e-4, 0.03, 0.10  # what counts as the same
 LOGPROBS = ("pairs", "reference", "samples")  # of a probe
+FIRST_LOSSES = ("ppo/first_policy_loss", "ppo/first_value_loss")  # else each step's own `loss`
 REWARD = "reward"  # the reward model's training is an arm here
 
 
@@ -56,13 +57,13 @@ def compare(
         arms = arms_of(experiment, c)
         sides = {arm: (Job(c.on, arm), Job(c.off, arm)) for arm in arms}
         first = {
-            arm: max(loss_apart(*(seed.done[job].trained for job in jobs)) for seed in seeds)
+            arm: max(loss_difference(*(seed.done[job].trained for job in jobs)) for seed in seeds)
             for arm, jobs in sides.items()
         }
         pairs = [
             p for seed in seeds for p in zip(seed.probes[c.on], seed.probes[c.off], strict=True)
         ]
-        gaps = [apart(*pair) for pair in pairs]
+        gaps = [largest_differences(*pair) for pair in pairs]
         probes = {name: max(gap[name] for gap in gaps) for name in gaps[0]}
         ends = {
             arm: end([[seed.done[job].end for seed in seeds] for job in jobs])
@@ -84,10 +85,11 @@ def compare(
     }
 
 
-def loss_apart(on: Path, off: Path) -> float:
+def loss_difference(on: Path, off: Path) -> float:
     """Of the first step's losses."""
-    losses = [read_json(folder / "losses.json") for folder in (on, off)]
-    return max(abs(a - b) for a, b in zip(*losses, strict=True))
+    first, other = (read_json(folder / "log.json")[0] for folder in (on, off))
+    names = [name for name in FIRST_LOSSES if name in first] or ["loss"]
+    return max(abs(first[name] - other[name]) for name in names)
 
 
 def accuracy(folder: Path) -> float:

@@ -1,23 +1,20 @@
-"""Optimisations and how each is switched off, for `benchmarks.studies.onoff.study`.
+"""Optimisations and how each is switched off, for `klash study onoff`.
 
-The library has no switch for most of them. A stage that runs here runs under a *variant*: names in
-the library that stand for something else in this stage's process while it works, configuration
-keys, threads. The variant's name is an input of the stage, so that its folder is its own.
+A stage that runs here runs under a *variant*: other shortcuts than usual in its process
+(`shared.models.ops.Shortcuts`), keys of the configuration, threads. The variant's name is an input
+of the stage, so that its folder is its own.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
-from unittest.mock import patch
 
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor
 
-import dpo.train
-from dpo.train import DirectConfig, train_direct
+from dpo.train import Dataset, DirectConfig, train_direct
 from rlhf.ppo import PPOConfig, train_ppo
 from rlhf.reward import train_reward
 from rlhf.rollout import as_rows
@@ -25,10 +22,9 @@ from shared.data.preferences import make_preferences
 from shared.generation.engine import Sampling
 from shared.generation.hf import HFEngine
 from shared.models.load import load_policy, special_ids
-from shared.models.logprobs import score_logps, token_logprobs
+from shared.models.logprobs import token_logprobs
+from shared.models.ops import ALL, Shortcuts, using
 from shared.models.sequences import collate
-from shared.stages import write_json
-from shared.training.fit import step
 
 PAIRS, PROMPTS, SAMPLES = 256, 64, 4  # that `probe` reads; prompts are those of the first pairs
 WORKS: dict[str, Callable[..., None]] = {
@@ -37,90 +33,22 @@ WORKS: dict[str, Callable[..., None]] = {
     "direct": train_direct,
     "ppo": train_ppo,
 }
-generate_batch = HFEngine._generate_batch
-
-
-class ScoredAgain(dpo.train.Dataset):
-    """The reference beside the policy: it goes over the rows of every step, as they come."""
-
-    def __init__(self, policy: Path, *others: Any):
-        super().__init__(policy, *others)
-        self.ref = load_policy(policy).eval()
-
-    def micro(self, rows: list[int], chosen: int, mismatched: Tensor | None) -> dpo.train.Micro:
-        self.ref_logps[torch.tensor(rows)] = self.scored(rows, rows)
-        return super().micro(rows, chosen, mismatched)
-
-    def mismatched_ratios(self, model: Any, rows: list[int]) -> Tensor:
-        partner = self.mismatched.partner[torch.tensor(rows)].tolist()
-        self.mismatched.logps[torch.tensor(rows)] = self.scored(rows, partner)
-        return super().mismatched_ratios(model, rows)
-
-    def scored(self, rows: list[int], partner: list[int]) -> Tensor:
-        """log ref of the completions of `partner` after the prompts of `rows`."""
-        prompts = [self.prompts[i] for i in rows]
-        completions = [self.completions[i] for i in partner]
-        return score_logps(self.ref, prompts, completions, self.pad_id)
-
-
-class Apart(int):
-    """A token id that equals itself only: a prompt of such is the same as no other."""
-
-    __hash__ = object.__hash__
-
-    def __eq__(self, other: object) -> bool:
-        return self is other
-
-
-def each_prompt_read(
-    engine: HFEngine, prompts: Sequence[Sequence[int]], *drawing: Any
-) -> tuple[Tensor, Tensor]:
-    """`HFEngine._generate_batch` where no two prompts are equal."""
-    return generate_batch(engine, [[Apart(token) for token in p] for p in prompts], *drawing)
-
-
-def every_row_computed(ids: Tensor) -> tuple[Tensor, Tensor]:
-    """`shared.models.packing.number_distinct` where rows have nothing in common."""
-    new = ids >= 0
-    number = new.flatten().cumsum(0).view(new.shape) - 1
-    return new, number.masked_fill(~new, 0)
-
-
-def plainly_picked(logits: Tensor, tokens: Tensor) -> Tensor:
-    """`shared.cpu.kernels.picked`, left to autograd."""
-    return logits.log_softmax(-1).gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
 
 
 @dataclass(frozen=True)
 class Variant:
-    """What stands in place of a name in the library, keys of the experiment, threads.
+    """Shortcuts in force, keys of the experiment, threads.
 
     `resampled`: its preferences are drawn under it too, else all variants share them.
     """
 
-    patches: dict[str, Any] = field(default_factory=dict)
+    shortcuts: Shortcuts = ALL
     keys: tuple[str, ...] = ()
     threads: int | None = None
     resampled: bool = False
 
 
-PADDED = {"shared.models.packing.FAMILIES": ()}  # no model packs: transformers' own forward pass
-PYTORCH = {  # norms, rotary positions, MLPs and attention as transformers has them
-    "shared.cpu.native.library": lambda: None,
-    "shared.models.logprobs.picked": plainly_picked,
-}
-MKL = {"shared.cpu.kernels.products_by": lambda: None}  # PyTorch's products of many rows, not C's
-CACHE = {"shared.generation.hf.packs": lambda model: False}
-UNREAD = {  # nor does the last layer know what is read
-    "shared.models.packing.seen_from": lambda batch, at: batch.attention.bool(),
-    "shared.models.packing._tell_mlp": lambda *_: None,
-}
-BLOCKS = {"shared.models.logprobs.BLOCK": 2**12}  # logits: 38 tokens of the vocabulary of `reviews`
-APART = {
-    "shared.generation.hf.HFEngine._generate_batch": each_prompt_read,
-    "shared.models.packing.number_distinct": every_row_computed,
-}
-SCORED_AGAIN = {"dpo.train.Dataset": ScoredAgain}
+BLOCK = 2**12  # logits: 38 tokens of the vocabulary of `reviews`
 NO_REUSE = ("--ppo.reuse_logprobs=false",)
 HALVES = (
     "--direct.micro_batch_size=32",
@@ -128,21 +56,22 @@ HALVES = (
     "--reward.micro_batch_size=16",
 )
 VARIANTS = {
-    "as it comes": Variant(),
-    "padded": Variant(PADDED),
-    "PyTorch": Variant(PYTORCH),
-    "PyTorch's products": Variant(MKL),
-    "transformers' cache": Variant(CACHE),
-    "unread too": Variant(UNREAD),
-    "blocks": Variant(BLOCKS),
-    "rows apart": Variant(APART, resampled=True),
-    "scored again": Variant(SCORED_AGAIN),
+    "default": Variant(),
+    "padded": Variant(Shortcuts(packed=False)),
+    "PyTorch": Variant(Shortcuts(c=False)),
+    "PyTorch's products": Variant(Shortcuts(c_products=False)),
+    "transformers' cache": Variant(Shortcuts(packed_sampling=False)),
+    "every token": Variant(Shortcuts(read_only=False)),
+    "blocks": Variant(Shortcuts(block=BLOCK)),
+    "each row": Variant(Shortcuts(beginnings_once=False), resampled=True),
     "no reuse": Variant(keys=NO_REUSE),
     "two threads": Variant(threads=2),
     "halves": Variant(keys=HALVES),
-    "all off": Variant({**PADDED, **PYTORCH, **APART, **SCORED_AGAIN}, NO_REUSE, 2, resampled=True),
+    "all off": Variant(
+        Shortcuts(c=False, packed=False, beginnings_once=False), NO_REUSE, 2, resampled=True
+    ),
 }
-DEFAULT = "as it comes"
+DEFAULT = "default"
 
 
 class Comparison(NamedTuple):
@@ -166,14 +95,13 @@ COMPARISONS = (
         "transformers' cache", ("ppo",),
     ),
     Comparison(
-        "tokens that are read only", "every token", DEFAULT, "unread too", EVERY
+        "tokens that are read only", "every token", DEFAULT, "every token", EVERY
     ),
     Comparison("logits in blocks", "all at once", "blocks", DEFAULT, ("direct", "ppo")),
     Comparison(
-        "shared beginnings once", "in every row, from the pairs on", DEFAULT, "rows apart", EVERY
+        "shared beginnings once", "in every row, from the pairs on", DEFAULT, "each row", EVERY
     ),
     Comparison("reused log-probabilities", "one more pass", DEFAULT, "no reuse", ("ppo",)),
-    Comparison("reference scored once", "in every step", DEFAULT, "scored again", ("direct",)),
     Comparison("one thread a process", "two", DEFAULT, "two threads", EVERY),
     Comparison("all together", "all off, from the pairs on", "blocks", "all off", EVERY),
     Comparison(
@@ -184,36 +112,20 @@ COMPARISONS = (
 
 @contextmanager
 def in_force(variant: str) -> Iterator[None]:
-    """The variant's patches and threads, in this process, until the end of the block."""
-    about = VARIANTS[variant]
-    with ExitStack() as stack:
-        for place, instead in about.patches.items():
-            stack.enter_context(patch(place, instead))
-        stack.callback(torch.set_num_threads, torch.get_num_threads())
-        if about.threads is not None:
-            torch.set_num_threads(about.threads)
-        yield
+    """The variant's shortcuts and threads, in this process, until the end of the block."""
+    chosen, threads = VARIANTS[variant], torch.get_num_threads()
+    torch.set_num_threads(chosen.threads or threads)
+    try:
+        with using(chosen.shortcuts):
+            yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def switched(folder: Path, variant: str, stage: str, **inputs: Any) -> None:
-    """Stage: what `stage` does, under `variant`.
-
-    `losses.json` holds the loss of the first step: PPO's policy and then its value model, if it has
-    one.
-    """
-    work, losses = WORKS[stage], []
-
-    def recording(*about: Any) -> dict[str, float]:
-        numbers = step(*about)
-        losses.append(numbers["loss"])
-        return numbers
-
-    with in_force(variant), ExitStack() as stack:
-        if stage != "preferences":
-            stack.enter_context(patch(f"{work.__module__}.step", recording))
-        work(folder, **inputs)
-    both = stage == "ppo" and not inputs["ppo"].shared_trunk
-    write_json(folder / "losses.json", losses[: 1 + both])
+    """Stage: what `stage` does, under `variant`."""
+    with in_force(variant):
+        WORKS[stage](folder, **inputs)
 
 
 @torch.no_grad()
@@ -235,8 +147,7 @@ def probe(
     reference (`reference`), and of each token of samples, as PPO takes them (`samples`).
     """
     with in_force(variant):
-        about = start, preferences, reference, None, "dpo", {"beta": 1.0}, direct.limit
-        data = dpo.train.Dataset(*about)
+        data = Dataset(start, preferences, reference, None, "dpo", {"beta": 1.0}, direct.limit)
         model, ids = load_policy(policy / checkpoint).eval(), special_ids(data.tokenizer)
         count, half = min(PAIRS, len(data.pairs)), len(data.pairs)
         width = max(map(len, data.completions))
@@ -259,7 +170,7 @@ def probe(
     save_file({k: v.contiguous() for k, v in tables.items()}, folder / "probe.safetensors")
 
 
-def apart(on: Path, off: Path) -> dict[str, float]:
+def largest_differences(on: Path, off: Path) -> dict[str, float]:
     """The largest difference of two probes, by table; of samples, where the tokens are the same.
 
     `other_samples` is the share of rows where they are not.

@@ -1,4 +1,4 @@
-"""Operations with their gradients written out: the plain forms, finite differences, properties."""
+"""A decoder's operations, in PyTorch and in C: transformers' own layers, sums, properties."""
 
 from collections.abc import Callable
 
@@ -8,19 +8,9 @@ from torch import Tensor, nn
 from torch.nn.functional import silu
 from transformers.models.llama.modeling_llama import LlamaRMSNorm, apply_rotary_pos_emb
 
-from shared.cpu import native
-from shared.cpu.kernels import (
-    adapted,
-    few_rows,
-    linear,
-    linears,
-    many_rows,
-    picked,
-    rms_norm,
-    rotate,
-    swiglu,
-)
+from shared.models.ops import adapted, linear, linears, rms_norm, rotate, swiglu
 
+pytestmark = pytest.mark.usefixtures("each_way")
 SEED = torch.Generator().manual_seed(0)
 
 
@@ -127,51 +117,6 @@ def test_threads_change_no_bit():
         assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
 
 
-@torch.no_grad()
-@pytest.mark.parametrize("rows", [5, 15, 16, 17, 32, 33, 63, 64])
-@pytest.mark.parametrize(("n", "k"), [(16, 16), (40, 48), (96, 32), (131, 64)])
-def test_a_product_of_few_rows_is_a_product(rows: int, n: int, k: int):
-    """Columns that fill no vector of 16 lie in two blocks; rows fill 1, 2 or 4 vectors."""
-    x, weight, bias = drawn(rows, k), drawn(n, k), drawn(n)
-    assert few_rows(x, weight)
-    truth = (x.double() @ weight.double().T).float()
-    found = linear(x, weight, None)
-    torch.testing.assert_close(found, truth, atol=1e-5, rtol=1e-5)
-    assert torch.equal(linear(x.view(1, rows, k), weight, None)[0], found)
-    assert torch.equal(linear(x, weight, bias), found + bias)
-
-
-@torch.no_grad()
-def test_a_product_of_few_rows_reads_rows_where_they_lie():
-    """Of a transposed tensor, and of none but its own: NaN beside it stays there."""
-    whole, weight = torch.full((40, 32), torch.nan), drawn(48, 32)
-    whole[7:20] = drawn(13, 32)
-    truth = whole[7:20] @ weight.T
-    torch.testing.assert_close(linear(whole[7:20], weight, None), truth, atol=1e-5, rtol=1e-5)
-    x = drawn(32, 20).T
-    torch.testing.assert_close(linear(x, weight, None), x @ weight.T, atol=1e-5, rtol=1e-5)
-    wrong = linear(whole[5:25], weight, None).isnan()
-    assert wrong.all(1).nonzero().flatten().tolist() == [0, 1, 15, 16, 17, 18, 19]
-    assert wrong.any(1).sum() == 7
-
-
-@torch.no_grad()
-def test_other_products_are_left_to_pytorch():
-    x, weight = drawn(16, 32), drawn(48, 32)
-    assert few_rows(x, weight)
-    for rows, others in ((4, (48, 32)), (65, (48, 32)), (16, (15, 32)), (16, (48, 40))):
-        x, weight, bias = drawn(rows, others[1]), drawn(*others), drawn(others[0])
-        assert not few_rows(x, weight)
-        torch.testing.assert_close(linear(x, weight, bias), x @ weight.T + bias)
-    x, weight = drawn(16, 32), drawn(48, 32)
-    assert not few_rows(x.double(), weight.double())
-    with torch.autocast("cpu", torch.bfloat16):
-        assert not few_rows(x, weight)
-    with torch.enable_grad():
-        assert not few_rows(x, weight)
-        assert linear(x, weight, None).requires_grad
-
-
 def layers_of(k: int, sizes: tuple[int, ...], bias: bool = False) -> list[nn.Linear]:
     """Of N(0, 1) weights and biases."""
     layers = [nn.Linear(k, n, bias) for n in sizes]
@@ -228,18 +173,6 @@ def test_products_of_many_rows_are_products(rows: int, k: int, sizes: tuple[int,
         assert (mine - truth).abs().max() < 1e-4 * truth.square().mean().sqrt()
 
 
-def test_products_of_numbers_of_bfloat16_are_exact():
-    """Whole numbers below 256: tiles cut them into one part, and sums are exact too."""
-    x, weight = (torch.randint(-255, 256, s, generator=SEED).float() for s in ((80, 64), (48, 64)))
-    x, weight = x.requires_grad_(), weight.requires_grad_()
-    y = linear(x, weight, None)
-    assert torch.equal(y.double(), x.double() @ weight.double().T)
-    g = torch.randint(-255, 256, y.shape, generator=SEED).float()
-    of_x, of_weight = torch.autograd.grad(y, (x, weight), g)
-    assert torch.equal(of_x.double(), g.double() @ weight.double())
-    assert torch.equal(of_weight.double(), g.double().T @ x.double())
-
-
 def test_products_of_many_rows_give_gradients_to_those_that_ask():
     """A frozen layer beside one that learns, and inputs that do not."""
     for asking in ((True, False, True), (False, True, False), (False, True, True)):
@@ -271,56 +204,6 @@ def test_products_of_many_rows_read_rows_where_they_lie():
         wrong = linear(around[19:101, :40], weight, None).isnan()
     assert wrong.all(1).nonzero().flatten().tolist() == [0, 81]
     assert wrong.any(1).sum() == 2
-
-
-def test_many_rows_are_multiplied_in_c_where_that_is_faster():
-    x, weight = drawn(65, 16), drawn(16, 16)
-    assert many_rows(x, weight, weight) == (native.products_by() is not None)
-    assert not many_rows(x[:64], weight)
-    assert not many_rows(x[:, :15], weight[:, :15])
-    assert not many_rows(x, weight[:15], weight)
-    assert not many_rows(x.double(), weight.double())
-    assert not many_rows(x, weight, weight.double())
-    with torch.autocast("cpu", torch.bfloat16):
-        by_vectors = native.products_by() == "vectors"
-        assert many_rows(x, weight) == many_rows(x[:1], weight) == by_vectors
-        kind = linears(x, layers_of(16, (16, 16)))[0].dtype
-        assert kind == (torch.float32 if by_vectors else torch.bfloat16)
-
-
-@pytest.mark.parametrize(
-    ("by", "whole", "rounded"),
-    [(None, False, False), ("tiles", True, False), ("vectors", True, True)],
-)
-def test_bfloat16_is_for_vectors_alone(
-    monkeypatch: pytest.MonkeyPatch, by: str | None, whole: bool, rounded: bool
-):
-    """Whatever this processor has."""
-    monkeypatch.setattr("shared.cpu.kernels.products_by", lambda: by)
-    x, weight = drawn(65, 16), drawn(16, 16)
-    assert many_rows(x, weight) == whole
-    with torch.autocast("cpu", torch.bfloat16):
-        assert many_rows(x, weight) == rounded
-    with torch.autocast("cpu", torch.float16):
-        assert not many_rows(x, weight)
-
-
-def test_products_in_bfloat16_are_those_of_rounded_numbers():
-    """In C their sums are float32; PyTorch rounds them."""
-    x, layers = drawn(70, 48), layers_of(48, (33, 64), bias=False)
-    with torch.autocast("cpu", torch.bfloat16):
-        found = linears(x, layers)
-    weights = [torch.randn(70, n, generator=SEED).bfloat16().float() for n in (33, 64)]
-    about = [x, *(layer.weight for layer in layers)]
-    total = sum((y * w).sum() for y, w in zip(found, weights, strict=True))
-    gradients = torch.autograd.grad(total, about)  # pyright: ignore[reportArgumentType]
-    rounded = [t.detach().bfloat16().float() for t in about]
-    for layer, weight in zip(layers, rounded[1:], strict=True):
-        layer.weight.data = weight
-    outputs, truths = in_float64(rounded[0].requires_grad_(), layers, weights)
-    limit = 1e-6 if native.products_by() == "vectors" else 5e-3
-    for mine, truth in zip((*found, *gradients), (*outputs, *truths), strict=True):
-        assert off(mine.float(), truth) < limit
 
 
 def test_a_layer_that_a_hook_listens_to_is_called():
@@ -374,63 +257,3 @@ def test_without_a_gradient_values_are_the_same_to_the_bit():
     for a, b in zip(each(), alone, strict=True):
         assert a.requires_grad and not b.requires_grad
         assert torch.equal(a, b)
-
-
-@pytest.fixture(params=["C", "PyTorch"])
-def either(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    if request.param == "PyTorch":
-        monkeypatch.setattr(native, "library", lambda: None)
-
-
-@pytest.mark.usefixtures("either")
-@pytest.mark.parametrize("words", [1, 5, 16, 17, 1024, 1025, 5000])
-def test_picked_is_log_softmax_at_the_token(words: int):
-    tokens = torch.tensor([0, words - 1, words // 2, words // 2])
-
-    def plain(logits: Tensor) -> Tensor:
-        return logits.log_softmax(-1)[range(4), tokens]
-
-    both(lambda logits: picked(logits, tokens), plain, 10 * drawn(4, words))
-
-
-@pytest.mark.usefixtures("either")
-def test_picked_of_many_words_loses_no_digits():
-    """Of 150,000, each by far less likely than one: all in one sum lose 1e-4 nats."""
-    logits = (-torch.rand(20, 1, generator=SEED)).repeat(1, 150_000)
-    logits[:, 0] = 0
-    tokens = torch.arange(20)
-    truth = logits.double().log_softmax(-1)[range(20), tokens]
-    assert (picked(logits, tokens) - truth).abs().max() < 5e-6
-
-
-@pytest.mark.usefixtures("either")
-def test_picked_stands_large_logits():
-    logits = torch.tensor([[1e4, 0.0], [-1e4, 1e4]], requires_grad=True)
-    found = picked(logits, torch.tensor([0, 0]))
-    assert found.tolist() == [0.0, -2e4]
-    found.sum().backward()
-    assert logits.grad is not None
-    assert logits.grad.tolist() == [[0.0, 0.0], [1.0, -1.0]]
-
-
-@pytest.mark.usefixtures("either")
-@pytest.mark.parametrize("broken", [0, 20])
-def test_a_logit_that_is_no_number_is_heard_of(broken: int):
-    """Training ends there: nothing may take it for a small one."""
-    logits = torch.zeros(2, 21)
-    logits[0, broken] = torch.nan
-    found = picked(logits, torch.tensor([1, 1]))
-    assert found.isnan().tolist() == [True, False]
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_in_a_region_of_bfloat16_they_compute_in_float32(dtype: torch.dtype):
-    x, weight, (cos, sin) = drawn(5, 2, 8), drawn(8), angles(5, 8)
-    inputs = x.detach().to(dtype)
-    whole = inputs.float()
-    alone = [rms_norm(whole, weight, 1e-6), rotate(whole, cos, sin), swiglu(whole, whole)]
-    with torch.autocast("cpu", torch.bfloat16):
-        region = [rms_norm(inputs, weight, 1e-6), rotate(inputs, cos, sin), swiglu(inputs, inputs)]
-    for a, b in zip(alone, region, strict=True):
-        assert b.dtype == torch.float32
-        torch.testing.assert_close(b, a)
