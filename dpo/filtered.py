@@ -6,6 +6,7 @@ return. A floor keeps the set from emptying: below it the pairs that come closes
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +14,15 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from dpo.train import Dataset, DirectConfig, finish, with_setting
+from dpo.train import DirectConfig, DirectData, Objective, check_setting, split_setting
 from shared.config import Config
+from shared.data.pairs import read_pairs
 from shared.generation.engine import Engine, Sampling
-from shared.generation.start import TRANSFORMERS, GenerationConfig, make_engine
-from shared.models.load import Scorer, load_policy, save, special_ids
-from shared.models.lora import LoRAConfig, with_lora
+from shared.generation.start import Drawing, make_engine
+from shared.models.cost import Meter
+from shared.models.load import Scorer, Start, load_tokenizer, special_ids
 from shared.stages import write_json, write_jsonl
+from shared.training.finished import Training, TrainingLog
 from shared.training.fit import Diverged, prepare, steps_of
 
 
@@ -32,67 +35,77 @@ class FilterConfig(Config):
     random: bool = False
 
 
+@dataclass(frozen=True)
+class Filter:
+    """What decides which pairs stay: a reward model, on samples drawn in this way."""
+
+    reward_model: Path
+    config: FilterConfig
+    drawing: Drawing
+
+
 def train_filtered(
     folder: Path,
-    policy: Path,
-    preferences: Path,
-    reference: Path,
-    reward_model: Path,
+    start: Start,
+    data: DirectData,
+    filtering: Filter,
     setting: dict[str, float],
     direct: DirectConfig,
-    filtering: FilterConfig,
-    sampling: Sampling,
     checkpoints: Sequence[float],
-    seed: int,
-    generation: GenerationConfig = TRANSFORMERS,
-    lora: LoRAConfig | None = None,
 ) -> None:
     """Stage: a policy trained by DPO on what the reward model keeps; `audit.jsonl` tells why.
 
     The schedule counts on what the first filtering leaves: where a later one drops more, training
-    ends before it does. With `filtering.random` the same number of pairs goes each epoch, drawn
-    blindly: what filtering gains beyond training on fewer pairs is the difference between the two.
+    ends before it does. With `random` the same number of pairs goes each epoch, drawn blindly: what
+    filtering gains beyond training on fewer pairs is the difference between the two.
     """
-    direct = with_setting(direct, setting)
-    data = Dataset(policy, preferences, reference, None, "dpo", setting, direct.limit)
-    model, scorer = with_lora(load_policy(policy), lora, seed), Scorer(reward_model)
-    special = special_ids(data.tokenizer)
-    engine = make_engine(generation, model, special, policy, sampling.temperature)
-    data.meter.models_held = 2
-    trainee = None
-    kept = list(range(len(data.pairs)))
-    log, audit, epochs, saved, failure = [], [], [], {}, ""
-    for epoch in range(filtering.epochs):
-        draw = sampling.model_copy(update={"seed": seed * 1000 + epoch})
-        with data.meter.phase("filter"):
+    check_setting("dpo", setting)
+    hyperparameters, direct = split_setting(setting, direct)
+    meter, tokenizer, epochs = Meter(), load_tokenizer(start.policy), filtering.config.epochs
+    special = special_ids(tokenizer)
+    pairs = read_pairs(data.preferences / "train.jsonl")
+    objective = Objective(data, special.pad, "dpo", hyperparameters, direct.limit)
+    model, scorer = start.load(), Scorer(filtering.reward_model)
+    engine = make_engine(
+        filtering.drawing.generation, model, special, start.policy,
+        filtering.drawing.sampling.temperature,
+    )  # fmt: skip
+    meter.models_held = 2
+    training, kept = None, list(range(len(pairs)))
+    audit, shares, failure = [], [], ""
+    for epoch in range(epochs):
+        draw = filtering.drawing.sampling.model_copy(update={"seed": start.seed * 1000 + epoch})
+        with meter.phase("filter"):
             engine.sync()
-            rows, floor_bound = judge(data, engine, scorer, kept, filtering, draw)
+            rows, floor_bound = judge(objective, engine, scorer, kept, filtering.config, draw)
         kept = [row["pair"] for row in rows if row["kept"]]
-        audit += [{"epoch": epoch, "id": data.pairs[row.pop("pair")].id, **row} for row in rows]
-        share = len(kept) / len(data.pairs)
-        epochs.append({"epoch": epoch, "kept_share": share, "floor_bound": floor_bound})
-        if trainee is None:  # the schedule counts on what the first filtering leaves
-            steps = steps_of(len(kept), direct.batch_size, filtering.epochs)
+        audit += [{"epoch": epoch, "id": pairs[row.pop("pair")].id, **row} for row in rows]
+        share = len(kept) / len(pairs)
+        shares.append({"epoch": epoch, "kept_share": share, "floor_bound": floor_bound})
+        if training is None:  # the schedule counts on what the first filtering leaves
+            steps = steps_of(len(kept), direct.batch_size, epochs)
             trainee = prepare(model, direct.optimizer, steps)
-        with data.meter.phase("train"):
-            for batch in data.batches(kept, direct.batch_size, 1, draw.seed):
+            training = Training(folder, trainee, tokenizer, TrainingLog(folder, steps), {})
+        if epoch + 1 < epochs and checkpoints:
+            last = len(training.log) + steps_of(len(kept), direct.batch_size, 1)
+            training.save_after[last] = (epoch + 1) / epochs
+        with meter.phase("train"):
+            for batch in objective.batches(kept, direct.batch_size, 1, draw.seed):
                 try:
-                    log.append(data.step(trainee, batch))
+                    training.step_done(objective.step(training.trainee, batch))
                 except Diverged as error:  # a result: the last good weights are evaluated
                     failure = str(error)
                     break
         if failure:
             break
-        if epoch + 1 < filtering.epochs and checkpoints:
-            saved[len(log)] = (epoch + 1) / filtering.epochs
-            save(model, data.tokenizer, folder / f"checkpoint-{len(log)}")
     write_jsonl(folder / "audit.jsonl", audit)
-    write_json(folder / "filtering.json", epochs)
-    finish(folder, model, data, log, saved, failure)
+    write_json(folder / "filtering.json", shares)
+    assert training is not None
+    training.finish(meter, labels_used=len(pairs), failure=failure)
 
 
 def judge(
-    data: Dataset,
+    objective: Objective,
     engine: Engine,
     scorer: Scorer,
     pairs: list[int],
@@ -100,12 +113,11 @@ def judge(
     draw: Sampling,
 ) -> tuple[list[dict[str, Any]], bool]:
     """(one row a pair with both scores and whether it stays, whether the floor decided)."""
-    prompts = [data.prompts[i] for i in pairs]
+    prompts = [objective.rows.prompts[i] for i in pairs]
     samples = engine.generate(prompts, draw).ids
-    data.meter.generation(engine.model, prompts, samples)
-    chosen = scorer.score_all(prompts, [data.completions[i] for i in pairs])
+    chosen = scorer.score_all(prompts, [objective.rows.completions[i] for i in pairs])
     sampled = scorer.score_all(prompts, samples)
-    floor = max(1, round(filtering.floor * len(data.pairs)))
+    floor = max(1, round(filtering.floor * objective.rows.count))
     stays = keep(chosen, sampled, margin=filtering.margin, floor=floor)
     floor_bound = int(stays.sum()) > int((chosen - sampled > filtering.margin).sum())
     if filtering.random:

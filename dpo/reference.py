@@ -9,10 +9,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from shared.config import InputError
-from shared.data.pairs import Pair, read_pairs
+from shared.data.batches import PairRows
+from shared.data.pairs import read_pairs
 from shared.models.cost import Meter
 from shared.models.load import load_policy, load_tokenizer, special_ids
 from shared.models.logprobs import score_logps
+from shared.models.sequences import SCORING
 from shared.stages import write_json
 from shared.training.fit import Precision, arithmetic
 
@@ -33,10 +35,8 @@ def score_reference(
     reference round alike. Not on any beta, rate or seed of a training.
     """
     meter = Meter()
-    prompts, completions = unpaired_rows(read_pairs(preferences / "train.jsonl"))
-    model, pad_id = load_policy(policy).eval(), special_ids(load_tokenizer(policy)).pad
-    with arithmetic(precision, model.device):
-        logps = score_logps(model, prompts, completions, pad_id, meter=meter)
+    rows = read_rows(policy, preferences)
+    logps = score(policy, rows, rows.completions, precision)
     save_file({"logps": logps}, folder / "reference.safetensors")
     write_json(folder / "cost.json", meter.summary())
 
@@ -46,15 +46,27 @@ def score_mismatched(
 ) -> None:
     """Stage: one derangement across prompts and its log ref, in `mismatched.safetensors`."""
     meter = Meter()
-    prompts, completions = unpaired_rows(read_pairs(preferences / "train.jsonl"))
-    model, pad_id = load_policy(policy).eval(), special_ids(load_tokenizer(policy)).pad
-    partner = mismatch([tuple(p) for p in prompts], seed)
-    others = [completions[j] for j in partner]
-    with arithmetic(precision, model.device):
-        logps = score_logps(model, prompts, others, pad_id, meter=meter)
+    rows = read_rows(policy, preferences)
+    partner = mismatch([tuple(p) for p in rows.prompts], seed)
+    logps = score(policy, rows, [rows.completions[j] for j in partner], precision)
     mismatched = Mismatched(torch.tensor(partner), logps)
     save_file(mismatched._asdict(), folder / "mismatched.safetensors")
     write_json(folder / "cost.json", meter.summary())
+
+
+def read_rows(policy: Path, preferences: Path) -> PairRows:
+    """The training pairs as rows, with the pad token of the policy's tokenizer."""
+    pad_id = special_ids(load_tokenizer(policy)).pad
+    return PairRows(read_pairs(preferences / "train.jsonl"), pad_id, SCORING)
+
+
+def score(
+    policy: Path, rows: PairRows, completions: list[list[int]], precision: Precision
+) -> Tensor:
+    """log ref of a completion for each row's prompt, (2 N,)."""
+    model = load_policy(policy).eval()
+    with arithmetic(precision, model.device):
+        return score_logps(model, rows.prompts, completions, rows.pad_id)
 
 
 def read_reference(folder: Path) -> Tensor:
@@ -64,12 +76,6 @@ def read_reference(folder: Path) -> Tensor:
 
 def read_mismatched(folder: Path) -> Mismatched:
     return Mismatched(**load_file(folder / "mismatched.safetensors"))
-
-
-def unpaired_rows(pairs: list[Pair]) -> tuple[list[list[int]], list[list[int]]]:
-    """(prompts, completions) of the 2 N completions on their own: all chosen, then all rejected."""
-    prompts = [p.prompt_ids for p in pairs] * 2
-    return prompts, [p.chosen_ids for p in pairs] + [p.rejected_ids for p in pairs]
 
 
 def mismatch(prompts: list[tuple[int, ...]], seed: int) -> list[int]:

@@ -2,8 +2,8 @@
 
 import inspect
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from pydantic import Field
@@ -11,15 +11,15 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from dpo.losses import LOSSES, UNPAIRED, LogRatios, expected_loss
-from dpo.reference import read_mismatched, read_reference, unpaired_rows
+from dpo.reference import read_mismatched, read_reference
 from shared.config import Config, InputError, suggest
-from shared.data.pairs import Pair, read_pairs
+from shared.data.batches import Batch, PairRows
+from shared.data.pairs import read_pairs
 from shared.models.cost import Meter
-from shared.models.load import load_policy, load_tokenizer, save, special_ids
+from shared.models.load import Start, load_tokenizer, special_ids
 from shared.models.logprobs import sequence_logps
-from shared.models.lora import LoRAConfig, with_lora
-from shared.models.sequences import SCORING, Limit, Sequences, by_length, collate
-from shared.stages import write_json
+from shared.models.sequences import SCORING, Limit, by_length, collate
+from shared.training.finished import Training, TrainingLog
 from shared.training.fit import (
     Diverged,
     OptimizerConfig,
@@ -56,16 +56,6 @@ class DirectConfig(Config):
 LEARNING_RATE = "learning_rate"
 
 
-class Micro(NamedTuple):
-    """Rows of one forward pass: `chosen` rows first, the rejected ones after them."""
-
-    sequences: Sequences
-    ref_logps: Tensor  # (B,)
-    chosen: int
-    p: Tensor | None  # (chosen,) the labels, where they are not all 1
-    mismatched: Tensor | None  # of the whole optimiser step
-
-
 def check_setting(loss: str, setting: dict[str, float]) -> None:
     """InputError unless `setting` holds the loss's hyperparameters, and maybe a learning rate."""
     if loss not in LOSSES:
@@ -90,171 +80,151 @@ def check_setting(loss: str, setting: dict[str, float]) -> None:
             raise InputError(f"loss `{loss}` needs a value for `{name}`")
 
 
-def with_setting(direct: DirectConfig, setting: dict[str, float]) -> DirectConfig:
-    """`direct` at the learning rate of `setting`, if it holds one."""
-    rate = setting.get(LEARNING_RATE, direct.optimizer.learning_rate)
-    optimizer = direct.optimizer.model_copy(update={LEARNING_RATE: rate})
-    return direct.model_copy(update={"optimizer": optimizer})
+def split_setting(
+    setting: dict[str, float], direct: DirectConfig
+) -> tuple[dict[str, float], DirectConfig]:
+    """(the loss's hyperparameters, `direct` at the learning rate that the setting may hold)."""
+    hyperparameters = {k: v for k, v in setting.items() if k != LEARNING_RATE}
+    if LEARNING_RATE not in setting:
+        return hyperparameters, direct
+    rate = {LEARNING_RATE: setting[LEARNING_RATE]}
+    optimizer = direct.optimizer.model_copy(update=rate)
+    return hyperparameters, direct.model_copy(update={"optimizer": optimizer})
+
+
+@dataclass(frozen=True)
+class DirectData:
+    """The stages that a direct method reads: pairs, and what the reference says of them.
+
+    `mismatched` is for losses over single completions, which need a baseline.
+    """
+
+    preferences: Path
+    reference: Path
+    mismatched: Path | None = None
 
 
 def train_direct(
     folder: Path,
-    policy: Path,
-    preferences: Path,
-    reference: Path,
-    mismatched: Path | None,
+    start: Start,
+    data: DirectData,
     loss: str,
     setting: dict[str, float],
     direct: DirectConfig,
     checkpoints: Sequence[float],
-    seed: int,
-    lora: LoRAConfig | None = None,
 ) -> None:
-    """Stage: the policy after DPO, IPO or KTO, in `final` and in `checkpoint-<step>` on the way.
-
-    Unpaired losses need `mismatched`, the stage that `score_mismatched` fills.
-    """
-    direct = with_setting(direct, setting)
-    data = Dataset(policy, preferences, reference, mismatched, loss, setting, direct.limit)
-    steps = steps_of(len(data.pairs), direct.batch_size, direct.epochs)
-    model = with_lora(load_policy(policy), lora, seed)
-    trainee = prepare(model, direct.optimizer, steps)
-    save_after = checkpoint_steps(steps, checkpoints)
-    log, failure = [], ""
-    order = data.batches(range(len(data.pairs)), direct.batch_size, direct.epochs, seed)
-    for number, rows in enumerate(order, start=1):
-        try:
-            log.append(data.step(trainee, rows))
-        except Diverged as error:  # a result, not a crash: the last good weights are evaluated
-            failure = str(error)
-            break
-        if number in save_after:
-            save(model, data.tokenizer, folder / f"checkpoint-{number}")
-    finish(folder, model, data, log, save_after, failure)
+    """Stage: the policy after DPO, IPO or KTO, in `final` and in `checkpoint-<step>` on the way."""
+    check_setting(loss, setting)
+    hyperparameters, direct = split_setting(setting, direct)
+    meter, tokenizer = Meter(), load_tokenizer(start.policy)
+    objective = Objective(data, special_ids(tokenizer).pad, loss, hyperparameters, direct.limit)
+    pairs = range(objective.rows.count)
+    steps = steps_of(len(pairs), direct.batch_size, direct.epochs)
+    trainee = prepare(start.load(), direct.optimizer, steps)
+    log, save_after = TrainingLog(folder, steps), checkpoint_steps(steps, checkpoints)
+    training, failure = Training(folder, trainee, tokenizer, log, save_after), ""
+    with meter.phase("train"):
+        for rows in objective.batches(pairs, direct.batch_size, direct.epochs, start.seed):
+            try:
+                training.step_done(objective.step(trainee, rows))
+            except Diverged as error:  # a result, not a crash: the last good weights are evaluated
+                failure = str(error)
+                break
+    training.finish(meter, labels_used=len(pairs), failure=failure)
 
 
-class Dataset:
-    """Training pairs beside their reference log-probabilities, and the step that one loss takes."""
+class Objective:
+    """One loss on one set of pairs with their reference log-probabilities: batches and the step."""
 
     def __init__(
-        self,
-        policy: Path,
-        preferences: Path,
-        reference: Path,
-        mismatched: Path | None,
-        loss: str,
-        setting: dict[str, float],
-        limit: Limit,
+        self, data: DirectData, pad_id: int, loss: str, setting: dict[str, float], limit: Limit
     ):
-        check_setting(loss, setting)
-        self.tokenizer = load_tokenizer(policy)
-        self.pad_id = special_ids(self.tokenizer).pad
-        self.pairs: list[Pair] = read_pairs(preferences / "train.jsonl")
-        self.prompts, self.completions = unpaired_rows(self.pairs)
-        self.ref_logps = read_reference(reference)
-        self.p = torch.tensor([pair.p for pair in self.pairs])
-        self.labelled = bool((self.p == 1).all())
-        self.loss, self.unpaired = LOSSES[loss], loss in UNPAIRED
-        self.setting = {k: v for k, v in setting.items() if k != LEARNING_RATE}
+        """`setting`: the loss's hyperparameters. `limit`: what one pass holds."""
+        self.loss, self.setting, self.unpaired = LOSSES[loss], setting, loss in UNPAIRED
+        self.rows = PairRows(read_pairs(data.preferences / "train.jsonl"), pad_id, limit)
+        self.ref_logps = read_reference(data.reference)
+        self.labelled = bool((self.rows.p == 1).all())
         if self.unpaired:
-            if mismatched is None:
+            if data.mismatched is None:
                 raise ValueError(f"loss `{loss}` needs mismatched completions")
-            self.mismatched = read_mismatched(mismatched)
-        self.limit = limit
-        self.meter = Meter()
+            self.mismatched = read_mismatched(data.mismatched)
+
+    @property
+    def single_rows(self) -> bool:
+        """Whether chosen and rejected sides go on their own: not where pairs share a label."""
+        return self.unpaired and self.labelled
 
     def batches(
         self, pairs: Sequence[int], batch_size: int, epochs: int, seed: int
     ) -> Iterator[list[int]]:
-        """Rows of each optimiser step: row i is pair i's chosen side, row N + i its rejected side.
+        """What each optimiser step sees, of `pairs`: numbers of pairs, or of rows (`single_rows`).
 
         Pair losses get both sides of `batch_size` pairs; KTO gets 2 x `batch_size` completions
         shuffled on their own, so that both see as many tokens a step. Pairs with a probability for
         a label stay together in any case.
         """
-        count = len(self.pairs)
-        if self.unpaired and self.labelled:
-            rows = [*pairs, *(count + i for i in pairs)]
-            for chosen in batches(len(rows), 2 * batch_size, epochs, seed):
-                yield [rows[i] for i in chosen]
-        else:
+        if not self.single_rows:
             for chosen in batches(len(pairs), batch_size, epochs, seed):
-                yield [row for i in chosen for row in (pairs[i], count + pairs[i])]
+                yield [pairs[i] for i in chosen]
+            return
+        rows = [*pairs, *(self.rows.count + i for i in pairs)]
+        for chosen in batches(len(rows), 2 * batch_size, epochs, seed):
+            yield [rows[i] for i in chosen]
 
-    def step(self, trainee: Trainee, rows: list[int]) -> dict[str, float]:
-        """One optimiser step on `rows`."""
+    def step(self, trainee: Trainee, numbers: list[int]) -> dict[str, float]:
+        """One optimiser step on one of `batches`."""
         mismatched = None
         if self.unpaired:
+            n = self.rows.count
+            rows = numbers if self.single_rows else [r for i in numbers for r in (i, n + i)]
             with arithmetic(trainee.precision, trainee.model.device):
                 mismatched = self.mismatched_ratios(trainee.model, rows)
-        micro_batches = []
-        for group in self.groups(rows):
-            chosen = sum(row < len(self.pairs) for row in group)
-            items = len(group) if self.unpaired else chosen
-            micro_batches.append((self.micro(group, chosen, mismatched), float(items)))
-        return step(trainee, micro_batches, self._loss)
+        micro = self.micro_batches(numbers)
 
-    def groups(self, rows: list[int]) -> Iterator[list[int]]:
-        """`rows` in micro-batches of similar length, chosen sides first; pairs stay together."""
-        count = len(self.pairs)
-        if self.unpaired and self.labelled:
-            sizes = [len(self.completions[row]) for row in rows]
-            before = [len(self.prompts[row]) for row in rows]
-            for group in by_length(sizes, before, self.limit):
-                yield sorted(rows[i] for i in group)
-            return
-        pairs = [row for row in rows if row < count]
-        sizes = [max(len(self.completions[i]), len(self.completions[count + i])) for i in pairs]
-        before = [len(self.prompts[i]) for i in pairs]
-        for group in by_length(sizes, before, self.limit.of_pairs()):
-            chosen = [pairs[i] for i in group]
-            yield [*chosen, *(count + i for i in chosen)]
+        def loss(model: PreTrainedModel, batch: Batch) -> tuple[Tensor, dict[str, float]]:
+            return self._loss(model, batch, mismatched)
 
-    def micro(self, rows: list[int], chosen: int, mismatched: Tensor | None) -> Micro:
-        sequences = collate(
-            [self.prompts[i] for i in rows],
-            [self.completions[i] for i in rows],
-            self.pad_id,
-        )
-        p = None if self.labelled else self.p[torch.tensor(rows[:chosen])]
-        return Micro(sequences, self.ref_logps[torch.tensor(rows)], chosen, p, mismatched)
+        items = [float(len(b.rows) if self.unpaired else b.chosen) for b in micro]
+        return step(trainee, list(zip(micro, items, strict=True)), loss)
+
+    def micro_batches(self, numbers: Sequence[int]) -> list[Batch]:
+        """One of `batches` in passes of similar length."""
+        return list(self.rows.of_rows(numbers) if self.single_rows else self.rows.of_pairs(numbers))
 
     @torch.no_grad()
     def mismatched_ratios(self, model: PreTrainedModel, rows: list[int]) -> Tensor:
         """Log-ratios of the step's prompts with other prompts' completions, (len(rows),)."""
         partner = self.mismatched.partner[torch.tensor(rows)].tolist()
+        prompts = [self.rows.prompts[i] for i in rows]
+        completions = [self.rows.completions[j] for j in partner]
         ratios = torch.zeros(len(rows))
-        sizes = [len(self.completions[j]) for j in partner], [len(self.prompts[i]) for i in rows]
-        for group in by_length(*sizes, SCORING):
+        for group in by_length([*map(len, completions)], [*map(len, prompts)], SCORING):
             batch = collate(
-                [self.prompts[rows[i]] for i in group],
-                [self.completions[partner[i]] for i in group],
-                self.pad_id,
+                [prompts[i] for i in group], [completions[i] for i in group], self.rows.pad_id
             ).to(model.device)
-            self.meter.forward(model, batch)
             ref = self.mismatched.logps[torch.tensor([rows[i] for i in group])]
             ratios[torch.tensor(group)] = sequence_logps(model, batch).cpu() - ref
         return ratios
 
-    def _loss(self, model: PreTrainedModel, micro: Micro) -> tuple[Tensor, dict[str, float]]:
-        batch = micro.sequences.to(model.device)
-        self.meter.forward(model, batch, backward=True)
-        logps = sequence_logps(model, batch)
-        ratios = logps - micro.ref_logps.to(logps.device)
-        lengths, n = batch.lengths, micro.chosen
+    def _loss(
+        self, model: PreTrainedModel, batch: Batch, mismatched: Tensor | None
+    ) -> tuple[Tensor, dict[str, float]]:
+        sequences, n = batch.sequences.to(model.device), batch.chosen
+        logps = sequence_logps(model, sequences)
+        ratios = logps - self.ref_logps[batch.rows].to(logps.device)
         r = LogRatios(
             chosen=ratios[:n],
             rejected=ratios[n:],
-            chosen_tokens=lengths[:n],
-            rejected_tokens=lengths[n:],
-            mismatched=micro.mismatched,
+            chosen_tokens=sequences.lengths[:n],
+            rejected_tokens=sequences.lengths[n:],
+            mismatched=mismatched,
             chosen_logps=logps[:n],
             rejected_logps=logps[n:],
         )
-        if micro.p is None:
+        if self.labelled:
             losses = self.loss(r, **self.setting)
         else:
-            losses = expected_loss(self.loss, r, micro.p.to(logps.device), **self.setting)
+            losses = expected_loss(self.loss, r, batch.p.to(logps.device), **self.setting)
         return losses.mean(), self._metrics(r, logps.detach())
 
     def _metrics(self, r: LogRatios, logps: Tensor) -> dict[str, float]:
@@ -271,21 +241,3 @@ class Dataset:
             "logps/chosen": chosen.mean().item(),
             "logps/rejected": rejected.mean().item(),
         }
-
-
-def finish(
-    folder: Path,
-    model: PreTrainedModel,
-    data: Dataset,
-    log: list[dict[str, float]],
-    saved: dict[int, float],
-    failure: str,
-) -> None:
-    """Write the final policy, the log, the cost, how it ended and which checkpoint is which."""
-    save(model, data.tokenizer, folder / "final")
-    points = {f"checkpoint-{s}": share for s, share in saved.items() if s <= len(log)}
-    write_json(folder / "checkpoints.json", {**points, "final": 1.0})
-    write_json(folder / "log.json", log)
-    write_json(folder / "stopped.json", {"failed": failure, "stopped_early": False})
-    data.meter.phases.setdefault("train", data.meter.summary()["wall_s"])  # pyright: ignore[reportArgumentType]
-    write_json(folder / "cost.json", {**data.meter.summary(), "labels_used": len(data.pairs)})

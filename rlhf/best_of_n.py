@@ -4,9 +4,7 @@ import torch
 from torch import Tensor
 
 from shared.generation.engine import Completions, Engine, Sampling
-from shared.models.cost import Meter
 from shared.models.load import Scorer
-from shared.models.sequences import collate
 
 
 def best_of_n(
@@ -15,7 +13,6 @@ def best_of_n(
     prompts: list[list[int]],
     n: int,
     sampling: Sampling,
-    meter: Meter,
 ) -> Completions:
     """The highest-scored of `n` samples for each prompt; the first one where scores tie.
 
@@ -25,7 +22,5 @@ def best_of_n(
     repeated = [p for p in prompts for _ in range(n)]
     drawn = engine.generate(repeated, sampling)
     scores: Tensor = scorer.score_all(repeated, drawn.ids)
-    meter.generation(engine.model, repeated, drawn.ids)
-    meter.forward(scorer.model, collate(repeated, drawn.ids, scorer.pad_id), ends=True)
     best = scores.view(len(prompts), n).argmax(1) + n * torch.arange(len(prompts))
     return drawn.rows(best.tolist())

@@ -1,7 +1,6 @@
 """PPO put aside in the middle and taken up again: the run is the one that was not interrupted."""
 
 from pathlib import Path
-from typing import Any
 
 from safetensors.torch import load_file, save_file
 
@@ -12,9 +11,9 @@ from shared.training.fit import Trainee, restore, state_of
 TENSORS, PLAIN = "paused.safetensors", "paused.json"  # in the stage's folder
 
 
-def pause(folder: Path, actors: Actors, kl_coef: float, log: list[dict[str, Any]]) -> None:
-    """Write what the next update needs: the models in training, the penalty, the log, the cost."""
-    tensors, plain = {}, {"kl_coef": kl_coef, "log": log, "cost": actors.meter.state()}
+def pause(folder: Path, actors: Actors, kl_coef: float) -> None:
+    """Write what the next update needs: the models in training, the penalty, the cost so far."""
+    tensors, plain = {}, {"kl_coef": kl_coef, "cost": actors.meter.state()}
     for name, trainee in trainees(actors).items():
         found, plain[name] = state_of(trainee)
         tensors |= {f"{name}.{key}": tensor.contiguous() for key, tensor in found.items()}
@@ -22,10 +21,10 @@ def pause(folder: Path, actors: Actors, kl_coef: float, log: list[dict[str, Any]
     write_json(folder / PLAIN, plain)
 
 
-def take_up(folder: Path, actors: Actors, kl_coef: float) -> tuple[float, list[dict[str, Any]]]:
-    """(the penalty's coefficient, the log so far): of a paused run, or those of a new one."""
+def take_up(folder: Path, actors: Actors, kl_coef: float) -> float:
+    """The penalty's coefficient of a run that was paused in `folder`, or `kl_coef` of a new one."""
     if not (folder / PLAIN).is_file():
-        return kl_coef, []
+        return kl_coef
     tensors, plain = load_file(folder / TENSORS), read_json(folder / PLAIN)
     for name, trainee in trainees(actors).items():
         start = f"{name}."
@@ -34,7 +33,7 @@ def take_up(folder: Path, actors: Actors, kl_coef: float) -> tuple[float, list[d
     actors.meter.restore(plain["cost"])
     for file in (TENSORS, PLAIN):
         (folder / file).unlink()
-    return plain["kl_coef"], plain["log"]
+    return plain["kl_coef"]
 
 
 def trainees(actors: Actors) -> dict[str, Trainee]:

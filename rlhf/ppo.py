@@ -21,6 +21,7 @@ from rlhf.pause import pause, take_up
 from rlhf.rollout import (
     Actors,
     GoldScorer,
+    Optimizers,
     Rollout,
     compare_engine,
     make_actors,
@@ -29,15 +30,14 @@ from rlhf.rollout import (
 )
 from shared.config import Config
 from shared.generation.engine import EngineLost, Sampling
-from shared.generation.start import TRANSFORMERS, GenerationConfig
+from shared.generation.start import Drawing
 from shared.kl import k1
 from shared.models.cost import Meter
-from shared.models.load import load_tokenizer, save, state_values
+from shared.models.load import Start, load_tokenizer, state_values
 from shared.models.logprobs import logprobs_and_values, token_logprobs
-from shared.models.lora import LoRAConfig
 from shared.models.sequences import Limit, by_length
-from shared.stages import write_json
 from shared.tasks.registry import TaskConfig, make_task
+from shared.training.finished import Training, TrainingLog
 from shared.training.fit import Diverged, OptimizerConfig, batches, checkpoint_steps, step
 
 
@@ -85,10 +85,12 @@ class PPOConfig(Config):
         """What one pass of an update holds."""
         return Limit(self.micro_batch_size, self.micro_batch_tokens)
 
-    @property
-    def value_optimizer(self) -> OptimizerConfig:
-        """The value model's: the policy's at another rate."""
-        return self.optimizer.model_copy(update={"learning_rate": self.value_learning_rate})
+    def optimizers(self, updates: int) -> Optimizers:
+        """Of `updates` updates; the value model's is the policy's at another rate."""
+        minibatches = -(-self.rollout_size // self.minibatch_size)
+        value = self.optimizer.model_copy(update={"learning_rate": self.value_learning_rate})
+        steps = updates * self.epochs * minibatches
+        return Optimizers(self.optimizer, value, steps, self.shared_trunk)
 
 
 @dataclass
@@ -111,59 +113,46 @@ class KLController:
 
 def train_ppo(
     folder: Path,
-    policy: Path,
+    start: Start,
     reward_model: Path | None,
     task: TaskConfig,
     ppo: PPOConfig,
     kl_coef: float,
-    sampling: Sampling,
+    drawing: Drawing,
     checkpoints: Sequence[float],
-    seed: int,
-    generation: GenerationConfig = TRANSFORMERS,
-    lora: LoRAConfig | None = None,
 ) -> None:
     """Stage: the policy after PPO in `final`, on the way in `checkpoint-<update>`, and its log.
 
     Without a `reward_model` the reward is the task's gold. If the engine is lost, the next attempt
     goes on from the last update.
     """
-    tokenizer, meter = load_tokenizer(policy), Meter()
+    tokenizer, meter, seed = load_tokenizer(start.policy), Meter(), start.seed
     updates = max(1, ppo.episodes // ppo.rollout_size)
-    steps = updates * ppo.epochs * -(-ppo.rollout_size // ppo.minibatch_size)
-    optimizers = ppo.optimizer, ppo.value_optimizer
     judge = reward_model or GoldScorer(make_task(task), tokenizer)
-    start = steps, sampling.temperature, meter, generation
-    form = {"shared_trunk": ppo.shared_trunk, "lora": lora, "seed": seed}
-    actors = make_actors(policy, judge, *optimizers, *start, **form)
-    kl_coef, log = take_up(folder, actors, kl_coef)
-    controller = KLController(kl_coef, ppo.kl_target, ppo.kl_horizon)
+    actors = make_actors(start, judge, ppo.optimizers(updates), drawing, meter)
+    log = TrainingLog(folder, updates)
+    controller = KLController(take_up(folder, actors, kl_coef), ppo.kl_target, ppo.kl_horizon)
     prompts = islice(prompt_stream(tokenizer, task, ppo, seed), len(log), None)
     save_after = checkpoint_steps(updates, checkpoints)
+    training = Training(folder, actors.policy, tokenizer, log, save_after)
     stopped, failure = False, ""
     for update in range(len(log) + 1, updates + 1):
-        draw = sampling.model_copy(update={"seed": seed * 100_000 + update})
+        draw = drawing.sampling.model_copy(update={"seed": seed * 100_000 + update})
         try:
             numbers = ppo_update(actors, next(prompts), ppo, controller.coef, draw)
         except EngineLost as error:
-            pause(folder, actors, controller.coef, log)
+            pause(folder, actors, controller.coef)
             raise EngineLost(f"PPO, update {update} of {updates}: {error}") from error
         except Diverged as error:  # a result, not a crash: the last good weights are evaluated
             failure = str(error)
             break
-        log.append({"episodes": update * ppo.rollout_size, **numbers})
+        training.step_done({"episodes": update * ppo.rollout_size, **numbers})
         sequence_kl = numbers["objective/kl"]
         controller.update(sequence_kl, ppo.rollout_size)
-        if update in save_after:
-            save(actors.policy.model, tokenizer, folder / f"checkpoint-{update}")
         if sequence_kl > ppo.max_kl:
             stopped = True
             break
-    save(actors.policy.accelerator.unwrap_model(actors.policy.model), tokenizer, folder / "final")
-    points = {f"checkpoint-{u}": share for u, share in save_after.items() if u <= len(log)}
-    write_json(folder / "checkpoints.json", {**points, "final": 1.0})
-    write_json(folder / "log.json", log)
-    write_json(folder / "stopped.json", {"failed": failure, "stopped_early": stopped})
-    write_json(folder / "cost.json", {**meter.summary(), "labels_used": 0})
+    training.finish(meter, labels_used=0, failure=failure, stopped_early=stopped)
 
 
 def ppo_update(
@@ -182,11 +171,10 @@ def ppo_update(
     with meter.phase("generate"):
         stale = actors.engine.sync()
         completions = actors.engine.generate(prompts, sampling)
-        meter.generation(actors.policy.model, prompts, completions.ids)
     # 2. score it: reward model, reference, value function, and the policy, if it must
     with meter.phase("score"):
         sampled, mismatch = completions.logprobs, {}
-        taken = sampled if engine_speaks_for_policy(actors, ppo) else None
+        taken = sampled if engine_is_exact(actors, ppo) else None
         rollout, scores = score_rollout(actors, prompts, completions.ids, taken)
         if taken is None:
             rollout, mismatch = compare_engine(rollout, sampled, ppo.importance_cap)
@@ -213,7 +201,7 @@ def ppo_update(
     return {**numbers, **mismatch}
 
 
-def engine_speaks_for_policy(actors: Actors, ppo: PPOConfig) -> bool:
+def engine_is_exact(actors: Actors, ppo: PPOConfig) -> bool:
     """Whether the engine's log-probabilities are taken for the policy's.
 
     Then the first minibatch, before any step, tells how far apart they are.
@@ -240,19 +228,16 @@ class Losses:
 
     actors: Actors
     ppo: PPOConfig
-    apart: list[Tensor] = field(default_factory=list)  # policy and rollout, nats, each micro-batch
+    differences: list[Tensor] = field(default_factory=list)  # policy to rollout, nats a token
 
     def policy(self, model: PreTrainedModel, part: Rollout) -> tuple[Tensor, dict[str, float]]:
-        self.actors.meter.forward(model, part.sequences, backward=True)
         logprobs = token_logprobs(model, part.sequences, self.actors.temperature)
         return self._policy(logprobs, part)
 
     def value(self, model: PreTrainedModel, part: Rollout) -> tuple[Tensor, dict[str, float]]:
-        self.actors.meter.forward(model, part.sequences, backward=True)
         return self._value(state_values(model, part.sequences), part)
 
     def both(self, model: PreTrainedModel, part: Rollout) -> tuple[Tensor, dict[str, float]]:
-        self.actors.meter.forward(model, part.sequences, backward=True)
         logprobs, values = logprobs_and_values(model, part.sequences, self.actors.temperature)
         loss, numbers = self._policy(logprobs, part)
         error, more = self._value(values, part)
@@ -260,14 +245,22 @@ class Losses:
 
     def _policy(self, logprobs: Tensor, part: Rollout) -> tuple[Tensor, dict[str, float]]:
         mask = part.sequences.mask
-        self.apart.append((logprobs.detach() - part.logprobs)[mask].abs())
-        told = part.logprobs, part.advantages, mask
-        loss, numbers = policy_loss(logprobs, *told, clip=self.ppo.clip, weights=part.weights)
+        self.differences.append((logprobs.detach() - part.logprobs)[mask].abs())
+        loss, numbers = policy_loss(
+            logprobs,
+            part.logprobs,
+            part.advantages,
+            mask,
+            clip=self.ppo.clip,
+            weights=part.weights,
+        )
         return loss, {**numbers, "loss/policy_avg": loss.item()}
 
     def _value(self, values: Tensor, part: Rollout) -> tuple[Tensor, dict[str, float]]:
-        told = part.values, part.returns, part.sequences.mask
-        loss, numbers = value_loss(values, *told, clip=self.ppo.value_clip)
+        mask = part.sequences.mask
+        loss, numbers = value_loss(
+            values, part.values, part.returns, mask, clip=self.ppo.value_clip
+        )
         return loss, {**numbers, "loss/value_avg": loss.item()}
 
 
@@ -285,17 +278,17 @@ def update_models(actors: Actors, rollout: Rollout, ppo: PPOConfig, seed: int) -
             numbers = step(actors.policy, parts, losses.both)
         else:
             numbers = step(actors.policy, parts, losses.policy)
-            about_value = step(actors.value, parts, losses.value)
-            numbers["ppo/val/grad_norm"] = about_value["grad_norm"]
+            of_value = step(actors.value, parts, losses.value)
+            numbers["ppo/val/grad_norm"] = of_value["grad_norm"]
             for name in ("loss/value_avg", "ppo/val/clipfrac"):
-                numbers[name] = about_value[name]
+                numbers[name] = of_value[name]
         if not first:  # nothing had been stepped: the policy was still the sampler
-            apart = torch.cat(losses.apart)
+            differences = torch.cat(losses.differences)
             first["ppo/first_ratio"] = numbers["ppo/policy/ratio"]
             first["ppo/first_policy_loss"] = numbers["loss/policy_avg"]
             first["ppo/first_value_loss"] = numbers["loss/value_avg"]
-            first["generation/logprob_difference"] = apart.mean().item()
-            first["generation/logprob_difference_max"] = apart.max().item()
+            first["generation/logprob_difference"] = differences.mean().item()
+            first["generation/logprob_difference_max"] = differences.max().item()
         for name, number in numbers.items():
             sums.setdefault(name, []).append(number)
         if numbers["ppo/policy/approxkl"] > ppo.max_approx_kl:

@@ -1,17 +1,16 @@
 """The reward model: trained on labels, normalised on SFT samples, examined on held-out pairs."""
 
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
-import torch
 from pydantic import Field
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from rlhf.losses import bradley_terry_loss
 from shared.config import Config
-from shared.data.pairs import Pair, read_pairs
+from shared.data.batches import Batch, PairRows
+from shared.data.pairs import read_pairs
 from shared.data.samples import read_samples
 from shared.models.cost import Meter
 from shared.models.load import (
@@ -23,9 +22,10 @@ from shared.models.load import (
     sequence_scores,
     special_ids,
 )
-from shared.models.sequences import Limit, Sequences, by_length, collate
+from shared.models.sequences import Limit
 from shared.stages import write_json
 from shared.tasks.registry import TaskConfig, make_task
+from shared.training.finished import TrainingLog
 from shared.training.fit import Diverged, Loss, OptimizerConfig, batches, prepare, step, steps_of
 
 
@@ -60,65 +60,37 @@ def train_reward(
     """
     tokenizer, meter = load_tokenizer(policy), Meter()
     pairs = read_pairs(preferences / "train.jsonl")
-    model = new_scalar_model(policy, seed)
+    rows = PairRows(pairs, special_ids(tokenizer).pad, reward.limit)
     steps = steps_of(len(pairs), reward.batch_size, reward.epochs)
-    trainee = prepare(model, reward.optimizer, steps)
-    pad_id, loss = special_ids(tokenizer).pad, reward_loss(meter, reward.center)
-    log = []
+    trainee = prepare(new_scalar_model(policy, seed), reward.optimizer, steps)
+    log, loss = TrainingLog(folder, steps), reward_loss(reward.center)
     with meter.phase("train"):
-        for rows in batches(len(pairs), reward.batch_size, reward.epochs, seed):
-            micro_batches = pair_batches([pairs[i] for i in rows], pad_id, reward.limit)
+        for numbers in batches(len(pairs), reward.batch_size, reward.epochs, seed):
+            micro_batches = [(batch, float(batch.chosen)) for batch in rows.of_pairs(numbers)]
             try:
-                log.append(step(trainee, micro_batches, loss))
+                log.add(step(trainee, micro_batches, loss))
             except Diverged as error:  # nothing that scores can go on without it
                 fix = "lower `reward.optimizer.learning_rate`"
                 raise Diverged(f"reward model, step {len(log) + 1}: {error}; {fix}") from error
     save(trainee.accelerator.unwrap_model(trainee.model), tokenizer, folder)
     with meter.phase("normalise"):
         normalise(folder, references, scaled=reward.normalise)
-    write_json(folder / "log.json", log)
     write_json(folder / "cost.json", {**meter.summary(), "labels_used": len(pairs)})
 
 
-class Part(NamedTuple):
-    """A micro-batch of B pairs."""
+def reward_loss(center: float) -> Loss[Batch]:
+    """Bradley-Terry on raw scores, for `step`."""
 
-    sequences: Sequences  # (2 B) rows: the chosen completions, then the rejected ones
-    p: Tensor  # (B,) the labels: P(the chosen one wins)
-
-
-def reward_loss(meter: Meter, center: float) -> Loss[Part]:
-    """Bradley-Terry on raw scores, for `step`; `meter` counts its passes."""
-
-    def loss(model: PreTrainedModel, part: Part) -> tuple[Tensor, dict[str, float]]:
-        meter.forward(model, part.sequences, backward=True, ends=True)
-        chosen, rejected = sequence_scores(model, part.sequences).chunk(2)
+    def loss(model: PreTrainedModel, batch: Batch) -> tuple[Tensor, dict[str, float]]:
+        chosen, rejected = sequence_scores(model, batch.sequences).chunk(2)
         accuracy = (chosen > rejected).float().mean().item()
-        p = part.p.to(chosen.device)
+        p = batch.p.to(chosen.device)
         losses = p * bradley_terry_loss(chosen, rejected, center=center)
         if (p < 1).any():  # labels with their probability
             losses = losses + (1 - p) * bradley_terry_loss(rejected, chosen, center=center)
         return losses.mean(), {"accuracy": accuracy, "margin": (chosen - rejected).mean().item()}
 
     return loss
-
-
-def pair_batches(pairs: list[Pair], pad_id: int, limit: Limit) -> list[tuple[Part, float]]:
-    """Micro-batches of pairs of similar length, chosen rows first and then the rejected ones."""
-    lengths = [max(len(p.chosen_ids), len(p.rejected_ids)) for p in pairs]
-    groups = by_length(lengths, [len(p.prompt_ids) for p in pairs], limit.of_pairs())
-    return [(part_of([pairs[i] for i in rows], pad_id), float(len(rows))) for rows in groups]
-
-
-def part_of(pairs: list[Pair], pad_id: int) -> Part:
-    return Part(collate_pairs(pairs, pad_id), torch.tensor([p.p for p in pairs]))
-
-
-def collate_pairs(pairs: list[Pair], pad_id: int) -> Sequences:
-    """(2 B) rows: the chosen completions, then the rejected ones."""
-    prompts = [p.prompt_ids for p in pairs]
-    completions = [p.chosen_ids for p in pairs] + [p.rejected_ids for p in pairs]
-    return collate(prompts * 2, completions, pad_id)
 
 
 def normalise(folder: Path, references: Path, *, scaled: bool = True) -> None:

@@ -14,11 +14,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from rlhf.losses import explained_variance
 from shared.config import InputError
 from shared.generation.engine import Engine
-from shared.generation.start import TRANSFORMERS, GenerationConfig, make_engine
+from shared.generation.start import Drawing, make_engine
 from shared.kl import k1, k3, masked_mean, masked_sum
 from shared.models.cost import Meter
 from shared.models.load import (
     Scorer,
+    Start,
     frozen,
     load_policy,
     load_scalar_model,
@@ -28,7 +29,7 @@ from shared.models.load import (
     state_values,
 )
 from shared.models.logprobs import logprobs_and_values, policy_values, token_logprobs
-from shared.models.lora import LoRAConfig, add_value_head, with_lora
+from shared.models.lora import add_value_head, with_lora
 from shared.models.packing import packs
 from shared.models.sequences import SCORING, Sequences, by_length, collate
 from shared.tasks.task import Task
@@ -107,71 +108,66 @@ class Actors:
     def reference_pass(self, batch: Sequences) -> Tensor:
         """The reference's log-probabilities, (B, T)."""
         with self.reference() as ref:
-            self.meter.forward(ref, batch)
             return token_logprobs(ref, batch, self.temperature)
 
     def value_pass(self, batch: Sequences) -> Tensor:
         """V before each completion token, (B, T)."""
         if self.value is None:
-            self.meter.forward(self.policy.model, batch, logits=False)
             return policy_values(self.policy.model, batch)
-        self.meter.forward(self.value.model, batch)
         return state_values(self.value.model, batch)
 
     def policy_and_value_pass(self, batch: Sequences) -> tuple[Tensor, Tensor]:
         """(log-probabilities of the policy, V), (B, T) each: one pass where they share a trunk."""
-        self.meter.forward(self.policy.model, batch)
         if self.value is None:
             return logprobs_and_values(self.policy.model, batch, self.temperature)
         logprobs = token_logprobs(self.policy.model, batch, self.temperature)
         return logprobs, self.value_pass(batch)
 
 
+@dataclass(frozen=True)
+class Optimizers:
+    """How policy and value model are stepped; with a `shared_trunk` one step trains both."""
+
+    policy: OptimizerConfig
+    value: OptimizerConfig
+    steps: int
+    shared_trunk: bool = False
+
+
 def make_actors(
-    policy: Path,
-    reward_model: Path | GoldScorer,
-    optimizer: OptimizerConfig,
-    value_optimizer: OptimizerConfig,
-    steps: int,
-    temperature: float,
-    meter: Meter,
-    generation: GenerationConfig = TRANSFORMERS,
-    *,
-    shared_trunk: bool = False,
-    lora: LoRAConfig | None = None,
-    seed: int = 0,
+    start: Start, judge: Path | GoldScorer, optimizers: Optimizers, drawing: Drawing, meter: Meter
 ) -> Actors:
     """Policy and reference from the SFT model, value model and scorer from the reward model.
 
-    Where gold takes the reward model's place, the value model starts from the SFT model too. With
-    a `shared_trunk` there is none, with `lora` (whose start `seed` draws) no copy as reference.
+    `judge`: a reward model's folder, or what takes its place; then the value model starts from the
+    SFT model too. With a shared trunk there is none, with LoRA no copy as reference.
     """
-    ids, start = special_ids(load_tokenizer(policy)), load_policy(policy)
-    ref, model = None if lora else frozen(start), with_lora(start, lora, seed)
+    ids, model = special_ids(load_tokenizer(start.policy)), load_policy(start.policy)
+    ref, shared_trunk = None if start.lora else frozen(model), optimizers.shared_trunk
+    model = with_lora(model, start.lora, start.seed)
     if shared_trunk:
         if not packs(model):
             raise InputError(
-                f"{policy}: a model of type {model.config.model_type} cannot share its trunk with "
-                "PPO's value function; set `ppo.shared_trunk` to false"
+                f"{start.policy}: a model of type {model.config.model_type} cannot share its trunk "
+                "with PPO's value function; set `ppo.shared_trunk` to false"
             )
         add_value_head(model)
-    trainee = prepare(model, optimizer, steps)
+    trainee = prepare(model, optimizers.policy, optimizers.steps)
     device = trainee.model.device
-    if isinstance(reward_model, GoldScorer):
-        scorer = reward_model
-        value = None if shared_trunk else with_zero_head(policy)
+    if isinstance(judge, GoldScorer):
+        scorer, value = judge, None if shared_trunk else with_zero_head(start.policy)
     else:
-        scorer = Scorer(reward_model, device)
-        value = None if shared_trunk else value_model(reward_model, scorer)
+        scorer = Scorer(judge, device)
+        value = None if shared_trunk else value_model(judge, scorer)
     held = trainee.model, value, ref, scorer.model
     meter.models_held = sum(model is not None for model in held)
-    engine = make_engine(generation, trainee.model, ids, policy, temperature)
+    temperature = drawing.sampling.temperature
     return Actors(
         policy=trainee,
-        value=None if value is None else prepare(value, value_optimizer, steps),
+        value=None if value is None else prepare(value, optimizers.value, optimizers.steps),
         ref=None if ref is None else ref.to(device),  # pyright: ignore[reportArgumentType]
         scorer=scorer,
-        engine=engine,
+        engine=make_engine(drawing.generation, trainee.model, ids, start.policy, temperature),
         pad_id=ids.pad,
         temperature=temperature,
         meter=meter,
@@ -231,8 +227,6 @@ def score_rollout(
                 values = actors.value_pass(batch)
             rollout.ref_logprobs[index, :columns] = actors.reference_pass(batch)
         rollout.values[index, :columns] = values
-        if actors.scorer.model is not None:
-            actors.meter.forward(actors.scorer.model, batch, ends=True)
     return rollout, scores
 
 

@@ -101,7 +101,7 @@ def evaluate_best_of_n(
     many = [p for p in ids for _ in range(samples)]
     draw = sampling.model_copy(update={"temperature": 1.0, "seed": seed})
     with meter.phase("generate and score"):
-        favourites = best_of_n(engine, scorer, many, n, draw, meter)
+        favourites = best_of_n(engine, scorer, many, n, draw)
     write_json(folder / "cost.json", meter.summary())
     columns = measure(source, tokenizer, reward_model, texts, ids, favourites, samples)
     rows = _rows(texts, columns, samples)

@@ -19,8 +19,8 @@ class Pair(NamedTuple):
     prompt_ids: list[int]
     chosen_ids: list[int]
     rejected_ids: list[int]
-    chosen_gold: float
-    rejected_gold: float
+    chosen_gold: float | None = None  # the task's true scores, where it has them
+    rejected_gold: float | None = None
     p: float = 1.0
 
 

@@ -14,7 +14,7 @@ from shared.config import Config, InputError
 from shared.data.pairs import Pair, clean, swapped
 from shared.data.samples import draw_samples, list_samples
 from shared.generation.engine import Sampling
-from shared.generation.start import TRANSFORMERS, GenerationConfig
+from shared.generation.start import Drawing
 from shared.stages import write_json, write_jsonl
 from shared.tasks.registry import TaskConfig, make_task
 from shared.tasks.task import Split, Task
@@ -40,9 +40,8 @@ def make_preferences(
     task: TaskConfig,
     policy: Path,
     data: PreferenceConfig,
-    sampling: Sampling,
+    drawing: Drawing,
     seed: int,
-    generation: GenerationConfig = TRANSFORMERS,
 ) -> None:
     """Stage: `train.jsonl` and `held_out.jsonl`, samples of `policy` in labelled pairs.
 
@@ -54,11 +53,9 @@ def make_preferences(
     share = 1 if task.finite else 20  # some samples are identical
     prompts = -(-(count + max(64, count // share, 2 * data.per_prompt)) // data.per_prompt)
     if data.listed:
-        drawn = list_pairs(task, policy, prompts, sampling, seed)
+        drawn = list_pairs(task, policy, prompts, drawing.sampling, seed)
     else:
-        drawn = sample_pairs(
-            task, policy, "preference", prompts, sampling, seed, generation, data.per_prompt
-        )
+        drawn = sample_pairs(task, policy, "preference", prompts, drawing, seed, data.per_prompt)
     labelled = label(drawn, make_task(task), data.labels, rng)
     pairs, dropped = clean(labelled, repeats=task.finite)
     train = pairs[: data.pairs]
@@ -68,7 +65,7 @@ def make_preferences(
         raise InputError(
             f"preferences: only {len(train) + len(held_out)} of {count} pairs are usable (dropped: "
             f"{dict(dropped)}); the policy repeats itself: ask for fewer pairs, or sample at a "
-            f"higher temperature than {sampling.temperature:g}"
+            f"higher temperature than {drawing.sampling.temperature:g}"
         )
     write_jsonl(folder / "train.jsonl", [p._asdict() for p in train])
     write_jsonl(folder / "held_out.jsonl", [p._asdict() for p in held_out])
@@ -95,12 +92,11 @@ def make_reward_test(
     task: TaskConfig,
     policy: Path,
     pairs: int,
-    sampling: Sampling,
+    drawing: Drawing,
     seed: int,
-    generation: GenerationConfig = TRANSFORMERS,
 ) -> None:
     """Stage: `pairs.jsonl`, unlabelled pairs of other prompts, to examine reward models on."""
-    drawn = sample_pairs(task, policy, "reward-test", pairs, sampling, seed, generation)
+    drawn = sample_pairs(task, policy, "reward-test", pairs, drawing, seed)
     write_jsonl(folder / "pairs.jsonl", [p._asdict() for p in drawn])
 
 
@@ -109,14 +105,13 @@ def sample_pairs(
     policy: Path,
     split: Split,
     prompts: int,
-    sampling: Sampling,
+    drawing: Drawing,
     seed: int,
-    generation: GenerationConfig,
     per_prompt: int = 1,
 ) -> list[Pair]:
     """`per_prompt` pairs of samples for each prompt with their gold scores, in the order drawn."""
-    counts = prompts, 2 * per_prompt
-    rows = draw_samples(task, policy, split, *counts, sampling, seed, seed, generation)
+    drawing = drawing.at(seed=seed)
+    rows = draw_samples(task, policy, split, prompts, 2 * per_prompt, drawing, seed)
     return [
         Pair(
             id=f"{split}-{seed}-{number * per_prompt + first // 2}",

@@ -8,7 +8,7 @@ import torch
 from shared.config import InputError
 from shared.data.listing import Listing, list_completions, listed_logps
 from shared.generation.engine import Sampling
-from shared.generation.start import TRANSFORMERS, GenerationConfig, make_engine
+from shared.generation.start import Drawing, make_engine
 from shared.models.load import load_policy, load_tokenizer, special_ids
 from shared.stages import read_json, read_jsonl, write_json, write_jsonl
 from shared.tasks.registry import TaskConfig, make_task
@@ -30,20 +30,17 @@ def draw_samples(
     split: Split,
     prompts: int,
     per_prompt: int,
-    sampling: Sampling,
-    seed: int,
+    drawing: Drawing,
     prompt_seed: int,
-    generation: GenerationConfig = TRANSFORMERS,
 ) -> list[PromptSamples]:
     """`per_prompt` samples of each of `prompts` prompts; `prompt_seed` chooses the prompts."""
     source, tokenizer = make_task(task), load_tokenizer(policy)
     texts = source.prompts(split, prompts, prompt_seed)
     ids = [tokenizer(text).input_ids for text in texts]
     model, special = load_policy(policy).eval(), special_ids(tokenizer)
-    engine = make_engine(generation, model, special, policy, sampling.temperature)
+    engine = make_engine(drawing.generation, model, special, policy, drawing.sampling.temperature)
     many = [i for i in range(prompts) for _ in range(per_prompt)]
-    sampling = sampling.model_copy(update={"seed": seed})
-    drawn = engine.generate([ids[i] for i in many], sampling).ids
+    drawn = engine.generate([ids[i] for i in many], drawing.sampling).ids
     decoded = tokenizer.batch_decode(drawn, skip_special_tokens=True)
     gold = source.gold([texts[i] for i in many], decoded).tolist()
     blocks = [slice(i * per_prompt, (i + 1) * per_prompt) for i in range(prompts)]
@@ -60,13 +57,11 @@ def sample_reference(
     split: Split,
     prompts: int,
     per_prompt: int,
-    sampling: Sampling,
+    drawing: Drawing,
     seed: int,
-    generation: GenerationConfig = TRANSFORMERS,
 ) -> None:
     """Stage: `samples.jsonl`, one `PromptSamples` a line."""
-    counts = prompts, per_prompt
-    rows = draw_samples(task, policy, split, *counts, sampling, seed, seed, generation)
+    rows = draw_samples(task, policy, split, prompts, per_prompt, drawing.at(seed=seed), seed)
     write_jsonl(folder / "samples.jsonl", [row._asdict() for row in rows])
 
 

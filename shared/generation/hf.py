@@ -14,6 +14,7 @@ from transformers import DynamicCache, PreTrainedModel
 from shared.generation.decoding import Decoding
 from shared.generation.engine import Completions, Sampling, require_tokens
 from shared.models import ops
+from shared.models.cost import count_samples
 from shared.models.load import SpecialIds
 from shared.models.lora import merged
 from shared.models.packing import packs
@@ -54,6 +55,7 @@ class HFEngine:
                     end = tokens.index(self.eos_id) + 1 if self.eos_id in tokens else len(tokens)
                     ids[row], logprobs[row] = tokens[:end], at[:end]
         self.model.train(was_training)
+        count_samples(self.model, prompts, ids)
         return Completions(ids, [tokens[-1] != self.eos_id for tokens in ids], logprobs)
 
     def sync(self) -> float:

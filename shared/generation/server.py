@@ -34,6 +34,7 @@ from shared.generation.vllm import (
     require_room,
     sampling_params,
 )
+from shared.models.cost import count_samples
 from shared.models.load import SpecialIds, require_model
 from shared.models.lora import plain_weights
 
@@ -83,6 +84,7 @@ class ServerEngine:
         with ThreadPoolExecutor(AT_ONCE) as pool:
             answers = list(pool.map(lambda body: self._post("/v1/completions", body), bodies))
         drawn = [answer["choices"][0] for answer in answers]
+        count_samples(self.model, prompts, [d["token_ids"] for d in drawn])
         return Completions(
             [d["token_ids"] for d in drawn],
             [d["finish_reason"] == "length" for d in drawn],

@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 from shared.config import InputError
 from shared.generation.engine import Completions, Dtype, Sampling, StaleEngine, require_tokens
 from shared.generation.sync import require_fresh
+from shared.models.cost import count_samples
 from shared.models.load import SpecialIds
 from shared.models.lora import plain_weights
 
@@ -80,6 +81,7 @@ class VLLMEngine:
                 [{"prompt_token_ids": list(p)} for p in prompts], params, use_tqdm=False
             )
         drawn = [output.outputs[0] for output in outputs]
+        count_samples(self.model, prompts, [d.token_ids for d in drawn])
         return Completions(
             [list(d.token_ids) for d in drawn],
             [d.finish_reason == "length" for d in drawn],

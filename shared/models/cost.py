@@ -6,28 +6,28 @@ import importlib.metadata
 import os
 import platform
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import cache
+from functools import cache, partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from shared.models import ops
-from shared.models.packing import READ, distinct_tokens, packs
-from shared.models.sequences import Sequences
+from shared.models.packing import READ
 
 PACKAGES = ("torch", "transformers", "trl", "accelerate", "datasets", "peft", "numpy", "scipy")
 
 
 class Meter:
-    """Counts as the work goes on; `summary()` is what a stage's manifest keeps.
+    """Counts what this process does from now on, until another one is made; `summary()` is what a
+    stage keeps of it. Passes and samples report themselves where they run (`count_pass`).
 
     FLOPs count non-padding tokens and unmasked attention: a forward pass of n tokens is
     2 n parameters + 2 n^2 hidden layers, where the output head and, packed, the last layer's MLP
@@ -43,6 +43,8 @@ class Meter:
         self.models_held = 1
         reset_peak_memory()
         self._start = time.perf_counter()
+        global _counting
+        _counting = self
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
@@ -53,43 +55,9 @@ class Meter:
         finally:
             self.phases[name] = self.phases.get(name, 0.0) + time.perf_counter() - start
 
-    def forward(
-        self,
-        model: PreTrainedModel,
-        batch: Sequences,
-        backward: bool = False,
-        *,
-        logits: bool = True,
-        ends: bool = False,
-    ) -> None:
-        """Counts a pass over `batch`; with `backward` also its gradient and the trained tokens.
-
-        What a packed pass computes once for several rows is counted once, what nothing reads is
-        not. Without `logits` a policy's output head is not used; `ends`: only each row's last token
-        is read.
-        """
-        lengths = batch.attention.sum(1).tolist()
-        tokens = read = trained = sum(lengths)
-        if packs(model):
-            where = batch.last if ends else batch.predicting
-            tokens, read, lengths = distinct_tokens(batch, where)
-        at = At(tokens, read, int(batch.mask.sum()) if logits else 0)
-        flops = forward_flops(model, lengths, at)
+    def _backward(self, flops: float, tokens: int, gradient: Tensor) -> None:
         self.flops += flops
-        if backward:
-            frozen = zip(at, matrices(model)[1], strict=True)
-            self.flops += 2 * flops - 2.0 * sum(seen * size for seen, size in frozen)
-            self.train_tokens += trained
-
-    def generation(
-        self, model: PreTrainedModel, prompts: list[list[int]], completions: list[list[int]]
-    ) -> None:
-        """Counts sampled completions (token ids), and what prompts begin with in common once."""
-        generated = sum(map(len, completions))
-        self.generated_tokens += generated
-        lengths = [len(p) + len(c) for p, c in zip(prompts, completions, strict=True)]
-        tokens = distinct_beginnings(prompts) + generated
-        self.flops += forward_flops(model, lengths, At(tokens, tokens, generated))
+        self.train_tokens += tokens
 
     def state(self) -> dict[str, Any]:
         """What `restore` goes on from, in another process too."""
@@ -110,12 +78,49 @@ class Meter:
         }
 
 
+_counting: Meter | None = None
+
+
+def count_pass(model: PreTrainedModel, work: "Work", output: Tensor) -> None:
+    """A forward pass that has run; its gradient counts when it comes, through `output`."""
+    meter = _counting
+    if meter is None:
+        return
+    flops = forward_flops(model, work.lengths, work.at)
+    meter.flops += flops
+    if output.requires_grad:
+        frozen = zip(work.at, matrices(model)[1], strict=True)
+        backward = 2 * flops - 2.0 * sum(seen * size for seen, size in frozen)
+        output.register_hook(partial(meter._backward, backward, work.tokens))
+
+
+def count_samples(
+    model: PreTrainedModel, prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]]
+) -> None:
+    """Completions that were sampled (token ids); what prompts begin with in common counts once."""
+    if _counting is None:
+        return
+    generated = sum(map(len, completions))
+    _counting.generated_tokens += generated
+    lengths = [len(p) + len(c) for p, c in zip(prompts, completions, strict=True)]
+    tokens = distinct_beginnings([list(p) for p in prompts]) + generated
+    _counting.flops += forward_flops(model, lengths, At(tokens, tokens, generated))
+
+
 class At(NamedTuple):
     """Numbers for the parts of a model: tokens that go through them, or parameters of matrices."""
 
     trunk: int  # all but the others
     last_mlp: int  # of a model that packs
     head: int  # makes logits; tied embeddings count here
+
+
+class Work(NamedTuple):
+    """What one forward pass computes."""
+
+    lengths: list[int]  # tokens of each row, for attention
+    at: At
+    tokens: int  # of all rows without padding: those it trains on, where it does
 
 
 def forward_flops(model: PreTrainedModel, lengths: list[int], at: At | None = None) -> float:

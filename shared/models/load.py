@@ -7,6 +7,7 @@ other project loads it. A reward model's normalisation lies beside it in `normal
 import copy
 import json
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -24,7 +25,8 @@ from transformers import (
 )
 
 from shared.config import Config, InputError
-from shared.models.lora import below_lora, plain_weights
+from shared.models.cost import At, Work, count_pass
+from shared.models.lora import LoRAConfig, below_lora, plain_weights, with_lora
 from shared.models.packing import let_pack, pack, packed_inputs, packs
 from shared.models.sequences import SCORING, Limit, Sequences, by_length, collate
 
@@ -57,6 +59,19 @@ def new_policy(
             bos_token_id=None,
         )
     )
+
+
+@dataclass(frozen=True)
+class Start:
+    """What a policy begins as: the model in a folder, under an adapter that `seed` draws."""
+
+    policy: Path
+    lora: LoRAConfig | None = None
+    seed: int = 0
+
+    def load(self) -> PreTrainedModel:
+        """The policy, ready to train."""
+        return with_lora(load_policy(self.policy), self.lora, self.seed)
 
 
 def load_policy(folder: Path) -> PreTrainedModel:
@@ -159,18 +174,29 @@ def trunk(model: PreTrainedModel) -> nn.Module:
     return getattr(below, below.base_model_prefix)
 
 
-def last_states(model: PreTrainedModel, batch: Sequences, at: Tensor) -> Tensor:
-    """The last hidden states of the tokens where `at` (B, P + T), (M, H), row by row."""
+def last_states(
+    model: PreTrainedModel, batch: Sequences, at: Tensor, *, logits: int = 0
+) -> Tensor:
+    """The last hidden states of the tokens where `at` (B, P + T), (M, H), row by row.
+
+    `logits`: of how many of them the caller goes on to make logits, which count as this pass's.
+    """
+    real = int(batch.attention.sum())
     if packs(model):
         packed = pack(batch, at)
         tokens = packed.place[at]
-        return trunk(model)(**packed_inputs(packed, tokens)).last_hidden_state[0, tokens]
-    return trunk(model)(
+        states = trunk(model)(**packed_inputs(packed, tokens)).last_hidden_state[0, tokens]
+        computed = At(packed.ids.shape[1], len(tokens.unique()), logits)
+        count_pass(model, Work(packed.lengths.tolist(), computed, real), states)
+        return states
+    states = trunk(model)(
         input_ids=batch.ids,
         attention_mask=batch.attention,
         position_ids=batch.positions,
         use_cache=False,
     ).last_hidden_state[at]
+    count_pass(model, Work(batch.attention.sum(1).tolist(), At(real, real, logits), real), states)
+    return states
 
 
 def token_scalars(model: PreTrainedModel, batch: Sequences, at: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from shared.models import ops
-from shared.models.cost import Meter
+from shared.models.cost import At, Work, count_pass
 from shared.models.lora import value_head
 from shared.models.load import last_states
 from shared.models.packing import packs
@@ -27,7 +27,7 @@ def completion_logits(model: PreTrainedModel, batch: Sequences, temperature: flo
     batch = batch.to(model.device)
     if packs(model):
         return _logits(output_head(model), predicting_states(model, batch), temperature)
-    length = batch.mask.shape[1]
+    length, real = batch.mask.shape[1], int(batch.attention.sum())
     logits = model(
         input_ids=batch.ids,
         attention_mask=batch.attention,
@@ -35,15 +35,19 @@ def completion_logits(model: PreTrainedModel, batch: Sequences, temperature: flo
         use_cache=False,
         logits_to_keep=length + 1,
     ).logits[:, -length - 1 : -1][batch.mask]
+    computed = At(real, real, len(logits))
+    count_pass(model, Work(batch.attention.sum(1).tolist(), computed, real), logits)
     return logits.float() if temperature == 1 else logits.float() / temperature
 
 
-def predicting_states(model: PreTrainedModel, batch: Sequences) -> Tensor:
+def predicting_states(
+    model: PreTrainedModel, batch: Sequences, *, logits: bool = True
+) -> Tensor:
     """Of a model that packs: the last hidden states that predict the M completion tokens, (M, H).
 
-    The output head sees these only, and no prompt.
+    The output head sees these only, and no prompt; without `logits` not even these.
     """
-    return last_states(model, batch, batch.predicting)
+    return last_states(model, batch, batch.predicting, logits=int(batch.mask.sum()) * logits)
 
 
 def output_head(model: PreTrainedModel) -> nn.Module:
@@ -115,7 +119,7 @@ def policy_values(policy: PreTrainedModel, batch: Sequences) -> Tensor:
     Of a policy that packs and has a value head; it reads the states that predict token t.
     """
     batch = batch.to(policy.device)
-    return batch.spread(_values(policy, predicting_states(policy, batch)))
+    return batch.spread(_values(policy, predicting_states(policy, batch, logits=False)))
 
 
 def _values(policy: PreTrainedModel, states: Tensor) -> Tensor:
@@ -171,14 +175,10 @@ def score_logps(
     completions: Sequence[Sequence[int]],
     pad_id: int,
     limit: Limit = SCORING,
-    *,
-    meter: Meter | None = None,
 ) -> Tensor:
     """`sequence_logps` of any number of rows in their order, no gradients, on the CPU, (N,)."""
     logps = torch.zeros(len(prompts))
     for rows in by_length([*map(len, completions)], [*map(len, prompts)], limit):
         batch = collate([prompts[i] for i in rows], [completions[i] for i in rows], pad_id)
         logps[torch.tensor(rows)] = sequence_logps(model, batch).cpu()
-        if meter is not None:
-            meter.forward(model, batch)
     return logps

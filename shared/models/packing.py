@@ -95,12 +95,6 @@ def number_all(ids: Tensor) -> tuple[Tensor, Tensor]:
     return new, number.masked_fill(~new, 0)
 
 
-def distinct_tokens(batch: Sequences, at: Tensor) -> tuple[int, int, list[int]]:
-    """How many tokens `pack` leaves, how many of them are those `at` (B, P + T), and each row's."""
-    packed = pack(batch, at)
-    return packed.ids.shape[1], len(packed.place[at].unique()), packed.lengths.tolist()
-
-
 def packs(model: PreTrainedModel) -> bool:
     """Whether `model` runs on packed tokens."""
     return model.config._attn_implementation == PACKED

@@ -90,28 +90,28 @@ class Limit(NamedTuple):
     rows: int
     tokens: int
 
-    def of_pairs(self) -> "Limit":
-        """The same, counted in pairs of rows."""
-        return Limit(max(1, self.rows // 2), self.tokens // 2)
-
 
 SCORING = Limit(256, 2**15)  # of a pass without gradients
 
 
-def by_length(lengths: Sequence[int], beside: Sequence[int], limit: Limit) -> Iterator[list[int]]:
-    """Row numbers in batches of similar `lengths`: little padding where order does not matter.
+def by_length(
+    completions: Sequence[int], prompts: Sequence[int], limit: Limit, *, rows_each: int = 1
+) -> Iterator[list[int]]:
+    """Numbers of items in batches of similar length: little padding where order does not matter.
 
-    `beside`: the tokens that a row has besides, such as its prompt's beside its completion's.
+    `completions` and `prompts` are the tokens of each item's longest completion and prompt; an item
+    has `rows_each` rows: a pair has two.
     """
+    most = max(1, limit.rows // rows_each)
     batch: list[int] = []
     wide = 0, 0
-    for row in sorted(range(len(lengths)), key=lengths.__getitem__):
-        wider = max(wide[0], lengths[row]), max(wide[1], beside[row])
-        tokens = (len(batch) + 1) * sum(wider)
-        if batch and (len(batch) == limit.rows or tokens > limit.tokens):
+    for item in sorted(range(len(completions)), key=completions.__getitem__):
+        wider = max(wide[0], completions[item]), max(wide[1], prompts[item])
+        tokens = (len(batch) + 1) * rows_each * sum(wider)
+        if batch and (len(batch) == most or tokens > limit.tokens):
             yield batch
-            batch, wider = [], (lengths[row], beside[row])
-        batch.append(row)
+            batch, wider = [], (completions[item], prompts[item])
+        batch.append(item)
         wide = wider
     if batch:
         yield batch

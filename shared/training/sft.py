@@ -10,8 +10,9 @@ from transformers import PreTrainedTokenizerBase, PrinterCallback
 from shared.config import Config
 from shared.models.load import ModelConfig, new_policy, save
 from shared.models.packing import with_ops
-from shared.stages import write_json
+from shared.stages import write_jsonl
 from shared.tasks.registry import TaskConfig, make_task
+from shared.training.finished import LOG
 
 
 class SftConfig(Config):
@@ -68,7 +69,7 @@ def train_sft(
         trainer.train()
     save(trainer.model, tokenizer, folder)  # pyright: ignore[reportArgumentType]
     log = [row for row in trainer.state.log_history if "loss" in row]
-    write_json(folder / "log.json", [{"step": r["step"], "loss": float(r["loss"])} for r in log])
+    write_jsonl(folder / LOG, [{"step": r["step"], "loss": float(r["loss"])} for r in log])
 
 
 def tokenize(
