@@ -61,7 +61,7 @@ def lines() -> Iterator[Command]:
             for line in fence["text"].splitlines() if not fence["kind"] else ():
                 yield Command(page.name, line.strip().split("  #")[0].strip())
         text = FENCE.sub("", page.read_text(encoding="utf-8"))
-        for line in re.findall(r"`((?:klash|make) [^`\n]+)`", text):
+        for line in re.findall(r"`(klash \S+ [^`\n]+|make [^`\n]+)`", text):
             if not re.search(r"\[|\b[A-Z]+\b", line):  # no placeholder: `klash report RUN`
                 yield Command(page.name, line)
 
@@ -224,6 +224,12 @@ def test_every_outline_of_results_names_what_is_there():
         assert set(model) <= set(schema[part]["properties"]), part
 
 
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+def test_every_command_that_a_page_names_is_there(page: Path):
+    names = re.findall(r"\bklash ([a-z][\w-]*)", page.read_text(encoding="utf-8"))
+    assert set(names) <= COMMANDS.keys()
+
+
 def test_the_readme_has_at_most_150_lines():
     assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 150
 
@@ -234,14 +240,14 @@ def test_the_readme_names_every_command():
         assert f"`klash {name}" in text, name
 
 
-@pytest.mark.parametrize("page", LINKED, ids=lambda p: p.name)
+@pytest.mark.parametrize("page", LINKED, ids=lambda p: str(p.relative_to(ROOT)))
 def test_every_link_leads_to_a_file(page: Path):
     for link in LINK.finditer(page.read_text(encoding="utf-8")):
         if "://" not in link["target"]:
             assert (page.parent / link["target"]).exists(), link["target"]
 
 
-@pytest.mark.parametrize("page", LINKED, ids=lambda p: p.name)
+@pytest.mark.parametrize("page", LINKED, ids=lambda p: str(p.relative_to(ROOT)))
 def test_every_source_file_a_page_names_is_there(page: Path):
     """Paths in backticks that begin with one of the tree's folders."""
     text = page.read_text(encoding="utf-8")
