@@ -20,8 +20,9 @@ from transformers import (
 
 from benchmarks.doctor import models, reward, tokens
 from benchmarks.doctor.finding import Finding
-from benchmarks.doctor.patient import Patient, any_tokenizer, readable, token_id
+from benchmarks.doctor.patient import Patient, any_tokenizer, readable
 from shared.config import InputError
+from shared.data.files import token_id
 from shared.data.pairs import Pair
 from shared.generation.hf import HFEngine
 from shared.models.load import (

@@ -1,13 +1,11 @@
 """What `klash doctor` examines: models and tokenised pairs, of an experiment or of one's own."""
 
-import json
 import tomllib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from jinja2 import TemplateError
 from pydantic import Field
 from safetensors import SafetensorError
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
@@ -17,11 +15,10 @@ from benchmarks.pipeline.experiment import Experiment, experiment_file, load_exp
 from benchmarks.pipeline.places import quiet_libraries, set_up_process, stage_context
 from benchmarks.run import progress
 from shared.config import Config, InputError, load
+from shared.data.files import Row, encode, read_pair_file
 from shared.data.pairs import Pair, read_pairs
 from shared.generation.engine import Sampling
 from shared.stages import Stages
-
-Messages = list[dict[str, str]]
 
 
 class DoctorConfig(Config):
@@ -41,18 +38,6 @@ class DoctorConfig(Config):
     temperature: float = Field(default=1.0, gt=0)
     max_length: int | None = Field(default=None, gt=1)
     max_new_tokens: int | None = Field(default=None, gt=0)
-
-
-class Row(NamedTuple):
-    """One line of a data file: `messages` of the prompt and of both completions, if it is a chat.
-
-    Texts are as the model reads them: of a chat, what the template makes of it.
-    """
-
-    prompt: str
-    chosen: str
-    rejected: str
-    messages: tuple[Messages, Messages, Messages] | None = None
 
 
 class Patient(NamedTuple):
@@ -107,7 +92,7 @@ def of_files(config: DoctorConfig, beside: Path) -> Patient:
     """One's own models and data."""
     folder = beside / config.model
     tokenizer = any_tokenizer(folder)
-    rows = read_rows(beside / config.data, tokenizer)
+    rows = read_pair_file(beside / config.data, tokenizer)
     sampling = Sampling(temperature=config.temperature)
     if config.max_new_tokens is not None:
         sampling = sampling.model_copy(update={"max_new_tokens": config.max_new_tokens})
@@ -145,117 +130,3 @@ def readable(folder: Path) -> Iterator[None]:
         yield
     except (OSError, ValueError, SafetensorError) as error:
         raise InputError(f"{folder}: transformers cannot load it: {error}") from error
-
-
-def read_rows(path: Path, tokenizer: PreTrainedTokenizerBase) -> list[Row]:
-    """Rows of a JSON lines file; an InputError names the line that is not one."""
-    try:
-        lines = path.read_text(encoding="utf-8").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: cannot read it: {error}") from error
-    numbered = [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
-    if not numbered:
-        raise InputError(f"{path}: no rows; one JSON object a line is expected")
-    rows = [read_row(line, f"{path}, line {number}", tokenizer) for number, line in numbered]
-    if len({row.messages is None for row in rows}) > 1:
-        raise InputError(f"{path}: some rows are texts and some are chats; make them one of both")
-    return rows
-
-
-def read_row(line: str, where: str, tokenizer: PreTrainedTokenizerBase) -> Row:
-    try:
-        row = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise InputError(f"{where}: not JSON: {error}") from error
-    if not isinstance(row, dict):
-        raise InputError(f"{where}: not an object with `prompt`, `chosen` and `rejected`")
-    if missing := sorted({"prompt", "chosen", "rejected"} - row.keys()):
-        raise InputError(f"{where}: `{missing[0]}` is missing (found {', '.join(sorted(row))})")
-    sides = [row["prompt"], row["chosen"], row["rejected"]]
-    if all(isinstance(side, str) for side in sides):
-        return Row(*sides)
-    if not all(is_chat(side) for side in sides):
-        raise InputError(
-            f"{where}: `prompt`, `chosen` and `rejected` must be three texts, or three lists of "
-            "messages {role, content}"
-        )
-    if tokenizer.chat_template is None:
-        raise InputError(
-            f"{where}: chat messages, but the model's tokenizer has no chat template; set "
-            "tokenizer.chat_template and save it, or give texts"
-        )
-    try:
-        return read_chat(tokenizer, *sides)
-    except TemplateError as error:
-        raise InputError(f"{where}: the chat template refuses it: {error}") from error
-
-
-def is_chat(side: Any) -> bool:
-    """Whether `side` is a list of messages with their texts."""
-    return (
-        isinstance(side, list)
-        and bool(side)
-        and all(
-            isinstance(m, dict)
-            and isinstance(m.get("role"), str)
-            and isinstance(m.get("content"), str)
-            for m in side
-        )
-    )
-
-
-def read_chat(
-    tokenizer: PreTrainedTokenizerBase, prompt: Messages, chosen: Messages, rejected: Messages
-) -> Row:
-    """What the chat template makes of the row; completions may repeat the prompt's messages."""
-    chosen, rejected = (
-        side[len(prompt) :] if side[: len(prompt)] == prompt else side
-        for side in (chosen, rejected)
-    )
-    before = render(tokenizer, prompt, open_answer=True)
-    texts = [
-        whole.removeprefix(before)
-        if (whole := render(tokenizer, prompt + answer)).startswith(before)
-        else "".join(message["content"] for message in answer) + str(tokenizer.eos_token or "")
-        for answer in (chosen, rejected)
-    ]
-    return Row(before, *texts, messages=(prompt, chosen, rejected))
-
-
-def render(
-    tokenizer: PreTrainedTokenizerBase, messages: Messages, *, open_answer: bool = False
-) -> str:
-    """The text of a chat; `open_answer` ends it where the policy's answer begins."""
-    return tokenizer.apply_chat_template(  # pyright: ignore[reportReturnType]
-        messages, tokenize=False, add_generation_prompt=open_answer
-    )
-
-
-def encode(tokenizer: PreTrainedTokenizerBase, row: Row, number: int) -> Pair:
-    """Token ids of a row. A text gets its EOS here; of a chat, what follows the last EOS goes.
-
-    Prompt and completion are encoded apart, so that the policy goes on from the prompt's tokens.
-    """
-    chat, eos = row.messages is not None, token_id(tokenizer, "eos_token_id")
-    prompt = tokenizer(row.prompt, add_special_tokens=not chat).input_ids
-    sides = [
-        tokenizer(side, add_special_tokens=False).input_ids for side in (row.chosen, row.rejected)
-    ]
-    if chat:
-        sides = [up_to_last(ids, eos) for ids in sides]
-    elif eos is not None:
-        sides = [[*ids, eos] if ids else [] for ids in sides]
-    return Pair(f"row {number}", row.prompt, prompt, *sides, chosen_gold=0.0, rejected_gold=0.0)
-
-
-def token_id(tokenizer: PreTrainedTokenizerBase, name: str) -> int | None:
-    """The id of a special token, None where the tokenizer has none."""
-    value = getattr(tokenizer, name)
-    return value if isinstance(value, int) else None
-
-
-def up_to_last(ids: list[int], eos: int | None) -> list[int]:
-    """Templates end a turn with EOS and a line break; the policy stops at EOS."""
-    if eos is None or eos not in ids:
-        return ids
-    return ids[: len(ids) - ids[::-1].index(eos)]

@@ -6,7 +6,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from benchmarks.doctor.finding import Finding, verdict
-from benchmarks.doctor.patient import Row, render
+from shared.data.files import Row, render
 from shared.data.pairs import Pair, clean
 
 

@@ -174,9 +174,7 @@ def trunk(model: PreTrainedModel) -> nn.Module:
     return getattr(below, below.base_model_prefix)
 
 
-def last_states(
-    model: PreTrainedModel, batch: Sequences, at: Tensor, *, logits: int = 0
-) -> Tensor:
+def last_states(model: PreTrainedModel, batch: Sequences, at: Tensor, *, logits: int = 0) -> Tensor:
     """The last hidden states of the tokens where `at` (B, P + T), (M, H), row by row.
 
     `logits`: of how many of them the caller goes on to make logits, which count as this pass's.

@@ -11,8 +11,8 @@ from transformers import PreTrainedModel
 
 from shared.models import ops
 from shared.models.cost import At, Work, count_pass
-from shared.models.lora import value_head
 from shared.models.load import last_states
+from shared.models.lora import value_head
 from shared.models.packing import packs
 from shared.models.sequences import SCORING, Limit, Sequences, by_length, collate
 
@@ -40,9 +40,7 @@ def completion_logits(model: PreTrainedModel, batch: Sequences, temperature: flo
     return logits.float() if temperature == 1 else logits.float() / temperature
 
 
-def predicting_states(
-    model: PreTrainedModel, batch: Sequences, *, logits: bool = True
-) -> Tensor:
+def predicting_states(model: PreTrainedModel, batch: Sequences, *, logits: bool = True) -> Tensor:
     """Of a model that packs: the last hidden states that predict the M completion tokens, (M, H).
 
     The output head sees these only, and no prompt; without `logits` not even these.
