@@ -37,9 +37,8 @@ def read_pair_file(path: Path, tokenizer: PreTrainedTokenizerBase) -> list[Row]:
     numbered = [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
     if not numbered:
         raise InputError(f"{path}: no rows; one JSON object a line is expected")
-    objects = [
-        (f"{path}, line {n}", read_object(line, f"{path}, line {n}")) for n, line in numbered
-    ]
+    places = [f"{path}, line {number}" for number, _ in numbered]
+    objects = [(at, read_object(line, at)) for at, (_, line) in zip(places, numbered, strict=True)]
     formats = {format_of(found, where) for where, found in objects}
     if len(formats) > 1:
         raise InputError(f"{path}: some rows are texts and some are chats; make them one of both")
@@ -146,14 +145,14 @@ def encode(tokenizer: PreTrainedTokenizerBase, row: Row, number: int) -> Pair:
     """
     chat, eos = row.messages is not None, token_id(tokenizer, "eos_token_id")
     prompt = tokenizer(row.prompt, add_special_tokens=not chat).input_ids
-    sides = [
-        tokenizer(side, add_special_tokens=False).input_ids for side in (row.chosen, row.rejected)
-    ]
-    if chat:
-        sides = [up_to_last(ids, eos) for ids in sides]
-    elif eos is not None:
-        sides = [[*ids, eos] if ids else [] for ids in sides]
-    return Pair(f"row {number}", row.prompt, prompt, *sides)
+
+    def answer(text: str) -> list[int]:
+        ids: list[int] = tokenizer(text, add_special_tokens=False).input_ids
+        if chat:
+            return up_to_last(ids, eos)
+        return [*ids, eos] if ids and eos is not None else ids
+
+    return Pair(f"row {number}", row.prompt, prompt, answer(row.chosen), answer(row.rejected))
 
 
 def token_id(tokenizer: PreTrainedTokenizerBase, name: str) -> int | None:

@@ -61,8 +61,8 @@ def of_tokens(
 ) -> Tensor:
     """`measure(logits (m, V), tokens (m,)) -> (m, ...)` of all M completion tokens, (M, ...).
 
-    At most `Shortcuts.block` logits exist at once: where there are more, each block is computed again for its
-    gradient.
+    At most `Shortcuts.block` logits exist at once: where there are more, each block is computed
+    again for its gradient.
     """
     batch = batch.to(model.device)
     tokens = batch.completion_ids[batch.mask]

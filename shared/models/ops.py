@@ -1,4 +1,4 @@
-"""A decoder's operations in plain PyTorch: specification, fallback, GPU path and test oracle in one.
+"""A decoder's operations in plain PyTorch: specification, fallback, GPU path and test oracle.
 
 On CPUs `shared.cpu` takes over where it is there, with equal results but for rounding: delete its
 folder, and everything runs, slower. No other module knows of it. What makes passes cheaper without
