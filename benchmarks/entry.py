@@ -32,16 +32,11 @@ def exit_codes(command: str, runs: Path = Path("runs")) -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt:
-        code, said = (
-            130,
-            "interrupted: finished stages are kept, the same command goes on from them",
-        )
+        code, said = 130, "interrupted; what was finished is kept"
     except Exception as error:
         if is_disk_full(error):
-            code, said = (
-                1,
-                f"stopped: the disk of {full_folder(error, runs)} is full: free some space",
-            )
+            full = full_folder(error, runs)
+            code, said = 1, f"stopped: the disk of {full} is full: free some space"
         elif isinstance(error, InputError):
             code, said = 2, str(error)
         elif isinstance(error, guards()):

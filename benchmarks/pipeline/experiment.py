@@ -153,7 +153,7 @@ class Experiment(Config):
     model: ModelConfig = ModelConfig()
     """The policy that SFT trains from scratch, a small Llama."""
     lora: LoRAConfig | None = None
-    """Low-rank adapters of all policies, on a frozen base; without this section they train whole."""
+    """Low-rank adapters of all policies, whose base stays frozen; else policies train whole."""
     sampling: Sampling = Sampling()
     """How completions are drawn."""
     generation: GenerationConfig = GenerationConfig()
