@@ -2,45 +2,65 @@
 
 import inspect
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
-import tyro
-
-from benchmarks.commands.head_to_head import compare, report
-from benchmarks.commands.tools import doctor, serve, speed, studies, study
-from benchmarks.entry import exit_codes, split_overrides
-from shared.config import InputError
+from benchmarks.entry import exit_codes, runs_folder, split_overrides
+from shared.config import InputError, suggest
 
 Command = Callable[..., Any]
-COMMANDS: dict[str, Command] = {
-    "compare": compare,
-    "doctor": doctor,
-    "report": report,
-    "serve": serve,
-    "speed": speed,
-    "study": study,
-}
 
 
 def main() -> None:
     """Exit codes: see `exit_codes`; 1 also where a command returns False."""
-    words, commands, prog = sys.argv[1:], COMMANDS, "klash"
-    with exit_codes("klash"):
-        if words[:1] == ["study"]:
-            words, commands, prog = words[1:], studies(), "klash study"
-        command = commands.get(words[0]) if words else None
-        words, overrides = split_overrides(words, _parameters(command))
-        if overrides and "overrides" not in _parameters(command):
-            raise InputError(f"{prog} {words[0]} changes no keys (found {overrides[0]})")
-        with_keys = {
-            name: partial(found, overrides=overrides) if found is command and overrides else found
-            for name, found in commands.items()
-        }
-        held = tyro.extras.subcommand_cli_from_dict(with_keys, args=words, prog=prog)
-    sys.exit(1 if held is False else 0)
+    words = sys.argv[1:]
+    with exit_codes("klash", runs_folder(words)):
+        done = run(words)
+    sys.exit(1 if done is False else 0)
 
 
-def _parameters(command: Command | None) -> tuple[str, ...]:
-    return tuple(inspect.signature(command).parameters) if command else ()
+def commands() -> dict[str, Command]:
+    """The commands by name; importing them takes seconds."""
+    from benchmarks.commands.head_to_head import compare, report
+    from benchmarks.commands.tools import doctor, serve, speed, study
+
+    return {
+        "compare": compare,
+        "doctor": doctor,
+        "report": report,
+        "serve": serve,
+        "speed": speed,
+        "study": study,
+    }
+
+
+def run(words: Sequence[str]) -> Any:
+    """Find the command, take the keys that it changes out of its words; tyro reads the rest."""
+    if list(words[:1]) == ["study"]:
+        from benchmarks.commands.tools import studies
+
+        return run_one(studies(), words[1:], "klash study")
+    return run_one(commands(), words, "klash")
+
+
+def run_one(known: dict[str, Command], words: Sequence[str], prog: str) -> Any:
+    """Run the command that is the first of `words`, of those `known`; without one say which."""
+    import tyro
+
+    from benchmarks.commands.settings import key_help, top_level_keys
+
+    name = words[0] if words else "--help"
+    if name not in known and not name.startswith("-"):
+        raise InputError(f"no command `{prog} {name}`{suggest(name, list(known))}")
+    parameters = inspect.signature(known[name]).parameters if name in known else {}
+    own, overrides = split_overrides(words or ["--help"], parameters, top_level_keys(name))
+    if overrides and "overrides" not in parameters:
+        raise InputError(f"{prog} {name} changes no keys (found {overrides[0]})")
+    changed = {name: partial(known[name], overrides=overrides)} if overrides else {}
+    try:
+        return tyro.extras.subcommand_cli_from_dict({**known, **changed}, args=own, prog=prog)
+    except SystemExit as end:
+        if not end.code and "overrides" in parameters:  # it was asked for help
+            print(key_help(name))
+        raise

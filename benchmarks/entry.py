@@ -1,44 +1,98 @@
-"""How a command starts and ends: the keys it changes on the command line, and its exit code."""
+"""How a command starts and ends: the keys it changes on the command line, and its exit code.
 
+This module imports only what is quick to import, so that Ctrl-C is one line from the start.
+"""
+
+import errno
+import os
+import shutil
 import sys
-from collections.abc import Iterator, Sequence
+import tempfile
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Annotated, TypeVar
 
 import tyro
 
-from benchmarks.pipeline.experiment import Experiment
 from shared.config import InputError
-from shared.generation.engine import EngineLost, StaleEngine
-from shared.training.fit import Diverged
 
 T = TypeVar("T")
 Argument = Annotated[T, tyro.conf.Positional]  # given without a `--name`
 Overrides = Annotated[tuple[str, ...], tyro.conf.Suppress]  # keys of the experiment, as they came
+DISK_FULL = tuple(os.strerror(code) for code in (errno.ENOSPC, errno.EDQUOT))
 
 
 @contextmanager
-def exit_codes(command: str) -> Iterator[None]:
+def exit_codes(command: str, runs: Path = Path("runs")) -> Iterator[None]:
     """0 done, 1 a check failed or a guard stopped the run, 2 the input is wrong, 130 interrupted.
 
     What the user can mend, or a guard stopped, is one line on standard error, not a traceback.
     """
     try:
         yield
-    except InputError as error:
-        print(f"{command}: {error}", file=sys.stderr)
-        sys.exit(2)
-    except (Diverged, EngineLost, StaleEngine) as error:
-        print(f"{command}: stopped: {error}", file=sys.stderr)
-        sys.exit(1)
+    except KeyboardInterrupt:
+        code, said = 130, "interrupted; what was finished is kept"
+    except Exception as error:
+        if is_disk_full(error):
+            full = full_folder(error, runs)
+            code, said = 1, f"stopped: the disk of {full} is full: free some space"
+        elif isinstance(error, InputError):
+            code, said = 2, str(error)
+        elif isinstance(error, guards()):
+            code, said = 1, f"stopped: {error}"
+        else:
+            raise
+    else:
+        return
+    print(f"{command}: {said}", file=sys.stderr)
+    sys.exit(code)
+
+
+def guards() -> tuple[type[Exception], ...]:
+    """Errors with which a run stops itself."""
+    from shared.generation.engine import EngineLost, StaleEngine
+    from shared.training.fit import Diverged
+
+    return Diverged, EngineLost, StaleEngine
+
+
+def is_disk_full(error: BaseException) -> bool:
+    """Whether a write failed for want of space; libraries in Rust have no OSError for it."""
+    texts = [str(found) for found in (error, error.__cause__) if found is not None]
+    return any(reason in text for reason in DISK_FULL for text in texts)
+
+
+def full_folder(error: BaseException, runs: Path) -> Path:
+    """Where space is missing: beside the file that could not be written, if the error names one,
+    else the folder of runs or of temporary files, whichever disk has less left.
+    """
+    files = [getattr(found, "filename", None) for found in (error, error.__cause__)]
+    named = [Path(file).parent for file in files if isinstance(file, str)]
+    folders = [existing(path) for path in named or (runs, Path(tempfile.gettempdir()))]
+    return min(folders, key=lambda folder: shutil.disk_usage(folder).free)
+
+
+def existing(folder: Path) -> Path:
+    """`folder`, or the nearest one above it that is there: what a stage began is cleared away."""
+    return next(path for path in (folder, *folder.parents, Path()) if path.is_dir())
+
+
+def runs_folder(words: Sequence[str]) -> Path:
+    """What `--runs` says on the command line, or else the folder that all commands take."""
+    for word, following in zip(words, [*words[1:], ""], strict=True):
+        option, equals, value = word.partition("=")
+        if option == "--runs" and (value or following):
+            return Path(value if equals else following)
+    return Path("runs")
 
 
 def split_overrides(
-    words: Sequence[str], own_flags: Sequence[str]
+    words: Sequence[str], own_flags: Collection[str], keys: Collection[str]
 ) -> tuple[list[str], tuple[str, ...]]:
-    """(the command's own words, the experiment's keys and values among them).
+    """(the command's own words, the keys and values that it changes in a file).
 
-    A key is `--section.key`, or `--key` of the experiment itself; what is in `own_flags` is not.
+    A key is `--section.key`, or `--key` for one of `keys` that is not in `own_flags`.
     """
     own: list[str] = []
     overrides: list[str] = []
@@ -47,7 +101,7 @@ def split_overrides(
         word = rest.pop(0)
         key, equals, _ = word.removeprefix("--").partition("=")
         field = key.replace("-", "_")
-        is_key = "." in key or (field in Experiment.model_fields and field not in own_flags)
+        is_key = "." in key or (field in keys and field not in own_flags)
         if not (word.startswith("--") and is_key):
             own.append(word)
             continue

@@ -27,12 +27,17 @@ from shared.training.fit import Diverged, prepare, steps_of
 
 
 class FilterConfig(Config):
-    """`floor`: the least share of the original pairs that stays. `random`: the control arm."""
+    """What filtered DPO adds to DPO."""
 
     epochs: int = Field(default=2, gt=0)
+    """Passes over the pairs; before each one those still there are filtered."""
     margin: float = 0.0
+    """By how much the reward model's score of the chosen completion must exceed that of the
+    policy's own sample for a pair to stay."""
     floor: float = Field(default=0.25, gt=0, le=1)
+    """Least share of the original pairs that stays: those that come closest to the margin."""
     random: bool = False
+    """Drop as many pairs without looking at them; an experiment takes this from its arm."""
 
 
 @dataclass(frozen=True)

@@ -34,18 +34,18 @@ from shared.training.fit import (
 
 
 class DirectConfig(Config):
-    """What all direct methods share, so that they differ in the loss alone.
-
-    A setting may hold its own `learning_rate` beside its loss's hyperparameters. One pass holds at
-    most `micro_batch_size` pairs and `micro_batch_tokens` tokens, padding included (a longer pair
-    goes alone): that changes memory and speed, never the step.
-    """
+    """What all direct methods share, so that they differ in the loss alone."""
 
     optimizer: OptimizerConfig = OptimizerConfig(learning_rate=5e-4)
+    """The optimiser; an arm's setting may hold a `learning_rate` of its own."""
     epochs: int = Field(default=2, gt=0)
-    batch_size: int = Field(default=64, gt=0)  # pairs; 2 completions each
-    micro_batch_size: int = Field(default=64, gt=0)  # pairs
+    """Passes over the pairs."""
+    batch_size: int = Field(default=64, gt=0)
+    """Pairs in an optimiser step, two completions each."""
+    micro_batch_size: int = Field(default=64, gt=0)
+    """Most pairs in one forward pass: changes memory and speed, never the step."""
     micro_batch_tokens: int = Field(default=2**14, gt=0)
+    """Most tokens in one forward pass, padding included; a longer pair goes alone."""
 
     @property
     def limit(self) -> Limit:

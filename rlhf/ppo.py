@@ -12,7 +12,7 @@ from itertools import islice
 from pathlib import Path
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -28,7 +28,7 @@ from rlhf.rollout import (
     rollout_numbers,
     score_rollout,
 )
-from shared.config import Config
+from shared.config import Config, Misfit
 from shared.generation.engine import EngineLost, Sampling
 from shared.generation.start import Drawing
 from shared.kl import k1
@@ -42,43 +42,70 @@ from shared.training.fit import Diverged, OptimizerConfig, batches, checkpoint_s
 
 
 class PPOConfig(Config):
-    """`kl_coef` is in score units (SFT within-prompt deviations) per nat.
-
-    With `kl_target` (nats a sequence) the coefficient adapts, else it stays. `importance_cap` turns
-    on truncated importance weights, for an engine that samples from slightly other probabilities
-    than the policy's. `max_approx_kl` ends one update's epochs early; `max_kl` ends the run.
-
-    `shared_trunk`: the value function is a second head of the policy, from V = 0, and one step
-    trains both, on policy loss + `vf_coef` * value loss, at the policy's rate (Ziegler et al.
-    2019); else a model of its own, from the reward model. `reuse_logprobs`: an engine whose
-    log-probabilities are the policy's own saves a pass over the samples. One pass of an update
-    holds at most `micro_batch_size` rows and `micro_batch_tokens` tokens, padding included.
+    """PPO against a reward model; the KL penalty's coefficient, `kl_coef`, is an arm's setting, in
+    score units per nat.
     """
 
     episodes: int = Field(default=10240, gt=0)
+    """Completions that the whole training samples and scores, rounded down to full updates."""
     rollout_size: int = Field(default=512, gt=0)
+    """Completions that one update samples, then trains on; at most `episodes`."""
     epochs: int = Field(default=2, gt=0)
+    """Passes over the completions of an update."""
     minibatch_size: int = Field(default=128, gt=0)
+    """Completions in an optimiser step."""
     micro_batch_size: int = Field(default=64, gt=0)
+    """Most completions in one forward pass: changes memory and speed, never the step."""
     micro_batch_tokens: int = Field(default=2**14, gt=0)
+    """Most tokens in one forward pass, padding included; a longer row goes alone."""
     optimizer: OptimizerConfig = OptimizerConfig(
         learning_rate=5e-4, schedule="constant", adam_epsilon=1e-5
     )
+    """The optimiser of the policy and, at its own learning rate, of the value model."""
     value_learning_rate: float = Field(default=1e-3, gt=0)
+    """Highest learning rate of the value model, where it is a model of its own."""
     kl_target: float | None = Field(default=None, gt=0)
+    """KL to the reference, in nats a sequence, that `kl_coef` adapts towards; without one it
+    stays as it is."""
     kl_horizon: int = Field(default=10000, gt=0)
+    """Episodes over which `kl_coef` adapts to `kl_target`; more adapt it more slowly."""
     gamma: float = Field(default=1.0, gt=0, le=1)
+    """Discount factor gamma of rewards, per token."""
     lam: float = Field(default=0.95, ge=0, le=1)
+    """GAE's lambda: 1 takes the rewards that follow as they came (no bias, more variance), 0 trusts
+    the value function one token on."""
     clip: float = Field(default=0.2, gt=0)
+    """PPO's epsilon: the probability ratio stops mattering beyond 1 - clip and 1 + clip."""
     value_clip: float = Field(default=0.2, gt=0)
+    """How far, in score units, a value may leave what it was at sampling before its loss clips."""
     shared_trunk: bool = False
+    """Make the value function a second head of the policy, trained in the same step, instead of a
+    model of its own that starts as the reward model."""
     vf_coef: float = Field(default=0.1, gt=0)
+    """Weight of the value loss beside the policy loss, with `shared_trunk`."""
     reuse_logprobs: bool = True
+    """Take the engine's log-probabilities where they are the policy's own: saves a forward pass."""
     whiten_rewards: bool = False
+    """Scale the rewards of an update to variance 1, mean kept, before advantages."""
     missing_eos_penalty: float = Field(default=1.0, ge=0)
+    """Taken off the score of a completion that was cut at the length cap, in score units."""
     importance_cap: float | None = Field(default=None, gt=0)
+    """Cap of the importance weights that correct for an engine whose probabilities differ slightly
+    from the policy's; without one there are no weights."""
     max_approx_kl: float = Field(default=0.1, gt=0)
+    """KL of a minibatch to the policy that sampled, in nats a token, that ends an update early."""
     max_kl: float = Field(default=60.0, gt=0)
+    """KL to the reference, in nats a sequence, that ends the training."""
+
+    @model_validator(mode="after")
+    def an_update_fits(self) -> "PPOConfig":
+        if self.rollout_size > self.episodes:
+            raise Misfit(
+                f"{self.rollout_size} completions an update, but `episodes` is {self.episodes} in "
+                f"all: lower `rollout_size` to {self.episodes} or less, or raise `episodes`",
+                "rollout_size",
+            )
+        return self
 
     @property
     def limit(self) -> Limit:

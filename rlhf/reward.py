@@ -30,19 +30,23 @@ from shared.training.fit import Diverged, Loss, OptimizerConfig, batches, prepar
 
 
 class RewardConfig(Config):
-    """Bradley-Terry training from the SFT policy's trunk. `center` > 0 keeps scores near 0.
-
-    `normalise`: scores in SFT within-prompt deviations; else in log-odds, as they were learnt.
-    One pass holds at most `micro_batch_size` pairs and `micro_batch_tokens` tokens, with padding.
-    """
+    """Bradley-Terry training from the SFT policy's trunk."""
 
     optimizer: OptimizerConfig = OptimizerConfig(learning_rate=5e-4)
+    """The optimiser of the reward model."""
     epochs: int = Field(default=3, gt=0)
+    """Passes over the pairs."""
     batch_size: int = Field(default=32, gt=0)
+    """Pairs in an optimiser step."""
     micro_batch_size: int = Field(default=32, gt=0)
+    """Most pairs in one forward pass: changes memory and speed, never the step."""
     micro_batch_tokens: int = Field(default=2**14, gt=0)
+    """Most tokens in one forward pass, padding included; a longer pair goes alone."""
     center: float = Field(default=0.0, ge=0)
+    """Weight of (score of chosen + score of rejected)^2 in the loss, which keeps scores near 0."""
     normalise: bool = True
+    """Divide scores by their standard deviation within a prompt on SFT samples; else they stay
+    log-odds, as they were learnt."""
 
     @property
     def limit(self) -> Limit:

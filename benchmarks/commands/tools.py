@@ -18,9 +18,8 @@ def doctor(
     """RLHF's known traps on one's own model, tokenizer and data: each passes or has a fix.
 
     FILE is an experiment, whose SFT model, pairs and reward model are examined (and made, if
-    they are not there), or a TOML file with `model` (a transformers folder), `data` (JSON
-    lines of prompt, chosen, rejected: texts or chat messages) and, if wanted, `reward_model`,
-    `reference`, `adapter`, `temperature`, `max_length`, `max_new_tokens`.
+    they are not there), or a TOML file that names one's own `model`, `data` and, if wanted,
+    `reward_model` and others: see below.
 
     Args:
         file: the TOML file, or the name of an experiment that comes with Klash.

@@ -1,6 +1,5 @@
 """What `klash doctor` examines: models and tokenised pairs, of an experiment or of one's own."""
 
-import tomllib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -14,7 +13,7 @@ from benchmarks.pipeline.arms import prepare_reward, prepare_start
 from benchmarks.pipeline.experiment import Experiment, experiment_file, load_experiment
 from benchmarks.pipeline.places import quiet_libraries, set_up_process, stage_context
 from benchmarks.run import progress
-from shared.config import Config, InputError, load
+from shared.config import Config, InputError, load, read_toml
 from shared.data.files import Row, encode, read_pair_file
 from shared.data.pairs import Pair, read_pairs
 from shared.generation.engine import Sampling
@@ -22,22 +21,25 @@ from shared.stages import Stages
 
 
 class DoctorConfig(Config):
-    """Models and data to examine; paths are relative to the file that names them.
-
-    `data` holds one JSON object a line: `prompt`, `chosen`, `rejected`, all texts or all lists of
-    chat messages. `reference` is the frozen model of DPO and PPO where it is not `model` itself;
-    `adapter` a LoRA that was trained on `model`. Without `max_length` (prompt and completion
-    together) the model's own limit counts; without `max_new_tokens` a completion may be that long.
-    """
+    """Models and data to examine; paths are relative to the file that names them."""
 
     model: Path
+    """The policy, a transformers folder."""
     data: Path
+    """A file of one JSON object a line: `prompt`, `chosen` and `rejected`, all texts or all lists
+    of chat messages."""
     reward_model: Path | None = None
+    """The reward model, a transformers folder with one label."""
     reference: Path | None = None
+    """The frozen model of DPO and PPO, where it is not `model` itself."""
     adapter: Path | None = None
+    """A LoRA adapter that was trained on `model`."""
     temperature: float = Field(default=1.0, gt=0)
+    """Temperature that the policy samples at."""
     max_length: int | None = Field(default=None, gt=1)
+    """Most tokens of prompt and completion together; by default the model's own limit."""
     max_new_tokens: int | None = Field(default=None, gt=0)
+    """Most tokens of a completion; by default it may be as long as `max_length` allows."""
 
 
 class Patient(NamedTuple):
@@ -60,8 +62,8 @@ def admit(file: str, runs: Path, overrides: Sequence[str], quick: bool) -> Patie
     """Read `file`, an experiment or a `DoctorConfig`; an experiment's first stages are run."""
     path = experiment_file(file)
     raw: dict[str, Any] = {}
-    with suppress(OSError, tomllib.TOMLDecodeError, UnicodeDecodeError):  # `load` tells of these
-        raw = tomllib.loads(path.read_text(encoding="utf-8"))
+    with suppress(InputError):  # `load` tells of it
+        raw = read_toml(path)
     if "arms" in raw:
         return of_experiment(load_experiment(file, overrides, quick), runs)
     quiet_libraries()

@@ -7,10 +7,11 @@ from typing import Annotated, Any, Literal, TypeVar
 from pydantic import Field, StringConstraints, model_validator
 
 from dpo.filtered import FilterConfig
+from dpo.losses import LOSSES
 from dpo.train import DirectConfig, check_setting
 from rlhf.ppo import PPOConfig
 from rlhf.reward import RewardConfig
-from shared.config import Config, InputError, load
+from shared.config import Config, InputError, Misfit, load, suggest
 from shared.data.preferences import PreferenceConfig
 from shared.generation.engine import Sampling
 from shared.generation.start import GenerationConfig
@@ -25,54 +26,81 @@ RunName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{
 
 
 class Arm(Config):
-    """A method with the settings to try; the best on validation prompts is the one reported.
-
-    `kind` says how it is made; for `direct` and `filtered` arms `loss` says from which loss.
-    """
+    """A method with the settings to try; the best on validation prompts is the one reported."""
 
     kind: Literal["best-of-n", "ppo", "direct", "filtered"]
+    """How it is made: `direct` is a loss on pairs, `filtered` is filtered DPO."""
     loss: str = "dpo"
+    """The loss of a `direct` arm, such as dpo, ipo or kto: a name in `dpo/losses.py`."""
     settings: tuple[dict[str, float], ...] = Field(min_length=1)
-    random: bool = False  # of a `filtered` arm: drop as many pairs, blindly
-    gold: bool = False  # of a `ppo` arm: the task's true score is the reward
+    """Hyperparameters to try: `n` of best-of-n, `kl_coef` (score units a nat) of PPO, else those of
+    the loss, such as `beta` or `tau`, and a `learning_rate` if wanted."""
+    random: bool = False
+    """Of a `filtered` arm: drop as many pairs without looking at them, as a control."""
+    gold: bool = False
+    """Of a `ppo` arm: the task's true score is the reward, in the reward model's place."""
 
     @model_validator(mode="after")
     def settings_fit(self) -> "Arm":
-        if any(self.settings.count(setting) > 1 for setting in self.settings):
-            raise ValueError("a setting stands twice")
         if self.gold and self.kind != "ppo":
-            raise ValueError("`gold` is for arms of kind `ppo`")
-        wanted = {"best-of-n": {"n"}, "ppo": {"kl_coef"}}.get(self.kind)
-        for setting in self.settings:
-            if wanted is not None and set(setting) != wanted:
-                raise ValueError(f"a `{self.kind}` arm's settings hold just {sorted(wanted)}")
-            if self.kind == "best-of-n" and (setting["n"] < 1 or setting["n"] % 1):
-                raise ValueError(f"`n` must be a whole number from 1 on, found {setting['n']}")
-            if self.kind == "ppo" and setting["kl_coef"] < 0:
-                raise ValueError(f"`kl_coef` must be 0 or more, found {setting['kl_coef']}")
-            if wanted is None:
-                try:
-                    check_setting(self.loss, setting)
-                except InputError as error:
-                    raise ValueError(str(error)) from error
+            raise Misfit("only arms of kind `ppo` have it", "gold")
+        if self.random and self.kind != "filtered":
+            raise Misfit("only arms of kind `filtered` have it", "random")
+        if self.kind == "filtered" and self.loss != "dpo":
+            raise Misfit(f"a `filtered` arm trains with dpo, not {self.loss}", "loss")
+        if self.kind == "direct" and self.loss not in LOSSES:
+            raise Misfit(f"unknown loss `{self.loss}`{suggest(self.loss, list(LOSSES))}", "loss")
+        for number, setting in enumerate(self.settings):
+            if setting in self.settings[:number]:
+                raise Misfit(f"stands twice: {setting}", "settings", number)
+            try:
+                self.check(setting)
+            except InputError as error:
+                raise Misfit(str(error), "settings", number) from error
         return self
+
+    def check(self, setting: dict[str, float]) -> None:
+        """InputError unless this is a setting of the arm's kind and loss."""
+        wanted = {"best-of-n": {"n"}, "ppo": {"kl_coef"}}.get(self.kind)
+        if wanted is None:
+            check_setting(self.loss, setting)
+        elif set(setting) != wanted:
+            raise InputError(
+                f"a `{self.kind}` arm's settings hold just {sorted(wanted)}, found {setting}"
+            )
+        elif self.kind == "best-of-n" and (setting["n"] < 1 or setting["n"] % 1):
+            raise InputError(f"`n` must be a whole number from 1 on, found {setting['n']:g}")
+        elif self.kind == "ppo" and setting["kl_coef"] < 0:
+            raise InputError(f"`kl_coef` must be 0 or more, found {setting['kl_coef']:g}")
 
 
 class EvaluationConfig(Config):
-    """`samples` a prompt at the end of training, `checkpoint_samples` on the way."""
+    """How much is sampled to measure each method."""
 
     prompts: int = Field(default=256, gt=1)
+    """Test prompts that every method answers."""
     samples: int = Field(default=4, gt=0)
+    """Completions of each test prompt at the end of training."""
     checkpoint_samples: int = Field(default=2, gt=0)
+    """Completions of each prompt on the way: of checkpoints, and of settings to choose from."""
     validation_prompts: int = Field(default=128, gt=1)
+    """Prompts on which each arm's setting is chosen."""
     checkpoints: tuple[Annotated[float, Field(gt=0, lt=1)], ...] = (0.25, 0.5)
+    """Shares of the training after which a policy is saved and evaluated, beside its end."""
     kl_levels: tuple[Annotated[float, Field(gt=0)], ...] = (0.5, 1.0, 2.0, 5.0)
+    """KL to the reference, in nats a sequence, at which methods are compared."""
     reward_pairs: int = Field(default=5000, gt=1)
+    """Pairs, of prompts that nothing trains on, that reward models are examined on."""
     scale_prompts: int = Field(default=256, gt=1)
+    """Validation prompts whose samples centre and scale a reward model's scores."""
     scale_samples: int = Field(default=8, gt=1)
+    """Samples of the SFT model for each of these prompts."""
     frontier_prompts: int = Field(default=64, gt=1)
+    """Test prompts, the first ones, that the frontier of gold against KL is estimated on."""
     frontier_samples: int = Field(default=1000, gt=1)
+    """Samples of the SFT model for each of the frontier's prompts."""
     reward_limit_samples: int = Field(default=250, gt=1)
+    """How many of these each reward model scores, for the most gold that its scores lead to."""
 
     @property
     def near_prompts(self) -> int:
@@ -89,61 +117,89 @@ class QuickConfig(Config):
     """What `--quick` makes smaller; it also keeps one seed and each arm's first setting."""
 
     pairs: int = Field(default=1500, gt=0)
+    """At most so many `preferences.pairs`."""
     episodes: int = Field(default=2560, gt=0)
+    """At most so many `ppo.episodes`."""
     sft_examples: int = Field(default=6000, gt=0)
+    """At most so many `sft.examples`."""
     prompts: int = Field(default=128, gt=1)
+    """At most so many `evaluation.prompts`, unless the task is finite."""
     reward_pairs: int = Field(default=1000, gt=1)
+    """At most so many `evaluation.reward_pairs`."""
     frontier_samples: int = Field(default=250, gt=1)
+    """At most so many `evaluation.frontier_samples`."""
 
 
 class Experiment(Config):
-    """A head-to-head. `task_seed` fixes SFT, the reference and test prompts, a seed the rest."""
+    """A head-to-head."""
 
     name: RunName
+    """The run's folder among all runs: letters, digits, `.`, `_` and `-`."""
     task_seed: int = Field(default=0, ge=0)
+    """Fixes the SFT model, which is the reference, and the test prompts."""
     seeds: tuple[Annotated[int, Field(ge=0)], ...] = Field(default=(0, 1, 2), min_length=1)
+    """A run each: pairs, labels, reward model, training and rollouts vary with it."""
     tuning_seeds: int = Field(default=1, gt=0)
-    threads: int = Field(default=2, gt=0)  # of each process
-    timed_threads: int | None = Field(default=None, gt=0)  # of the last seed's training, alone
-    workers: int = Field(default=1, gt=0)  # stages at a time, each in a process
+    """How many of the seeds, the first ones, try all settings of an arm."""
+    threads: int = Field(default=2, gt=0)
+    """CPU threads of each process."""
+    timed_threads: int | None = Field(default=None, gt=0)
+    """CPU threads of the last seed's training, which runs alone and is timed; by default
+    `threads`."""
+    workers: int = Field(default=1, gt=0)
+    """Stages at a time, each in a process of its own."""
     task: TaskConfig = TaskConfig()
+    """Where prompts, labels and gold scores come from."""
     model: ModelConfig = ModelConfig()
-    lora: LoRAConfig | None = None  # of all policies; else they train whole
+    """The policy that SFT trains from scratch, a small Llama."""
+    lora: LoRAConfig | None = None
+    """Low-rank adapters of all policies, whose base stays frozen; else policies train whole."""
     sampling: Sampling = Sampling()
+    """How completions are drawn."""
     generation: GenerationConfig = GenerationConfig()
+    """Which engine draws them."""
     sft: SftConfig = SftConfig()
+    """Supervised fine-tuning, the common start of all methods."""
     preferences: PreferenceConfig = PreferenceConfig()
+    """Pairs of completions and their labels."""
     reward: RewardConfig = RewardConfig()
+    """The reward model."""
     ppo: PPOConfig = PPOConfig()
+    """PPO; its KL coefficient stands in an arm's settings."""
     direct: DirectConfig = DirectConfig()
+    """What DPO, IPO, KTO and filtered DPO share."""
     filtering: FilterConfig = FilterConfig()
+    """What filtered DPO adds; its passes replace `direct.epochs`."""
     evaluation: EvaluationConfig = EvaluationConfig()
+    """How much is sampled to measure each method."""
     quick: QuickConfig = QuickConfig()
+    """Upper bounds that `--quick` sets."""
     arms: dict[str, Arm] = Field(min_length=1)
+    """The methods, each under a name of one's choice."""
 
     @model_validator(mode="after")
     def names_and_seeds_fit(self) -> "Experiment":
         if len(set(self.seeds)) < len(self.seeds):
-            raise ValueError(f"`seeds` holds a seed twice: {list(self.seeds)}")
+            raise Misfit(f"holds a seed twice: {list(self.seeds)}", "seeds")
         if self.sampling.temperature == 0:
-            raise ValueError("`sampling.temperature` must be above 0: pairs and rollouts are drawn")
+            raise Misfit("must be above 0: pairs and rollouts are drawn", "sampling", "temperature")
         if self.task.finite:
             self.listing_fits()
         elif self.preferences.listed:
-            raise ValueError(
-                f"`preferences.listed`: the completions of {self.task.name} are endless"
+            raise Misfit(
+                f"the completions of {self.task.name} are endless", "preferences", "listed"
             )
         if taken := {"sft", "reward"} & set(self.arms):
-            raise ValueError(f"`arms`: the name {sorted(taken)[0]!r} is taken, choose another")
+            raise Misfit(f"the name {sorted(taken)[0]!r} is taken, choose another", "arms")
         return self
 
     def listing_fits(self) -> None:
         """A finite task is evaluated whole: all prompts, to the cap that was listed."""
         prompts, cap = self.task.exact.prompts, self.task.exact.cap
         if self.evaluation.prompts != prompts:
-            raise ValueError(f"`evaluation.prompts` must be {prompts}: all of task.exact.prompts")
+            raise Misfit(f"must be {prompts}: all of task.exact.prompts", "evaluation", "prompts")
         if self.sampling.max_new_tokens != cap:
-            raise ValueError(f"`sampling.max_new_tokens` must be {cap}: task.exact.cap")
+            raise Misfit(f"must be {cap}: task.exact.cap", "sampling", "max_new_tokens")
 
 
 def load_experiment(file: str, overrides: Sequence[str], quick: bool) -> Experiment:
@@ -155,16 +211,22 @@ def load_experiment(file: str, overrides: Sequence[str], quick: bool) -> Experim
 
 def experiment_file(file: str) -> Path:
     """The path of a TOML file, or of an experiment that comes with Klash by its name."""
-    path = Path(file)
-    if not path.exists() and (EXPERIMENTS / f"{file}.toml").exists():
-        path = EXPERIMENTS / f"{file}.toml"
-    return path
+    path, shipped = Path(file), EXPERIMENTS / f"{file}.toml"
+    if path.exists():
+        return path
+    if shipped.exists():
+        return shipped
+    known = suggest(path.stem, [found.stem for found in EXPERIMENTS.glob("*.toml")])
+    raise InputError(f"{file}: no such file, and no experiment that comes with Klash{known}")
 
 
 def smaller(experiment: Experiment) -> Experiment:
     """The `--quick` form: one seed, one setting an arm, the sizes of `[quick]`."""
     quick, whole = experiment.quick, experiment.evaluation
     arms = {n: _changed(arm, settings=arm.settings[:1]) for n, arm in experiment.arms.items()}
+    episodes = min(quick.episodes, experiment.ppo.episodes)
+    rollout_size = min(experiment.ppo.rollout_size, episodes)
+    prompts = whole.prompts if experiment.task.finite else min(quick.prompts, whole.prompts)
     return _changed(
         experiment,
         name=f"{experiment.name}-quick",
@@ -174,10 +236,10 @@ def smaller(experiment: Experiment) -> Experiment:
         preferences=_changed(
             experiment.preferences, pairs=min(quick.pairs, experiment.preferences.pairs)
         ),
-        ppo=_changed(experiment.ppo, episodes=min(quick.episodes, experiment.ppo.episodes)),
+        ppo=_changed(experiment.ppo, episodes=episodes, rollout_size=rollout_size),
         evaluation=_changed(
             whole,
-            prompts=min(quick.prompts, whole.prompts),
+            prompts=prompts,
             reward_pairs=min(quick.reward_pairs, whole.reward_pairs),
             frontier_samples=min(quick.frontier_samples, whole.frontier_samples),
             checkpoints=(),

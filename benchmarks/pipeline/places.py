@@ -4,6 +4,7 @@ import contextlib
 import ctypes
 import multiprocessing
 import os
+import signal
 import sys
 import time
 from collections import defaultdict
@@ -106,7 +107,9 @@ class SideBySide(Stages):
         self, folder: Path, name: str, work: Callable[..., None], inputs: dict[str, Any]
     ) -> float:
         """In the next process that is free."""
-        return self.pool.submit(fill_stage, folder, name, work, inputs).result()
+        with no_interrupts():  # the process that it may start inherits this
+            future = self.pool.submit(fill_stage, folder, name, work, inputs)
+        return future.result()
 
     def each(self, function: Callable[[A], B], items: Iterable[A]) -> list[B]:
         """In threads, which wait for the processes."""
@@ -122,7 +125,22 @@ def side_by_side(stages: Stages, workers: int, threads: int) -> Iterator[SideByS
     start = context, start_worker, (os.getpid(), threads)
     with sleeping_threads(), ProcessPoolExecutor(workers, *start) as pool:
         about = {f.name: getattr(stages, f.name) for f in fields(Stages)}
-        yield SideBySide(**about, pool=pool)
+        try:
+            yield SideBySide(**about, pool=pool)
+        except KeyboardInterrupt:  # else leaving the pool waits for what its processes do
+            for process in multiprocessing.active_children():
+                process.terminate()
+            raise
+
+
+@contextlib.contextmanager
+def no_interrupts() -> Iterator[None]:
+    """Ctrl-C does not reach processes that start in here: the one that started them ends them."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def start_worker(parent: int, threads: int) -> None:

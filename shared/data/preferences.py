@@ -21,18 +21,19 @@ from shared.tasks.task import Split, Task
 
 
 class PreferenceConfig(Config):
-    """`labels`: drawn from the gold scores; "shuffled": tossed by a coin (control); "exact": each
-    pair carries its probability, as if it had been labelled infinitely often.
-
-    `per_prompt` pairs are drawn for each prompt, of two samples each; `listed`: of all completions
-    of a finite task, evenly, in the samples' place.
-    """
+    """Pairs of the SFT model's samples, and their labels."""
 
     pairs: int = Field(default=6000, gt=0)
+    """Labelled pairs to train on."""
     per_prompt: int = Field(default=1, gt=0)
+    """Pairs drawn for each prompt, of two samples each."""
     held_out_pairs: int = Field(default=256, gt=0)
+    """Further pairs, of other prompts, that displacement is measured on."""
     labels: Literal["bradley-terry", "shuffled", "exact"] = "bradley-terry"
+    """Drawn from the gold scores; `shuffled`: tossed by a coin; `exact`: each pair carries its
+    probability, as if it had been labelled infinitely often."""
     listed: bool = False
+    """Draw pairs evenly from all completions of a finite task, not from the policy's samples."""
 
 
 def make_preferences(

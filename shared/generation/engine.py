@@ -17,8 +17,11 @@ class Sampling(Config):
     """Temperature 0 is greedy. Training never truncates the distribution, so there is no top-p."""
 
     max_new_tokens: int = Field(default=16, gt=0)
+    """Most tokens of a completion, EOS included; longer ones are cut there, without EOS."""
     temperature: float = Field(default=1.0, ge=0)
+    """Temperature of preference pairs and rollouts, where it is above 0; evaluation has 1."""
     seed: int = 0
+    """Replaced by one derived from the run's seed wherever an experiment samples."""
 
     @model_validator(mode="before")
     @classmethod

@@ -15,19 +15,21 @@ from shared.models.load import SpecialIds
 
 
 class GenerationConfig(Config):
-    """`transformers` samples from the training weights, `vllm` from a copy that is kept in step.
-
-    Without a `server` vLLM runs in the trainer's process and holds `memory_share` of the GPU's
-    memory. `tolerance`: nats a token by which vLLM may differ from the policy right after a sync;
-    by default 1e-3 in float32, 0.2 in half precision.
-    """
+    """Which engine samples: without a `server`, vLLM runs in the trainer's process."""
 
     engine: Literal["transformers", "vllm"] = "transformers"
+    """What samples: transformers from the training weights, or vLLM from a copy kept in step."""
     dtype: Dtype = "float32"
+    """Precision of vLLM's weights and arithmetic; transformers samples at the policy's own."""
     memory_share: float = Field(default=0.3, gt=0, lt=1)
+    """Share of the GPU's memory that vLLM holds in the trainer's process."""
     server: str | None = Field(default=None, pattern=r"^https?://")
+    """Address, such as http://gpu1:8000, of a `klash serve` whose vLLM samples."""
     transfer: Literal["file", "nccl"] = "file"
+    """How new weights reach the server: in a file that both can read, or from GPU to GPU (NCCL)."""
     tolerance: float | None = Field(default=None, gt=0)
+    """Nats a token by which vLLM may differ from the policy right after a transfer of weights; by
+    default 0.001 in float32 and 0.2 in half precision."""
 
     @model_validator(mode="after")
     def a_server_is_vllms(self) -> "GenerationConfig":

@@ -35,8 +35,11 @@ class ModelConfig(Config):
     """A Llama from scratch (head size 32: a size that vLLM's CPU kernels know)."""
 
     hidden_size: int = Field(default=128, gt=0, multiple_of=32)
+    """Width of the hidden states, a multiple of the head size, 32."""
     layers: int = Field(default=4, gt=0)
+    """Transformer blocks."""
     intermediate_size: int = Field(default=384, gt=0)
+    """Width inside the feed-forward layers."""
 
 
 def new_policy(

@@ -22,10 +22,12 @@ VALUE_HEAD = "value_head"  # of a policy whose trunk PPO's value function shares
 
 
 class LoRAConfig(Config):
-    """`rank` of each layer's difference, and `alpha`: it is scaled by alpha / rank."""
+    """W + alpha / rank * B A in every linear layer but the head."""
 
     rank: int = Field(default=16, gt=0)
+    """Rank r of each layer's difference B A."""
     alpha: float = Field(default=32.0, gt=0)
+    """Scale of the difference, which is multiplied by alpha / rank."""
 
 
 def with_lora(model: PreTrainedModel, lora: LoRAConfig | None, seed: int) -> PreTrainedModel:

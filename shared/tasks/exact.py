@@ -28,14 +28,18 @@ Array = NDArray[np.float64]
 
 
 class ExactConfig(Config):
-    """`words` and `cap` bound the listing: with 4 and 4 there are 781 completions a prompt, those
-    with a pad token among the words included. Sampling must stop at the same `cap`.
+    """The task `exact`: `words` and `cap` bound how many completions are listed for each prompt,
+    781 with 4 and 4, those with a pad token among the words included.
     """
 
     words: int = Field(default=4, ge=3, le=len(_WORDS))
+    """Words that prompts and completions are made of."""
     prompts: int = Field(default=8, gt=1)
+    """Prompts, two words each; training, validation and test all use the same ones."""
     cap: int = Field(default=4, gt=0, le=6)
-    seed: int = Field(default=0, ge=0)  # of the chain and of the effects
+    """Most tokens of a completion; `sampling.max_new_tokens` must be the same number."""
+    seed: int = Field(default=0, ge=0)
+    """Draws the Markov chain behind the corpus, and the effects of words behind gold."""
 
 
 class Exact:

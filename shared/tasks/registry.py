@@ -9,11 +9,14 @@ from shared.tasks.task import Task
 
 
 class TaskConfig(Config):
-    """Which task, and its own settings."""
+    """Where prompts, labels and gold scores come from."""
 
     name: Literal["reviews", "exact"] = "reviews"
+    """The task: short reviews, scored by VADER, or one so small that all completions are listed."""
     reviews: ReviewsConfig = ReviewsConfig()
+    """Settings of the task `reviews`."""
     exact: ExactConfig = ExactConfig()
+    """Settings of the task `exact`."""
 
     @property
     def finite(self) -> bool:

@@ -90,9 +90,10 @@ PAD, EOS, UNKNOWN = "<pad>", "</s>", "<unk>"
 
 
 class ReviewsConfig(Config):
-    """Labels are drawn with P(a beats b) = sigmoid(label_scale * (gold_a - gold_b))."""
+    """The task `reviews`."""
 
     label_scale: float = 3.0
+    """How sharply labels follow gold: P(a beats b) = sigmoid(label_scale * (gold_a - gold_b))."""
 
 
 class Reviews:

@@ -29,19 +29,24 @@ class Diverged(Exception):
 
 
 class OptimizerConfig(Config):
-    """AdamW, linear warm-up, then the schedule.
-
-    `precision`: of the matrix products; weights, optimiser and losses are float32 in any case.
-    """
+    """AdamW, linear warm-up, then the schedule."""
 
     learning_rate: float = Field(gt=0)
+    """Highest learning rate, reached at the end of the warm-up."""
     schedule: Literal["linear", "cosine", "constant"] = "cosine"
+    """How the learning rate falls to 0 after the warm-up; `constant`: it does not."""
     warmup_share: float = Field(default=0.05, ge=0, le=1)
+    """Share of all steps in which the learning rate rises from 0."""
     max_grad_norm: float = Field(default=1.0, gt=0)
+    """Norm that a larger gradient is scaled down to."""
     weight_decay: float = Field(default=0.0, ge=0)
+    """AdamW's weight decay; a step subtracts learning rate * weight decay * weight."""
     adam_epsilon: float = Field(default=1e-8, gt=0)
+    """AdamW's epsilon, added to the root of the second moment."""
     adam_beta2: float = Field(default=0.999, gt=0, lt=1)
+    """AdamW's beta2, the decay of the second moment; beta1 is 0.9."""
     precision: Precision = "float32"
+    """Precision of matrix products; weights, optimiser state and losses are float32 in any case."""
 
 
 @dataclass

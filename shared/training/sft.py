@@ -19,9 +19,13 @@ class SftConfig(Config):
     """Completion-only cross-entropy on the task's corpus."""
 
     examples: int = Field(default=20000, gt=0)
+    """Prompts with their completions that are drawn from the task's corpus."""
     epochs: int = Field(default=2, gt=0)
+    """Passes over the examples."""
     batch_size: int = Field(default=64, gt=0)
+    """Examples in an optimiser step."""
     learning_rate: float = Field(default=2e-3, gt=0)
+    """Highest learning rate, after 50 steps of warm-up; from there a cosine to 0."""
 
 
 def train_sft(

@@ -1,13 +1,15 @@
 """Configuration: what is wrong is said with the file, the key and the key that was meant."""
 
+import re
 from pathlib import Path
 from typing import Literal
 
 import pytest
 from pydantic import Field, ValidationError
 
+from benchmarks.doctor.patient import DoctorConfig
 from benchmarks.pipeline.experiment import EXPERIMENTS, Experiment, load_experiment
-from shared.config import Config, InputError, load
+from shared.config import Config, InputError, Key, keys, load, read_toml
 
 
 class Inner(Config):
@@ -27,6 +29,30 @@ class Outer(Config):
     inner: Inner = Inner()
     maybe: Inner | None = None
     items: dict[str, Item] = Field(default_factory=dict)
+
+
+class Words(Config):
+    words: tuple[str, ...] = ()
+
+
+class Documented(Config):
+    """One field of each kind."""
+
+    needed: int
+    """How many."""
+    rate: float = 1e-5
+    """How
+    fast."""
+    ways: tuple[Literal["up", "down"], ...] = ("up",)
+    """Where to."""
+    inner: Inner = Inner(rate=0.25)
+    """A section."""
+    maybe: Inner | None = None
+    """One that may be missing."""
+    items: dict[str, Item] = Field(default_factory=dict)
+    """Some of them."""
+    numbers: dict[str, float] | None = None
+    """By name."""
 
 
 ARM = '[arms.dpo]\nkind = "direct"\nsettings = [{ beta = 0.2 }]\n'
@@ -114,6 +140,13 @@ def test_every_mistake_of_a_file_is_named_at_once(tmp_path: Path):
     assert all(key in message for key in ("`titel`", "`inner.rate`", "`inner.steps`"))
 
 
+def test_a_byte_order_mark_before_the_first_key_is_no_part_of_it(tmp_path: Path):
+    path = tmp_path / "some.toml"
+    path.write_bytes(b"\xef\xbb\xbf" + 'title = "\u00fcn\u00ef"\n'.encode())
+    assert load(Outer, path).title == "\u00fcn\u00ef"
+    assert read_toml(path) == {"title": "\u00fcn\u00ef"}
+
+
 @pytest.mark.parametrize("text", ["title = ", "= 3", "[inner\nrate=1", 'title="a"\ntitle="b"'])
 def test_malformed_toml_is_the_users_error(tmp_path: Path, text: str):
     message = refusal(tmp_path, text)
@@ -191,9 +224,81 @@ def test_an_unknown_override_is_refused_like_an_unknown_key(tmp_path: Path):
     assert "did you mean `steps`" in message
 
 
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ("[a, b]", ("a", "b")),
+        ("[a b,c-d]", ("a b", "c-d")),
+        ('["a", b]', ("a", "b")),
+        ('["a, b", "c"]', ("a, b", "c")),
+        ("[a]", ("a",)),
+    ],
+)
+def test_words_in_a_list_need_no_quotes(text: str, found: tuple[str, ...]):
+    assert load(Words, None, ["--words", text]).words == found
+
+
+@pytest.mark.parametrize("text", ["[INST] hello", "[a", "a, b", "{a}", "[a,, b]"])
+def test_text_that_is_no_list_stays_text(text: str):
+    assert load(Outer, None, ["--title", text]).title == text
+
+
+def test_a_wrong_item_of_a_list_is_named_and_shown(tmp_path: Path):
+    for words in (["--sizes", "[3, x]"], ["--sizes=[3, x, 4]"]):
+        message = refusal(tmp_path, "", *words)
+        assert "`sizes.1`" in message
+        assert "'x'" in message
+        assert "3" not in message
+
+
+def test_a_mistake_on_the_command_line_is_not_the_files(tmp_path: Path):
+    message = refusal(tmp_path, "[inner]\nsteps = 1.5", "--inner.rate", "7", "--titel", "x")
+    of_file, *of_words = sorted(message.split("\n"), key=lambda line: "some.toml" not in line)
+    assert "`inner.steps`" in of_file
+    assert [line.partition(": ")[0] for line in of_words] == ["command line"] * 2
+
+
 @pytest.mark.parametrize("words", [["--title"], ["--title", "--inner.rate"], ["title", "x"]])
 def test_an_override_without_dashes_or_value_is_refused(tmp_path: Path, words: list[str]):
     assert "title" in refusal(tmp_path, "", *words)
+
+
+# --- keys with their sentences ------------------------------------------------------------------
+
+
+def test_keys_are_dotted_with_the_default_that_holds_there():
+    found = {key.name: key for key in keys(Documented)}
+    assert found["needed"] == Key("needed", "INT", "required", "How many.")
+    assert found["rate"] == Key("rate", "FLOAT", "1e-5", "How fast.")
+    assert found["ways"] == Key("ways", "[up|down, ...]", "[up]", "Where to.")
+    assert found["inner"] == Key("inner", "section", "", "A section.")
+    assert found["inner.rate"][1:3] == ("FLOAT", "0.25")  # the section's, not the class's
+    assert found["inner.on"][1:3] == ("true|false", "false")
+    assert found["maybe"][1:3] == ("section", "none")
+    assert found["maybe.rate"][1:3] == ("FLOAT", "0.5")
+    assert found["items.NAME.kind"][1:3] == ("a|b", "a")
+    assert found["numbers"][1:3] == ("{NAME = FLOAT}", "none")
+
+
+@pytest.mark.parametrize("model", [Experiment, DoctorConfig])
+def test_every_field_has_one_or_two_lines_that_say_what_it_is(model: type[Config]):
+    for key in keys(model):
+        assert key.sentence.endswith("."), key
+        assert key.sentence[0].isupper(), key
+        assert 8 < len(key.sentence) <= 190, key
+
+
+def test_every_key_can_be_set_to_its_default_by_its_name(tmp_path: Path):
+    """What `keys` prints is what the command line takes."""
+    printed = [k for k in keys(Experiment) if k.type != "section" and "NAME" not in k.name]
+    words = [f"--{k.name}={k.default}" for k in printed if k.default not in ("required", "none")]
+    assert len(words) > 90
+    assert experiment(tmp_path, "", ARM, *words) == experiment(
+        tmp_path,
+        "",
+        ARM,
+        "--lora.rank=16",  # a section that is left out by default
+    )
 
 
 # --- experiments ------------------------------------------------------------------------------
@@ -245,7 +350,8 @@ def test_quick_makes_a_small_experiment_no_larger(tmp_path: Path):
     path = write(
         tmp_path,
         f'name = "e"\nsft = {{ examples = 10 }}\npreferences = {{ pairs = 11 }}\n'
-        f"ppo = {{ episodes = 12 }}\nevaluation = {{ prompts = 13, reward_pairs = 14 }}\n{ARM}",
+        "ppo = { episodes = 12, rollout_size = 4 }\n"
+        f"evaluation = {{ prompts = 13, reward_pairs = 14 }}\n{ARM}",
     )
     quick = load_experiment(str(path), [], quick=True)
     assert (quick.sft.examples, quick.preferences.pairs, quick.ppo.episodes) == (10, 11, 12)
@@ -380,6 +486,74 @@ def test_an_arm_cannot_take_the_name_of_the_start(tmp_path: Path):
     """`sft` is the row that every arm is compared with."""
     with pytest.raises(InputError, match="sft"):
         experiment(tmp_path, "", ARM.replace("arms.dpo", "arms.sft"))
+
+
+@pytest.mark.parametrize(
+    ("text", "key", "said"),
+    [
+        (arm("direct", "{ beta = 0.1 }, { beta = -1 }", "dpo"), "arms.x.settings.1", "-1"),
+        (arm("direct", "{ beta = 0.1 }, { beta = 0.1 }", "dpo"), "arms.x.settings.1", "twice"),
+        (arm("best-of-n", "{ n = 4 }, { n = 2.5 }"), "arms.x.settings.1", "2.5"),
+        (arm("ppo", "{ kl_coef = -0.5 }"), "arms.x.settings.0", "-0.5"),
+        (arm("direct", "{ beta = 0.1 }", "dop"), "arms.x.loss", "did you mean `dpo`"),
+        (arm("filtered", "{ tau = 0.1 }", "ipo"), "arms.x.loss", "ipo"),
+        (arm("direct", "{ beta = 0.1 }") + "gold = true\n", "arms.x.gold", "`ppo`"),
+        (arm("direct", "{ beta = 0.1 }") + "random = true\n", "arms.x.random", "`filtered`"),
+    ],
+    ids=lambda text: text.replace("\n", " "),
+)
+def test_the_setting_that_is_wrong_is_named_by_its_number(
+    tmp_path: Path, text: str, key: str, said: str
+):
+    with pytest.raises(InputError) as error:
+        experiment(tmp_path, "", text)
+    (line,) = str(error.value).split("\n")
+    assert f"`{key}`: " in line
+    assert said in line
+    assert "{'kind'" not in line  # the whole arm
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "place"),
+    [
+        ("evaluation.checkpoints", "[0.5, 2]", "evaluation.checkpoints.1"),
+        ("evaluation.kl_levels", "[-1.0, 2]", "evaluation.kl_levels.0"),
+        ("seeds", "[0, 1, -1]", "seeds.2"),
+        ("seeds", "[0, x]", "seeds.1"),
+        ("seeds", "[1, 1]", "seeds"),
+        ("sampling.temperature", "0", "sampling.temperature"),
+        ("preferences.listed", "true", "preferences.listed"),
+        ("ppo.rollout_size", "20000", "ppo.rollout_size"),
+    ],
+)
+def test_what_does_not_fit_is_named_down_to_the_item(
+    tmp_path: Path, key: str, value: str, place: str
+):
+    with pytest.raises(InputError, match=f"command line: `{re.escape(place)}`: "):
+        experiment(tmp_path, "", ARM, f"--{key}", value)
+
+
+def test_an_update_larger_than_the_training_is_refused_with_both_numbers(tmp_path: Path):
+    with pytest.raises(InputError) as error:
+        experiment(tmp_path, "ppo = { episodes = 100, rollout_size = 101 }")
+    assert all(
+        text in str(error.value) for text in ("`ppo.rollout_size`: 101", "`episodes`", "100")
+    )
+    assert experiment(tmp_path, "ppo = { episodes = 100, rollout_size = 100 }").ppo.episodes == 100
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "ppo = { episodes = 9000, rollout_size = 4096 }\nquick = { episodes = 1000 }",
+        "quick = { prompts = 4 }\nsampling = { max_new_tokens = 4 }\nevaluation = { prompts = 8 }\n"
+        'task = { name = "exact" }',
+    ],
+)
+def test_the_quick_form_of_a_valid_experiment_is_valid(tmp_path: Path, text: str):
+    path = write(tmp_path, f'name = "e"\n{text}\n{ARM}')
+    quick = load_experiment(str(path), [], quick=True)
+    assert Experiment.model_validate(quick.model_dump()) == quick
 
 
 def test_more_scored_samples_than_there_are_means_all_of_them(tmp_path: Path):
