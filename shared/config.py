@@ -14,7 +14,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, TypeVar, get_args, get_origin
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
+from pydantic.fields import FieldInfo
 
 
 class InputError(Exception):
@@ -35,6 +36,21 @@ class Config(BaseModel):
     model_config = ConfigDict(
         frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def a_section_keeps_the_defaults_of_its_place(cls, values: Any) -> Any:
+        """`ppo.optimizer` with one key set keeps what else holds there, not in every optimizer."""
+        if not isinstance(values, dict):
+            return values
+        return {name: _filled(cls.model_fields.get(name), value) for name, value in values.items()}
+
+
+def _filled(field: FieldInfo | None, value: Any) -> Any:
+    """A section's keys, with those of its default that are not among them."""
+    if field is None or not isinstance(value, dict) or not isinstance(field.default, BaseModel):
+        return value
+    return {name: getattr(field.default, name) for name in type(field.default).model_fields} | value
 
 
 C = TypeVar("C", bound=Config)

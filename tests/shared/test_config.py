@@ -559,3 +559,12 @@ def test_the_quick_form_of_a_valid_experiment_is_valid(tmp_path: Path, text: str
 def test_more_scored_samples_than_there_are_means_all_of_them(tmp_path: Path):
     sizes = "[evaluation]\nfrontier_samples = 100\nreward_limit_samples = 200\n"
     assert experiment(tmp_path, sizes).evaluation.limit_samples == 100
+
+
+def test_a_section_keeps_the_defaults_of_its_place():
+    """PPO's optimizer is not the direct methods'; one key changed leaves the others as they were."""
+    usual = load_experiment("reviews", [], quick=False).ppo.optimizer
+    for key, value in (("precision", "bfloat16"), ("learning_rate", 1e-4)):
+        changed = load_experiment("reviews", [f"--ppo.optimizer.{key}={value}"], quick=False)
+        assert changed.ppo.optimizer == usual.model_copy(update={key: value})
+    assert usual.schedule == "constant"
