@@ -2,17 +2,17 @@
 
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import torch
 from pydantic import Field
-from transformers import PreTrainedTokenizerBase, PrinterCallback
+from transformers import PreTrainedTokenizerBase, PrinterCallback, TrainerCallback
 
 from shared.config import Config
 from shared.models.load import ModelConfig, new_policy, save
 from shared.models.packing import with_ops
-from shared.stages import write_jsonl
 from shared.tasks.registry import TaskConfig, make_task
-from shared.training.finished import LOG
+from shared.training.finished import TrainingLog
 
 
 class SftConfig(Config):
@@ -70,10 +70,21 @@ def train_sft(
             processing_class=tokenizer,
         )
         trainer.remove_callback(PrinterCallback)  # the log goes to a file
+        trainer.add_callback(LogLines(TrainingLog(folder, 0)))
         trainer.train()
     save(trainer.model, tokenizer, folder)  # pyright: ignore[reportArgumentType]
-    log = [row for row in trainer.state.log_history if "loss" in row]
-    write_jsonl(folder / LOG, [{"step": r["step"], "loss": float(r["loss"])} for r in log])
+
+
+class LogLines(TrainerCallback):
+    """TRL's log as ours, a line as soon as it is made."""
+
+    def __init__(self, log: TrainingLog):
+        self.log = log
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
+        if logs and "loss" in logs:
+            steps = {"step": state.global_step, "of": state.max_steps}
+            self.log.add({**steps, "loss": float(logs["loss"])})
 
 
 def tokenize(

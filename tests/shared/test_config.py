@@ -562,7 +562,7 @@ def test_more_scored_samples_than_there_are_means_all_of_them(tmp_path: Path):
 
 
 def test_a_section_keeps_the_defaults_of_its_place():
-    """PPO's optimizer is not the direct methods'; one key changed leaves the others as they were."""
+    """PPO's optimizer is not the direct methods': one key changed leaves its others alone."""
     usual = load_experiment("reviews", [], quick=False).ppo.optimizer
     for key, value in (("precision", "bfloat16"), ("learning_rate", 1e-4)):
         changed = load_experiment("reviews", [f"--ppo.optimizer.{key}={value}"], quick=False)
