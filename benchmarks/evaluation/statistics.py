@@ -1,10 +1,10 @@
-"""Intervals and verdicts for seeds crossed with prompts.
+"""Intervals, and what they let one say, for seeds crossed with prompts.
 
 Every seed answers the same prompts, so a result is a (seeds, prompts) table with a seed effect, a
 prompt effect and noise. Pure functions of such tables.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from math import sqrt
 
 import numpy as np
@@ -75,7 +75,7 @@ def paired_difference(a: ArrayLike, b: ArrayLike, level: float = 0.95) -> Estima
     return crossed_interval(left - right, level)
 
 
-def verdict(a_name: str, b_name: str, difference: Estimate, what: str) -> str:
+def describe_difference(a_name: str, b_name: str, difference: Estimate, what: str) -> str:
     """One sentence on `difference` = a - b of `what`, where more is better.
 
     Names a winner only with three seeds or more and an interval without zero.
@@ -97,32 +97,6 @@ def interquartile_range(values: Sequence[float]) -> float | None:
         return None
     low, high = np.quantile(np.asarray(values, dtype=float), [0.25, 0.75])
     return float(high - low)
-
-
-def crossed_bootstrap(
-    statistic: Callable[[NDArray[np.intp], NDArray[np.intp]], float],
-    shape: tuple[int, int],
-    draws: int,
-    seed: int,
-    level: float = 0.95,
-) -> tuple[float, float]:
-    """Percentile limits of `statistic`, seeds and prompts resampled independently with replacement.
-
-    The pigeonhole bootstrap (Owen 2007, Annals of Applied Statistics, doi:10.1214/07-AOAS122).
-
-    `statistic(seed_index, prompt_index)` gets index arrays (seeds,) and (prompts,) of `shape`.
-    With few seeds the limits are too narrow: with three they stay between the lowest and the
-    highest seed, so where seeds are the only noise they hold the truth 3 times in 4, not 95 in 100.
-    """
-    rng = np.random.default_rng(seed)
-    seeds, prompts = shape
-    drawn = [
-        statistic(rng.integers(seeds, size=seeds), rng.integers(prompts, size=prompts))
-        for _ in range(draws)
-    ]
-    tail = (1 - level) / 2
-    low, high = np.quantile(drawn, [tail, 1 - tail])
-    return float(low), float(high)
 
 
 def t_estimate(
