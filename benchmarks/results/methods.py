@@ -130,7 +130,7 @@ def method_results(
         length=crossed_interval(rows.mean("length")),
         truncated=crossed_interval(rows.mean("truncated")),
         well_formed=crossed_interval(rows.mean("well_formed")),
-        displacement=_displacement(method.tuned),
+        displacement=_mean_displacement(method.tuned),
         gold_at_matched_kl={
             f"{level:g}": None if values is None else crossed_interval(values)
             for level, values in matched.items()
@@ -154,7 +154,7 @@ def _regret(experiment: Experiment, compared: Compared, method: MethodRuns) -> E
     return seed_interval([world.regret(beta, gold, kl) for gold, kl in by_seed])
 
 
-def _displacement(tuned: list[Trained]) -> Estimate:
+def _mean_displacement(tuned: list[Trained]) -> Estimate:
     files = [run.rows[1.0] / "displacement.json" for run in tuned if run.model]
     return seed_interval([read_json(file)["chosen"] for file in files]) if files else UNDEFINED
 

@@ -12,7 +12,7 @@ from benchmarks.speed.sides import Choice, Speed, machine, rounded
 from shared.config import InputError
 from shared.stages import output_folder, write_json
 
-COMPARISONS: dict[str, Callable[[Choice], Iterable[Speed]]] = {
+SPEED_COMPARISONS: dict[str, Callable[[Choice], Iterable[Speed]]] = {
     "generation": speed_generation,
     "dpo": partial(speed_steps, "dpo"),
     "ipo": partial(speed_steps, "ipo"),
@@ -31,9 +31,9 @@ ALONE: dict[
 def measure_named(works: Sequence[str], choice: Choice) -> str:
     """Measure what `works` names, or all comparisons; the table."""
     for work in works:
-        if work not in COMPARISONS and work not in ALONE:
+        if work not in SPEED_COMPARISONS and work not in ALONE:
             raise InputError(
-                f"`klash speed` knows {sorted({**COMPARISONS, **ALONE})}, not {work!r}"
+                f"`klash speed` knows {sorted({**SPEED_COMPARISONS, **ALONE})}, not {work!r}"
             )
     alone = next((work for work in works if work in ALONE), None)
     if alone is None:
@@ -53,8 +53,8 @@ def run_comparisons(works: Sequence[str], choice: Choice) -> list[Speed]:
     """
     out = output_folder(choice.runs / "speed")
     found: list[Speed] = []
-    for work in works or COMPARISONS:
-        for row in COMPARISONS[work](choice):
+    for work in works or SPEED_COMPARISONS:
+        for row in SPEED_COMPARISONS[work](choice):
             found.append(row)
             write_json(out / "speed.json", [row.model_dump(mode="json") for row in found])
             (out / "speed.md").write_text(speed_table(found), encoding="utf-8")

@@ -11,7 +11,7 @@ import torch
 from scipy import stats
 
 from benchmarks.evaluation.statistics import Estimate
-from benchmarks.speed.measure import COMPARISONS, run_comparisons, speed_table
+from benchmarks.speed.measure import SPEED_COMPARISONS, run_comparisons, speed_table
 from benchmarks.speed.sides import Choice, Round, Speed, Turns, Work, Worker, compare_rates
 from shared.config import InputError
 from shared.stages import read_json
@@ -64,7 +64,7 @@ def test_a_run_that_stops_keeps_what_it_has_measured(
         yield row()
         raise KeyboardInterrupt
 
-    monkeypatch.setitem(COMPARISONS, "dpo", stops)
+    monkeypatch.setitem(SPEED_COMPARISONS, "dpo", stops)
     with pytest.raises(KeyboardInterrupt):
         run_comparisons(["dpo"], Choice(tmp_path, 1))
     assert read_json(tmp_path / "speed" / "speed.json") == [row().model_dump(mode="json")]
