@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy.special import logsumexp
 
-from benchmarks.evaluation.statistics import Estimate, t_estimate
+from benchmarks.evaluation.statistics import Estimate, finite_table, t_estimate
 from shared.config import Config
 
 Array = NDArray[np.float64]
@@ -65,8 +65,8 @@ def tilt_table(
     ref is 1 / N for samples. For enumerated completions pass `log_ref` (P, N), the
     log-probabilities of all of them (-inf pads), and `min_ess=0` later on: then all is exact.
     """
-    target = _finite_matrix(objective)
-    measured = target if outcome is None else _finite_matrix(outcome)
+    target = finite_table(objective)
+    measured = target if outcome is None else finite_table(outcome)
     ref = np.full(target.shape, -np.log(target.shape[1]))
     if log_ref is not None:
         ref = np.asarray(log_ref, dtype=np.float64)
@@ -200,7 +200,7 @@ def margin_interval(
     The squared standard error is the variance of the seeds' margins / S plus that over resampled
     prompts; limits from Student's t on S - 1 degrees of freedom. One seed: no limits.
     """
-    gold, kl = _finite_matrix(method_gold), _finite_matrix(method_kl)
+    gold, kl = finite_table(method_gold), finite_table(method_kl)
     seeds, prompts = gold.shape
     if kl.shape != gold.shape or table.kl.shape[1] != prompts:
         raise ValueError(f"prompts do not match: {gold.shape}, {kl.shape}, {table.kl.shape[1]}")
@@ -241,11 +241,3 @@ def _take_prompts(table: TiltTable, index: NDArray[np.intp]) -> TiltTable:
         ref_gold=table.ref_gold[index],
         ref_ess=table.ref_ess[index],
     )
-
-
-def _finite_matrix(values: ArrayLike) -> Array:
-    """`values` as a non-empty 2-D array of finite numbers, or ValueError."""
-    array = np.asarray(values, dtype=np.float64)
-    if array.ndim != 2 or array.size == 0 or not np.isfinite(array).all():
-        raise ValueError(f"expected a 2-D array of finite numbers, found shape {array.shape}")
-    return array

@@ -44,7 +44,7 @@ def crossed_interval(values: ArrayLike, level: float = 0.95) -> Estimate:
     freedom. One seed: no limits. One prompt: the ordinary t interval over seeds. NaN or infinity:
     ValueError.
     """
-    table = _finite_table(values)
+    table = finite_table(values)
     seeds, prompts = table.shape
     seed_means = table.mean(axis=1)
     variance = 0.0
@@ -69,7 +69,7 @@ def seed_interval(values: Sequence[float | None], level: float = 0.95) -> Estima
 
 def paired_difference(a: ArrayLike, b: ArrayLike, level: float = 0.95) -> Estimate:
     """a - b, both (seeds, prompts), paired by seed and prompt. ValueError if the shapes differ."""
-    left, right = _finite_table(a), _finite_table(b)
+    left, right = finite_table(a), finite_table(b)
     if left.shape != right.shape:
         raise ValueError(f"cannot pair shapes {left.shape} and {right.shape}")
     return crossed_interval(left - right, level)
@@ -112,11 +112,13 @@ def t_estimate(
     return Estimate(mean=mean, low=mean - half, high=mean + half, per_seed=list(per_seed))
 
 
-def _finite_table(values: ArrayLike) -> NDArray[np.float64]:
-    """`values` as a non-empty (seeds, prompts) array of finite numbers, or ValueError."""
+def finite_table(values: ArrayLike) -> NDArray[np.float64]:
+    """`values` as a non-empty 2-D array of finite numbers, or ValueError."""
     table = np.asarray(values, dtype=np.float64)
     if table.ndim != 2 or table.size == 0:
-        raise ValueError(f"expected a non-empty (seeds, prompts) array, found shape {table.shape}")
+        raise ValueError(
+            f"expected a non-empty 2-D array of finite numbers, found shape {table.shape}"
+        )
     if not np.isfinite(table).all():
         raise ValueError("found NaN or infinity among the values")
     return table

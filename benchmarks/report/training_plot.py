@@ -25,8 +25,6 @@ class Panel(NamedTuple):
 
 PANELS = (
     Panel("Loss", "loss"),
-    Panel("Policy loss", "loss/policy_avg"),
-    Panel("Value loss", "loss/value_avg"),
     Panel("Accuracy on the batch", "rewards/accuracies"),
     Panel("Implicit reward margin", "rewards/margins"),
     Panel("log p", "logps/chosen", "logps/rejected", "rejected"),
@@ -36,6 +34,8 @@ PANELS = (
     Panel("Score minus KL penalty", "objective/rlhf_reward"),
     Panel("Score margin", "margin"),
     Panel("Entropy (nats)", "objective/entropy"),
+    Panel("Policy loss", "loss/policy_avg"),
+    Panel("Value loss", "loss/value_avg"),
     Panel("Clipped share", "ppo/policy/clipfrac", "ppo/val/clipfrac", "value"),
     Panel("KL of an update (nats)", "ppo/policy/approxkl"),
     Panel("Probability ratio", "ppo/policy/ratio"),
@@ -51,7 +51,7 @@ PANELS = (
         "Engine's error in log p",
         "generation/logprob_difference",
         "generation/logprob_difference_max",
-        "most",
+        "largest",
     ),
     Panel("Engine's error after a sync", "generation/sync_difference"),
     Panel("Learning rate", "learning_rate"),
@@ -116,7 +116,7 @@ def _grid(figure: Figure, count: int, columns: int) -> list[Axes]:
     width, height = figure.get_size_inches()
     rows = max(1, math.ceil(count / columns))
     cell = (width / columns, height / rows)
-    left, bottom, right, top = 0.42, 0.25, 0.13, 0.27
+    left, bottom, right, top = 0.5, 0.25, 0.13, 0.27
     return [
         figure.add_axes(
             (
