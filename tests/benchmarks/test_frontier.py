@@ -182,7 +182,7 @@ def test_temperatures_must_be_positive(temperatures):
 
 @pytest.mark.parametrize("bad", [[0.1, 0.2], [[]], [[0.1, float("nan")]], [[0.1, float("inf")]]])
 def test_gold_that_is_no_table_of_numbers_is_refused(bad):
-    with pytest.raises(ValueError, match="2-D array of finite numbers|NaN or infinity"):
+    with pytest.raises(ValueError, match=r"2-D array of finite numbers|NaN or infinity"):
         tilt_table(bad, [1.0])
 
 
