@@ -26,10 +26,10 @@ def doctor(
         quick: the experiment's smaller form.
         runs: the folder of all runs and of the stages they share.
     """
-    from benchmarks.doctor.examine import report
+    from benchmarks.doctor.examine import print_findings
     from benchmarks.doctor.patient import admit
 
-    return report(admit(file, runs, overrides, quick))
+    return print_findings(admit(file, runs, overrides, quick))
 
 
 def serve(

@@ -1,7 +1,7 @@
 """`klash doctor`: RLHF's known traps, one after the other, on one's own models and data.
 
-A check compares two ways to one number, or counts what must not be there. Each says what it saw,
-and where it fails, what to change.
+A check compares two computations of one number, or counts what must not be there. Each reports
+what it found and, where it fails, what to change.
 """
 
 import copy
@@ -37,40 +37,40 @@ from shared.models.sequences import Limit
 SAMPLED = 32  # tokens a prompt, at most
 
 
-class Few(NamedTuple):
-    """At most so many pairs, that fill so many places in a padded batch, are run together."""
+class SampleSize(NamedTuple):
+    """The most pairs, and the most tokens of a padded batch of them, that are run together."""
 
     pairs: int
     tokens: int
 
 
-OF_POLICY = Few(pairs=8, tokens=4096)
-OF_REWARD = Few(pairs=32, tokens=8192)  # without an output layer a pass costs less
+POLICY_SAMPLE = SampleSize(pairs=8, tokens=4096)
+REWARD_SAMPLE = SampleSize(pairs=32, tokens=8192)  # without an output layer a pass costs less
 
 
-def report(patient: Patient) -> bool:
+def print_findings(patient: Patient) -> bool:
     """Print each finding as it is made; True if every check passes."""
     findings = []
     for finding in examine(patient):
-        print(line(finding), flush=True)
+        print(finding_text(finding), flush=True)
         findings.append(finding)
     failed = sum(bool(finding.fix) for finding in findings)
     print(f"{len(findings) - failed} of {len(findings)} checks pass")
     return not failed
 
 
-def line(finding: Finding) -> str:
+def finding_text(finding: Finding) -> str:
     """One check as the user reads it."""
     state = "FAIL" if finding.fix else "pass"
-    text = f"{state}  {finding.check}: {finding.seen}"
+    text = f"{state}  {finding.check}: {finding.observed}"
     return f"{text}\n      fix: {finding.fix}" if finding.fix else text
 
 
 def examine(patient: Patient) -> Iterator[Finding]:
     """All checks that apply. What cannot be measured after a failure is left out."""
     tokenizer, eos = patient.tokenizer, token_id(patient.tokenizer, "eos_token_id")
-    own = positions(patient.policy)
-    limit = min(own, patient.max_length or own)
+    context = context_length(patient.policy)
+    limit = min(context, patient.max_length or context)
     yield tokens.eos_and_pad(tokenizer)
     if any(row.messages is not None for row in patient.rows):
         yield tokens.generation_prompt(tokenizer, patient.rows)
@@ -86,18 +86,18 @@ def examine(patient: Patient) -> Iterator[Finding]:
     yield finding
     if not kept:
         return
-    yield from of_policy(patient, sample(kept, OF_POLICY))
+    yield from check_policy(patient, select_pairs(kept, POLICY_SAMPLE))
     if patient.reward_model is not None:
-        yield from of_reward(patient, patient.reward_model, kept)
+        yield from check_reward_model(patient, patient.reward_model, kept)
 
 
-def of_policy(patient: Patient, pairs: list[Pair]) -> Iterator[Finding]:
+def check_policy(patient: Patient, pairs: list[Pair]) -> Iterator[Finding]:
     """Checks that run the policy, its reference and an adapter."""
-    tokenizer, pad = patient.tokenizer, pad_of(patient.tokenizer)
-    plain, info = load(AutoModelForCausalLM, patient.policy)
+    tokenizer, pad = patient.tokenizer, padding_token(patient.tokenizer)
+    plain, info = load_with_info(AutoModelForCausalLM, patient.policy)
     if token_id(tokenizer, "eos_token_id") is not None:
         yield tokens.stop_token(tokenizer, plain.config, plain.generation_config)
-    vocabulary = tokens.vocabulary(tokenizer, models.embeddings(plain))
+    vocabulary = tokens.vocabulary(tokenizer, models.embedding_count(plain))
     for finding in (vocabulary, models.weights(plain, info)):
         yield finding
         if finding.fix:
@@ -112,11 +112,11 @@ def of_policy(patient: Patient, pairs: list[Pair]) -> Iterator[Finding]:
     policy = load_policy(patient.policy)
     yield models.padding(policy, plain, pairs, pad)
     del plain
-    reference = frozen(policy if patient.reference is None else read_policy(patient.reference))
+    reference = frozen(policy if patient.reference is None else load_reference(patient.reference))
     yield models.step_0(policy, reference, pairs, pad)
     yield models.dropout(policy, pairs, pad)
     base = frozen(policy)
-    yield models.adapter_off(base, adapted(policy, patient.adapter), pairs, pad)
+    yield models.adapter_off(base, with_adapter(policy, patient.adapter), pairs, pad)
     length = min(patient.sampling.max_new_tokens, SAMPLED)
     prompts = [p.prompt_ids for p in pairs] * 2
     at_once = Limit(len(prompts), len(prompts) * (max(map(len, prompts)) + length))
@@ -129,21 +129,21 @@ def of_policy(patient: Patient, pairs: list[Pair]) -> Iterator[Finding]:
     )
 
 
-def of_reward(patient: Patient, folder: Path, pairs: list[Pair]) -> Iterator[Finding]:
+def check_reward_model(patient: Patient, folder: Path, pairs: list[Pair]) -> Iterator[Finding]:
     """Checks of the reward model, on pairs with two tokens a side and more that end in no pad."""
     require_reward_model(folder)
-    tokenizer, whose = any_tokenizer(folder), "reward model's "
+    tokenizer, owner = any_tokenizer(folder), "reward model's "
     if (labels := AutoConfig.from_pretrained(folder).num_labels) != 1:
         raise InputError(f"{folder}: a reward model has one label; its config.json says {labels}")
-    yield tokens.eos_and_pad(tokenizer, whose)
+    yield tokens.eos_and_pad(tokenizer, owner)
     same = tokens.same_tokens(patient.tokenizer, tokenizer)
-    plain, info = load(AutoModelForSequenceClassification, folder)
-    vocabulary = tokens.vocabulary(tokenizer, models.embeddings(plain), whose)
-    for finding in (same, vocabulary, models.weights(plain, info, whose)):
+    plain, info = load_with_info(AutoModelForSequenceClassification, folder)
+    vocabulary = tokens.vocabulary(tokenizer, models.embedding_count(plain), owner)
+    for finding in (same, vocabulary, models.weights(plain, info, owner)):
         yield finding
         if finding.fix:
             return
-    pad, eos = pad_of(tokenizer), token_id(tokenizer, "eos_token_id")
+    pad, eos = padding_token(tokenizer), token_id(tokenizer, "eos_token_id")
     long = [
         p
         for p in pairs
@@ -157,15 +157,15 @@ def of_reward(patient: Patient, folder: Path, pairs: list[Pair]) -> Iterator[Fin
             "add rows whose completions hold a text and then EOS",
         )
         return
-    long = sample(long, OF_REWARD)
+    long = select_pairs(long, REWARD_SAMPLE)
     scores = reward.score(load_scalar_model(folder).eval(), long, pad)
     yield reward.score_at_eos(plain.eval(), scores, long, pad, eos)
     yield reward.score_moves(scores)
-    yield reward.accuracy(scores)
+    yield reward.preference_accuracy(scores)
     yield reward.normalisation(folder, scores)
 
 
-def positions(folder: Path) -> int:
+def context_length(folder: Path) -> int:
     """How many places the model knows; dynamic rotary ones as far as they scale."""
     with readable(folder):
         config = AutoConfig.from_pretrained(folder)
@@ -174,24 +174,24 @@ def positions(folder: Path) -> int:
     return int(factor * (getattr(config, "max_position_embeddings", None) or 10**9))
 
 
-def sample(pairs: list[Pair], few: Few) -> list[Pair]:
-    """A few pairs from the shortest to the longest that a small machine can run side by side."""
+def select_pairs(pairs: list[Pair], size: SampleSize) -> list[Pair]:
+    """A few pairs, from the shortest to the longest that a small machine can run in one batch."""
 
     def length(p: Pair) -> int:
         return len(p.prompt_ids) + max(len(p.chosen_ids), len(p.rejected_ids))
 
     ordered = sorted(pairs, key=length)
-    fit = [p for p in ordered if 2 * few.pairs * length(p) <= few.tokens] or ordered[:1]
-    places = {i * (len(fit) - 1) // (few.pairs - 1) for i in range(few.pairs)} if fit else ()
+    fit = [p for p in ordered if 2 * size.pairs * length(p) <= size.tokens] or ordered[:1]
+    places = {i * (len(fit) - 1) // (size.pairs - 1) for i in range(size.pairs)} if fit else ()
     return [fit[place] for place in sorted(places)]
 
 
-def pad_of(tokenizer: Any) -> int:
+def padding_token(tokenizer: Any) -> int:
     """A token to fill batches with, even where the tokenizer names none."""
     return token_id(tokenizer, "pad_token_id") or 0
 
 
-def load(loader: Any, folder: Path) -> tuple[PreTrainedModel, dict[str, Any]]:
+def load_with_info(loader: Any, folder: Path) -> tuple[PreTrainedModel, dict[str, Any]]:
     """(transformers' own model in float32 and eval mode, which weights were missing)."""
     options = {"num_labels": 1} if loader is AutoModelForSequenceClassification else {}
     with readable(folder):
@@ -201,13 +201,13 @@ def load(loader: Any, folder: Path) -> tuple[PreTrainedModel, dict[str, Any]]:
     return model.eval(), info
 
 
-def read_policy(folder: Path) -> PreTrainedModel:
+def load_reference(folder: Path) -> PreTrainedModel:
     """A reference: as `load_policy`, with an error that names what cannot be loaded."""
-    load(AutoModelForCausalLM, folder)
+    load_with_info(AutoModelForCausalLM, folder)
     return load_policy(folder)
 
 
-def adapted(policy: PreTrainedModel, adapter: Path | None) -> Any:
+def with_adapter(policy: PreTrainedModel, adapter: Path | None) -> Any:
     """A copy of the policy under its LoRA adapter, or under a random one on every linear layer."""
     from peft import LoraConfig, PeftModel, get_peft_model  # takes seconds to import
 

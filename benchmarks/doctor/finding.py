@@ -1,4 +1,4 @@
-"""What a check says."""
+"""The result of one check."""
 
 from typing import NamedTuple
 
@@ -7,10 +7,10 @@ class Finding(NamedTuple):
     """`fix` is empty where the check passes; else it says what to change."""
 
     check: str
-    seen: str  # the number, or what was found
+    observed: str  # the number measured, or what was found
     fix: str = ""
 
 
-def verdict(check: str, passes: bool, seen: str, fix: str) -> Finding:
+def make_finding(check: str, passed: bool, observed: str, fix: str) -> Finding:
     """A finding with `fix` only where it is needed."""
-    return Finding(check, seen, "" if passes else fix)
+    return Finding(check, observed, "" if passed else fix)

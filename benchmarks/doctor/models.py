@@ -1,4 +1,4 @@
-"""Checks of a policy, its reference and its adapter: each compares two ways to the same number."""
+"""Checks of a policy, its reference and its adapter: each computes one number in two ways."""
 
 import math
 from collections.abc import Sequence
@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from benchmarks.doctor.finding import Finding, verdict
+from benchmarks.doctor.finding import Finding, make_finding
 from dpo.losses import LogRatios, dpo_loss
 from shared.data.pairs import Pair
 from shared.generation.engine import Engine, Sampling
@@ -16,11 +16,11 @@ from shared.kl import exact_kl
 from shared.models.logprobs import completion_logits, sequence_logps, token_logprobs
 from shared.models.sequences import Sequences, collate
 
-TOLERANCE = 1e-3  # nats a token, float32: sound models differ by 1e-5 to 1e-4
-SURPRISE = 5.0  # standard errors
+LOGPROB_TOLERANCE = 1e-3  # nats a token, float32: sound models differ by 1e-5 to 1e-4
+MAX_SURPRISE = 5.0  # standard errors
 
 
-def weights(model: PreTrainedModel, info: dict[str, Any], whose: str = "") -> Finding:
+def weights(model: PreTrainedModel, info: dict[str, Any], owner: str = "") -> Finding:
     """All weights are finite and came from the file; the output layer is tied as configured."""
     absent = sorted(info["missing_keys"])
     values = dict(model.named_parameters())
@@ -36,8 +36,8 @@ def weights(model: PreTrainedModel, info: dict[str, Any], whose: str = "") -> Fi
         fix = f"save the whole model: {absent[0]} is not in the file and would start at random"
     elif untied:
         fix = "the output layer is not tied as config.json says; set tie_word_embeddings = false"
-    return verdict(
-        f"{whose}weights",
+    return make_finding(
+        f"{owner}weights",
         not absent and not broken and not untied,
         f"{sum(v.numel() for v in values.values()):,} in {len(values)} tensors: {len(broken)} not "
         f"finite, {len(absent)} not in the file" + (", output layer not tied" if untied else ""),
@@ -51,8 +51,8 @@ def both_sides(pairs: Sequence[Pair], pad: int) -> Sequences:
     return collate([p.prompt_ids for p in pairs] * 2, sides, pad)
 
 
-def embeddings(model: PreTrainedModel) -> int:
-    """How many tokens have one."""
+def embedding_count(model: PreTrainedModel) -> int:
+    """How many tokens have an embedding."""
     layer = model.get_input_embeddings()
     return layer.weight.shape[0] if isinstance(layer, nn.Embedding) else model.config.vocab_size
 
@@ -67,12 +67,11 @@ def padding(
     """
     batch = both_sides(pairs, pad)
     rows = [row[real.bool()] for row, real in zip(batch.ids, batch.attention, strict=True)]
-    alone = batch.spread(
-        torch.cat([
-            _plain_logprobs(plain, row[None])[0, -int(n) :]
-            for row, n in zip(rows, batch.lengths, strict=True)
-        ])
-    )  # fmt: skip
+    one_by_one = [
+        _plain_logprobs(plain, row[None])[0, -int(n) :]
+        for row, n in zip(rows, batch.lengths, strict=True)
+    ]
+    alone = batch.spread(torch.cat(one_by_one))
     right = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=pad)
     left = torch.nn.utils.rnn.pad_sequence(
         rows, batch_first=True, padding_value=pad, padding_side="left"
@@ -82,19 +81,19 @@ def padding(
     on_right = (column < length[:, None]).long()
     on_left = (column >= width - length[:, None]).long()
     shifted = (on_left.cumsum(1) - 1).clamp(min=0)
-    ways = {
+    variants = {
         "in one batch": token_logprobs(policy, batch),
-        "with half of the rows": _half(policy, pairs, pad, batch.mask.shape),
-        "right-padded": _ends(_plain_logprobs(plain, right, on_right), length, batch),
-        "left-padded": _ends(
+        "with half of the rows": _in_two_batches(policy, pairs, pad, batch.mask.shape),
+        "right-padded": _completion_part(_plain_logprobs(plain, right, on_right), length, batch),
+        "left-padded": _completion_part(
             _plain_logprobs(plain, left, on_left, shifted), torch.full_like(length, width), batch
         ),
     }
-    differences = {name: _largest(found - alone) for name, found in ways.items()}
+    differences = {name: _largest(found - alone) for name, found in variants.items()}
     worst = max(differences, key=lambda name: differences[name])
-    return verdict(
+    return make_finding(
         "padding",
-        differences[worst] <= TOLERANCE,
+        differences[worst] <= LOGPROB_TOLERANCE,
         f"log-probabilities of {len(rows)} completions alone and {worst} differ by at most "
         f"{differences[worst]:.1e} nats a token",
         "the model's positions depend on padding or on the rest of the batch (rope_type dynamic or "
@@ -109,21 +108,20 @@ def step_0(
     """Before the first step the reference is the policy: KL 0, and DPO's loss is ln 2."""
     batch = both_sides(pairs, pad)
     ours, theirs = completion_logits(policy, batch), completion_logits(reference, batch)
-    check, fix = (
-        "step 0",
-        (
-            "start the policy from the reference's own folder (after SFT, not before it), and keep "
-            "the reference frozen, in float32"
-        ),
+    check = "step 0"
+    fix = (
+        "start the policy from the reference's own folder (after SFT, not before it), and keep "
+        "the reference frozen, in float32"
     )
     if ours.shape != theirs.shape:
         return Finding(check, f"{ours.shape[1]} tokens, the reference has {theirs.shape[1]}", fix)
     kl = _largest(exact_kl(ours, theirs))
     ratios = sequence_logps(policy, batch) - sequence_logps(reference, batch)
-    tokens = batch.lengths
     chosen, rejected = ratios.chunk(2)
-    loss = dpo_loss(LogRatios(chosen, rejected, *tokens.chunk(2)), beta=0.1).mean().item()
-    return verdict(
+    chosen_tokens, rejected_tokens = batch.lengths.chunk(2)
+    log_ratios = LogRatios(chosen, rejected, chosen_tokens, rejected_tokens)
+    loss = dpo_loss(log_ratios, beta=0.1).mean().item()
+    return make_finding(
         check,
         kl <= 1e-6 and abs(loss - math.log(2)) <= 1e-6,
         f"KL to the reference at most {kl:.1e} nats a token, DPO loss {loss:.6f} (ln 2: 0.693147)",
@@ -138,7 +136,7 @@ def dropout(policy: PreTrainedModel, pairs: list[Pair], pad: int) -> Finding:
     passes = [token_logprobs(policy.train(mode), batch) for mode in (True, True, False)]
     policy.train(before)
     difference = max(_largest(passes[0] - other) for other in passes[1:])
-    return verdict(
+    return make_finding(
         "dropout",
         difference <= 1e-6,
         f"two passes in train mode and one in eval mode differ by {difference:.1e} nats a token",
@@ -156,15 +154,15 @@ def adapter_off(base: PreTrainedModel, adapted: Any, pairs: list[Pair], pad: int
         off = completion_logits(adapted, batch)
     same = truth.shape == off.shape and torch.equal(truth, off)
     acts = truth.shape != on.shape or not torch.equal(truth, on)
-    seen = _largest(off - truth) if truth.shape == off.shape else math.inf
+    difference = _largest(off - truth) if truth.shape == off.shape else math.inf
     fix = (
         "train with bias='none' and without modules_to_save, and never merge and unmerge: load the "
         "base again and put the adapter on it"
     )
-    return verdict(
+    return make_finding(
         "adapter off",
         same,
-        f"logits differ from the base's by {seen:.1e} (must be 0); "
+        f"logits differ from the base's by {difference:.1e} (must be 0); "
         f"on, by {_largest(on - truth) if truth.shape == on.shape else math.inf:.1e}"
         + ("" if acts else " (it does nothing yet)"),
         fix,
@@ -186,9 +184,9 @@ def engine_parity(
     surprising as the trainer's distribution is on average: z is standard normal, unless the engine
     draws at another temperature or cuts the distribution off.
     """
-    seen: list[Tensor] = []
+    step_logits: list[Tensor] = []
     hook = policy.get_output_embeddings().register_forward_hook(  # pyright: ignore
-        lambda _, __, logits: seen.append(logits.flatten(0, -2).float())
+        lambda _, __, logits: step_logits.append(logits.flatten(0, -2).float())
     )
     drawn = engine.generate(prompts, sampling).ids
     hook.remove()
@@ -196,8 +194,10 @@ def engine_parity(
     batch = collate([prompts[i] for i in order], [drawn[i] for i in order], pad)
     logits = completion_logits(policy, batch, sampling.temperature)
     distinct = {p: n for n, p in enumerate(dict.fromkeys(tuple(prompts[i]) for i in order))}
-    seen[0] = seen[0][[distinct[tuple(prompts[i])] for i in order]]  # a prompt is read once
-    ours = (torch.stack(seen, 1) / sampling.temperature).log_softmax(-1)[batch.mask]
+    step_logits[0] = step_logits[0][
+        [distinct[tuple(prompts[i])] for i in order]
+    ]  # a prompt is read once
+    ours = (torch.stack(step_logits, 1) / sampling.temperature).log_softmax(-1)[batch.mask]
     trainer, tokens = logits.log_softmax(-1), batch.completion_ids[batch.mask].unsqueeze(1)
     difference = _largest(ours.gather(1, tokens) - trainer.gather(1, tokens))
     p, surprise = trainer.exp(), -trainer.masked_fill(trainer.isinf(), 0.0)
@@ -205,15 +205,15 @@ def engine_parity(
     variance = ((p * surprise**2).sum(1) - entropy**2).clamp(min=0)
     excess = (-trainer.gather(1, tokens).squeeze(1) - entropy).sum()
     z = (excess / variance.sum().sqrt().clamp(min=1e-9)).item()
-    return verdict(
+    return make_finding(
         "engine parity",
-        difference <= TOLERANCE and abs(z) <= SURPRISE,
+        difference <= LOGPROB_TOLERANCE and abs(z) <= MAX_SURPRISE,
         f"{len(tokens)} tokens at temperature {sampling.temperature:g}: engine's and trainer's "
         f"log-probabilities differ by at most {difference:.1e} nats, their mean surprise by "
         f"{z:+.1f} standard errors",
         "sample at the temperature that training divides by, without top-p, top-k or penalties"
-        if difference <= TOLERANCE
-        else "the cache and a whole pass disagree: use fixed positions (no dynamic or longrope)",
+        if difference <= LOGPROB_TOLERANCE
+        else "the cache and a full pass disagree: use fixed positions (no dynamic or longrope)",
     )
 
 
@@ -231,7 +231,7 @@ def _plain_logprobs(
     return chosen - logits.logsumexp(-1)
 
 
-def _ends(logprobs: Tensor, ends: Tensor, batch: Sequences) -> Tensor:
+def _completion_part(logprobs: Tensor, ends: Tensor, batch: Sequences) -> Tensor:
     """The completions' part of rows that end in column `ends`, (B, T), 0 where there is none."""
     column = torch.arange(batch.mask.shape[1])
     place = (ends - batch.lengths - 1)[:, None] + column
@@ -239,17 +239,19 @@ def _ends(logprobs: Tensor, ends: Tensor, batch: Sequences) -> Tensor:
     return found.masked_fill(~batch.mask, 0.0)
 
 
-def _half(policy: PreTrainedModel, pairs: list[Pair], pad: int, shape: Sequence[int]) -> Tensor:
-    """Log-probabilities from two batches, chosen and rejected apart, (2 B, T)."""
-    whole = torch.zeros(*shape)
+def _in_two_batches(
+    policy: PreTrainedModel, pairs: list[Pair], pad: int, shape: Sequence[int]
+) -> Tensor:
+    """Log-probabilities from two batches, the chosen and the rejected completions, (2 B, T)."""
+    logprobs = torch.zeros(*shape)
     prompts, count = [p.prompt_ids for p in pairs], len(pairs)
     for start, sides in (
         (0, [p.chosen_ids for p in pairs]),
         (count, [p.rejected_ids for p in pairs]),
     ):
         found = token_logprobs(policy, collate(prompts, sides, pad))
-        whole[start : start + count, : found.shape[1]] = found
-    return whole
+        logprobs[start : start + count, : found.shape[1]] = found
+    return logprobs
 
 
 def _largest(values: Tensor) -> float:

@@ -10,13 +10,13 @@ from scipy.stats import binom
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from benchmarks.doctor.finding import Finding, verdict
+from benchmarks.doctor.finding import Finding, make_finding
 from benchmarks.doctor.models import both_sides
 from shared.data.pairs import Pair
 from shared.models.load import sequence_scores
 
-TOLERANCE = 1e-3  # of the scores' own deviation, at least 1
-SWAPPED = 1e-4  # chance of an accuracy this low, were the scores a coin
+SCORE_TOLERANCE = 1e-3  # of the scores' own deviation, at least 1
+SWAPPED_CHANCE = 1e-4  # chance of an accuracy this low, were the scores a coin
 
 
 class Scores(NamedTuple):
@@ -33,7 +33,8 @@ def score(model: PreTrainedModel, pairs: list[Pair], pad: int) -> Scores:
         p._replace(chosen_ids=p.chosen_ids[:-1], rejected_ids=p.rejected_ids[:-1]) for p in pairs
     ]
     return Scores(
-        *(sequence_scores(model, both_sides(rows, pad)).cpu() for rows in (pairs, shorter))
+        ours=sequence_scores(model, both_sides(pairs, pad)).cpu(),
+        without_eos=sequence_scores(model, both_sides(shorter, pad)).cpu(),
     )
 
 
@@ -45,14 +46,14 @@ def score_at_eos(
 
     It reads at the last token that is not `config.pad_token_id`.
     """
-    check, believed = "score at eos", plain.config.pad_token_id
+    check, configured_pad = "score at eos", plain.config.pad_token_id
     fix = (
-        f"its config.json has pad_token_id {believed} (eos is {eos}): set it to {pad}, the pad "
-        "that its tokenizer fills batches with, and save"
+        f"its config.json has pad_token_id {configured_pad} (eos is {eos}): set it to {pad}, the "
+        "pad that its tokenizer fills batches with, and save"
     )
     if pad == eos:
         fix = "give tokenizer and config.json a pad token that is not EOS, then train it again"
-    if believed is None:
+    if configured_pad is None:
         return Finding(check, "no pad_token_id in its config.json: it scores no batch", fix)
     rows = [
         torch.tensor([*p.prompt_ids, *side])
@@ -64,9 +65,9 @@ def score_at_eos(
     attention = (torch.arange(ids.shape[1]) < lengths[:, None]).long()
     found = plain(input_ids=ids, attention_mask=attention).logits.squeeze(-1).float()
     difference = (found - scores.ours).nan_to_num(math.inf).abs().max().item()
-    return verdict(
+    return make_finding(
         check,
-        difference <= TOLERANCE * max(1.0, scores.ours.std().item()),
+        difference <= SCORE_TOLERANCE * max(1.0, scores.ours.std().item()),
         f"{len(rows)} scores of plain transformers and of Klash differ by at most {difference:.1e}",
         fix,
     )
@@ -79,7 +80,7 @@ def score_moves(scores: Scores) -> Finding:
     fix = "its head gives every completion one score: train it, or look for a head of zeros"
     if deviation > 0:
         fix = "it does not read the EOS: train it on completions that end with EOS"
-    return verdict(
+    return make_finding(
         "score moves",
         deviation > 0 and moved == len(scores.ours),
         f"deviation {deviation:.2g} over {len(scores.ours)} completions; without EOS {moved} of "
@@ -88,13 +89,13 @@ def score_moves(scores: Scores) -> Finding:
     )
 
 
-def accuracy(scores: Scores) -> Finding:
+def preference_accuracy(scores: Scores) -> Finding:
     """The reward model does not prefer the rejected completions."""
     chosen, rejected = scores.ours.chunk(2)
     right, count = int((chosen > rejected).sum()), len(chosen)
-    return verdict(
+    return make_finding(
         "reward accuracy",
-        bool(binom.cdf(right, count, 0.5) > SWAPPED),
+        bool(binom.cdf(right, count, 0.5) > SWAPPED_CHANCE),
         f"prefers the chosen completion in {right} of {count} pairs",
         "far below half: chosen and rejected are swapped, in this data or in its training data",
     )
@@ -115,7 +116,7 @@ def normalisation(folder: Path, scores: Scores) -> Finding:
     except (ValueError, TypeError, KeyError) as error:
         return Finding(check, f"normalisation.json is not {{offset, scale}}: {error!r}", fix)
     scaled = (scores.ours - offset) / scale if scale else torch.tensor([math.inf])
-    return verdict(
+    return make_finding(
         check,
         math.isfinite(offset) and math.isfinite(scale) and scale > 0,
         f"offset {offset:.3g}, scale {scale:.3g}; mean score here {scaled.mean().item():.2f}",

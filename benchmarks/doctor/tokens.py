@@ -5,31 +5,33 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from benchmarks.doctor.finding import Finding, verdict
+from benchmarks.doctor.finding import Finding, make_finding
 from shared.data.files import Row, render
 from shared.data.pairs import Pair, clean
 
 
-def eos_and_pad(tokenizer: PreTrainedTokenizerBase, whose: str = "") -> Finding:
+def eos_and_pad(tokenizer: PreTrainedTokenizerBase, owner: str = "") -> Finding:
     """Both are there, they differ, and the text of each is one token."""
-    check, eos, pad = f"{whose}eos and pad", tokenizer.eos_token_id, tokenizer.pad_token_id
-    seen = f"eos {tokenizer.eos_token!r} ({eos}), pad {tokenizer.pad_token!r} ({pad})"
+    check, eos, pad = f"{owner}eos and pad", tokenizer.eos_token_id, tokenizer.pad_token_id
+    observed = f"eos {tokenizer.eos_token!r} ({eos}), pad {tokenizer.pad_token!r} ({pad})"
     if eos is None:
-        return Finding(check, seen, "name the token that ends an answer: tokenizer.eos_token = ...")
+        return Finding(
+            check, observed, "name the token that ends an answer: tokenizer.eos_token = ..."
+        )
     if pad is None or pad == eos:
         return Finding(
             check,
-            seen,
+            observed,
             "give it a pad token of its own, tokenizer.add_special_tokens({'pad_token': '<pad>'}), "
             "resize the embeddings, set model.config.pad_token_id and save both: with pad == eos "
             "no score is read at EOS and no EOS is learnt",
         )
     words = (str(tokenizer.eos_token), str(tokenizer.pad_token))
     split = [w for w in words if len(tokenizer(w, add_special_tokens=False).input_ids) != 1]
-    return verdict(
+    return make_finding(
         check,
         not split,
-        seen,
+        observed,
         f"{split} is read as several tokens; add it with tokenizer.add_special_tokens",
     )
 
@@ -46,7 +48,7 @@ def stop_token(tokenizer: PreTrainedTokenizerBase, config: Any, generation: Any)
         if value is not None
     }
     wrong = [name for name, ids in stops.items() if eos not in ids]
-    return verdict(
+    return make_finding(
         "stop token",
         not wrong,
         f"tokenizer's eos {eos}, " + (", ".join(f"{n}'s {i}" for n, i in stops.items()) or "alone"),
@@ -55,11 +57,11 @@ def stop_token(tokenizer: PreTrainedTokenizerBase, config: Any, generation: Any)
     )
 
 
-def vocabulary(tokenizer: PreTrainedTokenizerBase, embeddings: int, whose: str = "") -> Finding:
+def vocabulary(tokenizer: PreTrainedTokenizerBase, embeddings: int, owner: str = "") -> Finding:
     """Every token id has an embedding."""
     top = max(tokenizer.get_vocab().values())
-    return verdict(
-        f"{whose}vocabulary",
+    return make_finding(
+        f"{owner}vocabulary",
         top < embeddings,
         f"largest token id {top}, {embeddings} embeddings",
         "model.resize_token_embeddings(len(tokenizer)) and save the model",
@@ -83,7 +85,7 @@ def generation_prompt(tokenizer: PreTrainedTokenizerBase, rows: Sequence[Row]) -
             "let the chat template end with the answer's header if add_generation_prompt, as in "
             "{% if add_generation_prompt %}<|im_start|>assistant\\n{% endif %}"
         )
-    return verdict(
+    return make_finding(
         "generation prompt",
         not silent and not broken,
         f"missing in {silent} of {len(chats)} prompts, not a prefix of {broken} of "
@@ -99,7 +101,7 @@ def one_bos(tokenizer: PreTrainedTokenizerBase, pairs: Sequence[Pair]) -> Findin
         return Finding("one bos", "the tokenizer has no BOS")
     twice = [sum(p.prompt_ids[:2] == [bos, bos] for p in pairs)]
     twice += [sum(ids[:2] == [bos, bos] for ids in _ids(tokenizer, [p.prompt for p in pairs]))]
-    return verdict(
+    return make_finding(
         "one bos",
         not any(twice),
         f"two at the start of {max(twice)} of {len(pairs)} prompts",
@@ -127,7 +129,7 @@ def boundary(
         n for n, (p, ids) in enumerate(zip(prompts, together, strict=True)) if ids[: len(p)] != p
     ]
     first = f" (first in {pairs[merged[0] % len(pairs)].id})" if merged else ""
-    return verdict(
+    return make_finding(
         "boundary",
         not merged,
         f"tokens span it in {len(merged)} of {len(texts)} completions{first}",
@@ -146,7 +148,7 @@ def one_eos(pairs: Sequence[Pair], eos: int, cap: int | None) -> Finding:
     fix = "take the EOS text out of the data: it is added where a completion ends"
     if none:
         fix = "the chat template must end an answer with the tokenizer's eos_token; set one of both"
-    return verdict(
+    return make_finding(
         "one eos",
         not none and not more and not inside,
         f"of {len(sides)} completions {none} without, {more} with several, {inside} with text "
@@ -161,13 +163,13 @@ def ends_in_pad(pairs: Sequence[Pair], pad: int) -> Finding:
     transformers' classifiers read a score at the last token that is not pad.
     """
     sides = [side for p in pairs for side in (p.chosen_ids, p.rejected_ids)]
-    held, last = sum(pad in side for side in sides), sum(side[-1:] == [pad] for side in sides)
-    return verdict(
+    inside, last = sum(pad in side for side in sides), sum(side[-1:] == [pad] for side in sides)
+    return make_finding(
         "pad in completions",
         not last,
-        f"of {len(sides)} completions {held} hold the pad token, {last} end in it",
-        "drop these pairs, and train the policy that said them longer: transformers scores such a "
-        "completion before its end",
+        f"of {len(sides)} completions {inside} hold the pad token, {last} end in it",
+        "drop these pairs, and train the policy that sampled them longer: transformers scores such "
+        "a completion before its end",
     )
 
 
@@ -185,7 +187,7 @@ def lengths(pairs: Sequence[Pair], limit: int, max_new_tokens: int | None) -> Fi
         )
     if long:
         advice.append(f"raise max_new_tokens to {max(answers)}: no sample can be as long")
-    return verdict(
+    return make_finding(
         "lengths",
         not advice,
         f"of {len(pairs)} pairs {prompts} have no room after the prompt, {cut} are cut at {limit} "
@@ -209,7 +211,7 @@ def usable(pairs: Sequence[Pair]) -> tuple[list[Pair], Finding]:
     """Pairs that teach something, once cut; and how many do not, by reason."""
     kept, dropped = clean(pairs)
     counts = ", ".join(f"{count} {reason}" for reason, count in sorted(dropped.items()))
-    return kept, verdict(
+    return kept, make_finding(
         "pairs",
         not dropped,
         f"of {len(pairs)} as cut to length: {counts or 'none empty, identical or repeated'}",
@@ -221,7 +223,7 @@ def same_tokens(policy: PreTrainedTokenizerBase, reward: PreTrainedTokenizerBase
     """Sampled ids go to the reward model as they are: both must mean the same by them."""
     known, theirs = policy.get_vocab(), reward.get_vocab()
     differ = sum(theirs.get(token) != number for token, number in known.items())
-    return verdict(
+    return make_finding(
         "reward model's tokens",
         not differ,
         f"{differ} of the policy's {len(known)} tokens have another id",

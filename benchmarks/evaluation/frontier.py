@@ -7,13 +7,13 @@ Gold in the task's units, KL in nats per sequence.
 """
 
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy.special import logsumexp
 
-from benchmarks.evaluation.statistics import Estimate, crossed_bootstrap, t_estimate
+from benchmarks.evaluation.statistics import Estimate, finite_table, t_estimate
 from shared.config import Config
 
 Array = NDArray[np.float64]
@@ -65,8 +65,8 @@ def tilt_table(
     ref is 1 / N for samples. For enumerated completions pass `log_ref` (P, N), the
     log-probabilities of all of them (-inf pads), and `min_ess=0` later on: then all is exact.
     """
-    target = _rows(objective)
-    measured = target if outcome is None else _rows(outcome)
+    target = finite_table(objective)
+    measured = target if outcome is None else finite_table(outcome)
     ref = np.full(target.shape, -np.log(target.shape[1]))
     if log_ref is not None:
         ref = np.asarray(log_ref, dtype=np.float64)
@@ -190,7 +190,6 @@ def margin_interval(
     seed: int = 0,
     min_ess: float = 100.0,
     max_gold: float = 1.0,
-    limits: Literal["percentile", "t"] = "percentile",
 ) -> Estimate:
     """Mean over seeds of (gold - frontier gold at the seed's own mean KL); at most 0 but for noise.
 
@@ -198,11 +197,10 @@ def margin_interval(
     prompts for method and frontier, so that easy prompts cancel. Where the KL lies past the
     samples' reach the frontier is an upper bound, and the margin a lower one.
 
-    `limits`: "percentile" resamples seeds and prompts (`crossed_bootstrap`: too narrow with few
-    seeds); "t" is the variance of the seeds' margins / S plus that over
-    resampled prompts, with Student's t on S - 1 degrees of freedom. One seed: no limits.
+    The squared standard error is the variance of the seeds' margins / S plus that over resampled
+    prompts; limits from Student's t on S - 1 degrees of freedom. One seed: no limits.
     """
-    gold, kl = _rows(method_gold), _rows(method_kl)
+    gold, kl = finite_table(method_gold), finite_table(method_kl)
     seeds, prompts = gold.shape
     if kl.shape != gold.shape or table.kl.shape[1] != prompts:
         raise ValueError(f"prompts do not match: {gold.shape}, {kl.shape}, {table.kl.shape[1]}")
@@ -216,11 +214,6 @@ def margin_interval(
     mean = float(per_seed.mean())
     if seeds == 1:
         return Estimate(mean=mean, per_seed=per_seed.tolist())
-    if limits == "percentile":
-        low, high = crossed_bootstrap(
-            lambda s, p: float(margins(p)[s].mean()), (seeds, prompts), draws, seed
-        )
-        return Estimate(mean=mean, low=low, high=high, per_seed=per_seed.tolist())
     rng = np.random.default_rng(seed)
     drawn = [margins(rng.integers(prompts, size=prompts)).mean() for _ in range(draws)]
     variance = float(per_seed.var(ddof=1) / seeds + np.var(drawn, ddof=1))
@@ -248,11 +241,3 @@ def _take_prompts(table: TiltTable, index: NDArray[np.intp]) -> TiltTable:
         ref_gold=table.ref_gold[index],
         ref_ess=table.ref_ess[index],
     )
-
-
-def _rows(values: ArrayLike) -> Array:
-    """`values` as a non-empty 2-D array of finite numbers, or ValueError."""
-    array = np.asarray(values, dtype=np.float64)
-    if array.ndim != 2 or array.size == 0 or not np.isfinite(array).all():
-        raise ValueError(f"expected a 2-D array of finite numbers, found shape {array.shape}")
-    return array

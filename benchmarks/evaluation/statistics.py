@@ -1,10 +1,10 @@
-"""Intervals and verdicts for seeds crossed with prompts.
+"""Intervals, and what they let one say, for seeds crossed with prompts.
 
 Every seed answers the same prompts, so a result is a (seeds, prompts) table with a seed effect, a
 prompt effect and noise. Pure functions of such tables.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from math import sqrt
 
 import numpy as np
@@ -44,7 +44,7 @@ def crossed_interval(values: ArrayLike, level: float = 0.95) -> Estimate:
     freedom. One seed: no limits. One prompt: the ordinary t interval over seeds. NaN or infinity:
     ValueError.
     """
-    table = _finite_table(values)
+    table = finite_table(values)
     seeds, prompts = table.shape
     seed_means = table.mean(axis=1)
     variance = 0.0
@@ -69,13 +69,13 @@ def seed_interval(values: Sequence[float | None], level: float = 0.95) -> Estima
 
 def paired_difference(a: ArrayLike, b: ArrayLike, level: float = 0.95) -> Estimate:
     """a - b, both (seeds, prompts), paired by seed and prompt. ValueError if the shapes differ."""
-    left, right = _finite_table(a), _finite_table(b)
+    left, right = finite_table(a), finite_table(b)
     if left.shape != right.shape:
         raise ValueError(f"cannot pair shapes {left.shape} and {right.shape}")
     return crossed_interval(left - right, level)
 
 
-def verdict(a_name: str, b_name: str, difference: Estimate, what: str) -> str:
+def describe_difference(a_name: str, b_name: str, difference: Estimate, what: str) -> str:
     """One sentence on `difference` = a - b of `what`, where more is better.
 
     Names a winner only with three seeds or more and an interval without zero.
@@ -99,32 +99,6 @@ def interquartile_range(values: Sequence[float]) -> float | None:
     return float(high - low)
 
 
-def crossed_bootstrap(
-    statistic: Callable[[NDArray[np.intp], NDArray[np.intp]], float],
-    shape: tuple[int, int],
-    draws: int,
-    seed: int,
-    level: float = 0.95,
-) -> tuple[float, float]:
-    """Percentile limits of `statistic`, seeds and prompts resampled independently with replacement.
-
-    The pigeonhole bootstrap (Owen 2007, Annals of Applied Statistics, doi:10.1214/07-AOAS122).
-
-    `statistic(seed_index, prompt_index)` gets index arrays (seeds,) and (prompts,) of `shape`.
-    With few seeds the limits are too narrow: with three they stay between the lowest and the
-    highest seed, so where seeds are the only noise they hold the truth 3 times in 4, not 95 in 100.
-    """
-    rng = np.random.default_rng(seed)
-    seeds, prompts = shape
-    drawn = [
-        statistic(rng.integers(seeds, size=seeds), rng.integers(prompts, size=prompts))
-        for _ in range(draws)
-    ]
-    tail = (1 - level) / 2
-    low, high = np.quantile(drawn, [tail, 1 - tail])
-    return float(low), float(high)
-
-
 def t_estimate(
     mean: float, variance: float, per_seed: Sequence[float], level: float = 0.95
 ) -> Estimate:
@@ -138,11 +112,13 @@ def t_estimate(
     return Estimate(mean=mean, low=mean - half, high=mean + half, per_seed=list(per_seed))
 
 
-def _finite_table(values: ArrayLike) -> NDArray[np.float64]:
-    """`values` as a non-empty (seeds, prompts) array of finite numbers, or ValueError."""
+def finite_table(values: ArrayLike) -> NDArray[np.float64]:
+    """`values` as a non-empty 2-D array of finite numbers, or ValueError."""
     table = np.asarray(values, dtype=np.float64)
     if table.ndim != 2 or table.size == 0:
-        raise ValueError(f"expected a non-empty (seeds, prompts) array, found shape {table.shape}")
+        raise ValueError(
+            f"expected a non-empty 2-D array of finite numbers, found shape {table.shape}"
+        )
     if not np.isfinite(table).all():
         raise ValueError("found NaN or infinity among the values")
     return table

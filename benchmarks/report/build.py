@@ -15,13 +15,14 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from pydantic import TypeAdapter, ValidationError
 
+from benchmarks.evaluation.statistics import SEEDS_FOR_A_WINNER
 from benchmarks.report import page_tables as rows
+from benchmarks.report.conclusion import Conclusion, conclude
 from benchmarks.report.figures import draw_all
 from benchmarks.report.frontier_plot import KL_CAP, beyond
 from benchmarks.report.style import PALETTE, Picture, look, marker_path
 from benchmarks.report.tables import Bar, Table, count, number, to_csv, to_latex
 from benchmarks.report.training_plot import Curves
-from benchmarks.report.verdict import SEEDS_NEEDED, judge
 from benchmarks.results.schema import Results
 from shared.config import Config, InputError, validate
 
@@ -135,21 +136,20 @@ def _page(
         lstrip_blocks=True,
     )
     environment.filters |= {"look": look, "mark": marker_path, "count_of": count}
-    verdict = judge(results)
-    headline = [c.kl if c.metric == "gold_at_matched_kl" else None for c in verdict.headline[:1]]
-    hero = rows.headline_table(results, verdict.headline)
+    conclusion = conclude(results)
+    hero = rows.headline_table(results, conclusion.comparisons)
     comparisons = [t for name, t in tables.items() if name.startswith("differences-")]
     return environment.get_template("template.html").render(
         r=results,
-        verdict=verdict,
-        seeds_needed=SEEDS_NEEDED,
+        conclusion=conclusion,
+        seeds_needed=SEEDS_FOR_A_WINNER,
         command=f"klash compare {shlex.quote(results.experiment)}",
         pictures=pictures,
         tables=tables,
         comparisons=comparisons,
-        headline=_headline_name(comparisons, headline),
+        first_table=_first_table(comparisons, conclusion),
         hero=hero,
-        hero_left=len(verdict.headline) - len(hero.rows),
+        hero_left=len(conclusion.comparisons) - len(hero.rows),
         training=list(enumerate(curves)),
         samples=list(_answers(results, samples)),
         palette=PALETTE,
@@ -160,11 +160,11 @@ def _page(
     )
 
 
-def _headline_name(tables: Sequence[Table], level: Sequence[float | None]) -> str:
-    """The name of the table that the first sentence speaks of."""
-    if not level:
+def _first_table(tables: Sequence[Table], conclusion: Conclusion) -> str:
+    """The name of the table that the page's first sentence is about."""
+    if not conclusion.comparisons:
         return tables[0].name if tables else ""
-    return "differences-tuned" if level[0] is None else f"differences-{level[0]:g}-nats"
+    return rows.comparison_name(conclusion.comparisons[0].kl)
 
 
 def _answers(results: Results, samples: Samples) -> Iterator[tuple[str, list[ShownAnswer]]]:

@@ -22,7 +22,7 @@ from benchmarks.report.style import (
     look,
     plain,
 )
-from benchmarks.report.training_plot import Curves, Series, known, training_picture
+from benchmarks.report.training_plot import Curve, Curves, known, training_picture
 from benchmarks.results.schema import Cost, CurvePoint, Method, Results
 
 
@@ -36,12 +36,12 @@ def draw_all(results: Results, curves: Curves) -> dict[str, Picture]:
         narrow=(3.9, 4.7),
     )
     found = [frontier]
-    if _learned(results):
+    if _learners(results):
         found.append(
             draw(
                 "learning",
                 "Gold and KL on test prompts at checkpoints of the tuned runs, by method.",
-                lambda f, narrow: _learning(results, f, narrow),
+                lambda f, narrow: _paint_learning(results, f, narrow),
                 wide=(11.9, 3.7),
                 narrow=(3.9, 6.2),
             )
@@ -53,7 +53,7 @@ def draw_all(results: Results, curves: Curves) -> dict[str, Picture]:
             draw(
                 "filtering",
                 "Share of pairs kept before each epoch, by method.",
-                lambda f, narrow: _filtering(results, f),
+                lambda f, narrow: _paint_filtering(results, f),
                 wide=(5.4, 3.1),
                 narrow=(3.9, 2.9),
             )
@@ -62,11 +62,11 @@ def draw_all(results: Results, curves: Curves) -> dict[str, Picture]:
     return {picture.name: picture for picture in found}
 
 
-def _tidy(axes: Axes) -> None:
+def _style_ticks(axes: Axes) -> None:
     axes.tick_params(length=3, color=FAINT)
 
 
-def _draw_line(axes: Axes, points: Series, style: Look, width: float = 1.6) -> None:
+def _draw_line(axes: Axes, points: Curve, style: Look, width: float = 1.6) -> None:
     x, y = zip(*points, strict=True)
     axes.plot(x, y, color=style.colour, linestyle=style.dash, linewidth=width, label="_")
 
@@ -79,36 +79,38 @@ def _checkpoints(method: Method) -> Sequence[CurvePoint]:
     return sorted(tuned[0].checkpoints, key=lambda c: c.fraction) if tuned else []
 
 
-def _learned(results: Results) -> list[str]:
-    return [name for name, method in results.methods.items() if _checkpoints(method)]
+def _learners(results: Results) -> list[str]:
+    """Methods with checkpoints; best-of-n is not trained."""
+    trained = {name: m for name, m in results.methods.items() if m.kind != "best-of-n"}
+    return [name for name, method in trained.items() if _checkpoints(method)]
 
 
-def _learning(results: Results, figure: Figure, narrow: bool) -> None:
+def _paint_learning(results: Results, figure: Figure, narrow: bool) -> None:
     panels = figure.subplots(*((2, 1) if narrow else (1, 2)))
-    origin = frontier_plot.start(results)
+    origin = frontier_plot.starting_point(results)
     for axes, metric, title, first in (
         (panels[0], "gold", "Gold score", origin[1] if origin else None),
         (panels[1], "kl", "KL spent (nats per sequence)", 0.0),
     ):
-        for name in _learned(results):
+        for name in _learners(results):
             steps = [(c.fraction, getattr(c, metric)) for c in _checkpoints(results.methods[name])]
             _band(axes, steps, first, look(name))
         axes.set_title(title)
         axes.set_xlim(0, 1)
         axes.xaxis.set_major_formatter(PercentFormatter(1.0))
-        _tidy(axes)
+        _style_ticks(axes)
     panels[1].set_ylim(bottom=0)
     panels[1].set_xlabel("Share of training done")
     if not narrow:
         panels[0].set_xlabel("Share of training done")
-    _method_legend(figure, _learned(results))
+    _method_legend(figure, _learners(results))
 
 
 def _band(
     axes: Axes, steps: Sequence[tuple[float, Estimate]], first: float | None, style: Look
 ) -> None:
     """The mean with its markers, and the interval as a light band."""
-    begin: Series = [] if first is None else [(0.0, first)]
+    begin: Curve = [] if first is None else [(0.0, first)]
     line = begin + known((x, e.mean) for x, e in steps if x > 0)
     if not line:
         return
@@ -156,13 +158,13 @@ def _cost_picture(results: Results) -> Picture:
     return draw(
         "cost",
         "Seconds by phase and floating-point operations of one training run, by method.",
-        lambda f, narrow: _cost(results, methods, f, narrow),
+        lambda f, narrow: _paint_cost(results, methods, f, narrow),
         wide=(11.9, height + 1.3),
         narrow=(3.9, 2 * height + 2.5),
     )
 
 
-def _cost(results: Results, methods: Sequence[str], figure: Figure, narrow: bool) -> None:
+def _paint_cost(results: Results, methods: Sequence[str], figure: Figure, narrow: bool) -> None:
     panels = figure.subplots(*((2, 1) if narrow else (1, 2)), sharey=not narrow)
     costs = [results.methods[name].cost for name in methods]
     seconds = [_by_work(c) for c in costs]
@@ -203,13 +205,13 @@ def _reward_picture(results: Results) -> Picture:
     return draw(
         "reward-model",
         "Predicted against observed probability that the first of two answers wins.",
-        lambda f, narrow: _reliability(results, f),
+        lambda f, narrow: _paint_reliability(results, f),
         wide=(4.6, 3.7),
         narrow=(3.9, 3.3),
     )
 
 
-def _reliability(results: Results, figure: Figure) -> None:
+def _paint_reliability(results: Results, figure: Figure) -> None:
     axes = figure.add_subplot()
     axes.plot([0, 1], [0, 1], color=FAINT, linewidth=1, linestyle=(0, (4, 2.5)))
     points = sorted(results.reward_model.reliability)
@@ -223,10 +225,10 @@ def _reliability(results: Results, figure: Figure) -> None:
     axes.set_xlabel("Probability the reward model gives")
     axes.set_ylabel("Share that wins")
     axes.text(0.98, 0.04, "larger dot: more pairs", ha="right", color=MUTED, fontsize=7.5)
-    _tidy(axes)
+    _style_ticks(axes)
 
 
-def _filtering(results: Results, figure: Figure) -> None:
+def _paint_filtering(results: Results, figure: Figure) -> None:
     axes = figure.add_subplot()
     names = [name for name, method in results.methods.items() if method.filtering]
     for name in names:
@@ -248,5 +250,5 @@ def _filtering(results: Results, figure: Figure) -> None:
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_xlabel("Epoch")
     axes.set_ylabel("Pairs kept")
-    _tidy(axes)
+    _style_ticks(axes)
     _method_legend(figure, names)

@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 
 from benchmarks.evaluation.frontier import FrontierPoint
-from benchmarks.report.labels import Label, place
+from benchmarks.report.labels import Label, place_labels
 from benchmarks.report.style import CARD, FAINT, GRID, INK, MUTED, look, plain
 from benchmarks.results.schema import Method, Results
 
@@ -23,28 +23,28 @@ def paint(results: Results, figure: Figure, narrow: bool) -> None:
     """Draw the frontier figure."""
     axes = figure.add_subplot()
     right = _right(results)
-    axes.set_xscale("function", functions=(_root, np.square))
+    axes.set_xscale("function", functions=(_square_root, np.square))
     lines = 2 * _limits(axes, results, right)  # twice: names keep off them all the more
     labels: list[Label] = []
     for name, method in results.methods.items():
-        lines += _method(axes, name, method, start(results), narrow)
-        point = _at(method)
+        lines += _draw_method(axes, name, method, starting_point(results), narrow)
+        point = _tuned_point(method)
         if point:
             labels.append(Label(plain(look(name).label), point))
     visible = [[p for p in line if p[0] <= right] for line in lines]
     points = [p for line in visible for p in line]
     _frame(axes, right, points, 0.09 if narrow else 0.045, results.enumerated)
     _legend(axes, figure, narrow, has_seeds=len(results.seeds) > 1)
-    place(axes, labels, [line for line in visible if line])
+    place_labels(axes, labels, [line for line in visible if line])
 
 
-def start(results: Results) -> Point | None:
+def starting_point(results: Results) -> Point | None:
     """Where every method starts: no KL, SFT's gold."""
     sft = results.methods.get("sft")
     return None if sft is None or sft.gold.mean is None else (0.0, sft.gold.mean)
 
 
-def curve(method: Method, origin: Point | None) -> list[Point]:
+def method_curve(method: Method, origin: Point | None) -> list[Point]:
     """From SFT through the settings, by KL; through the checkpoints where there is one setting."""
     finals = [(s.kl.mean, s.gold.mean) for s in method.sweep]
     if len(finals) < 2:
@@ -53,11 +53,11 @@ def curve(method: Method, origin: Point | None) -> list[Point]:
     return [origin, *known] if origin and known else known
 
 
-def _root(x: np.ndarray) -> np.ndarray:
+def _square_root(x: np.ndarray) -> np.ndarray:
     return np.sqrt(np.maximum(x, 0))
 
 
-def _at(method: Method) -> Point | None:
+def _tuned_point(method: Method) -> Point | None:
     kl, gold = method.kl.mean, method.gold.mean
     return None if kl is None or gold is None else (max(kl, 0.0), gold)
 
@@ -65,14 +65,14 @@ def _at(method: Method) -> Point | None:
 def _right(results: Results) -> float:
     """Right edge: every tuned point with its interval, and settings up to KL_CAP."""
     tuned = [v for m in results.methods.values() for v in (m.kl.mean, m.kl.high) if v is not None]
-    swept = [p[0] for m in results.methods.values() for p in curve(m, None)]
+    swept = [p[0] for m in results.methods.values() for p in method_curve(m, None)]
     return 1.12 * max([1.0, *tuned, *(min(k, KL_CAP) for k in swept)])
 
 
 def beyond(results: Results) -> int:
     """How many settings lie beyond the right edge."""
     right = _right(results)
-    return sum(p[0] > right for m in results.methods.values() for p in curve(m, None))
+    return sum(p[0] > right for m in results.methods.values() for p in method_curve(m, None))
 
 
 def _limits(axes: Axes, results: Results, right: float) -> list[Sequence[Point]]:
@@ -82,11 +82,11 @@ def _limits(axes: Axes, results: Results, right: float) -> list[Sequence[Point]]
         (results.frontier, INK, 1.5, "Most any policy can reach"),
         (results.rm_frontier, MUTED, 0.9, "Most with this reward model"),
     ):
-        solid, dashed = _split(points, start(results), right)
-        whole = solid + dashed[1:] if solid else dashed
-        if len(whole) < 2:
+        solid, dashed = _split(points, starting_point(results), right)
+        joined = solid + dashed[1:] if solid else dashed
+        if len(joined) < 2:
             continue
-        drawn.append(whole)
+        drawn.append(joined)
         style: dict[str, Any] = {"color": colour, "linewidth": width, "zorder": 2.5}
         bound = "Upper bound on it" if solid else "Upper bound for any policy"
         for line, dash, label in ((solid, "solid", text), (dashed, BOUND, bound)):
@@ -94,13 +94,13 @@ def _limits(axes: Axes, results: Results, right: float) -> list[Sequence[Point]]
                 label = label if colour == INK or line is solid else "_"
                 axes.plot(*zip(*line, strict=True), linestyle=dash, label=label, **style)
         if colour == INK:
-            x, y = zip(*whole, strict=True)
+            x, y = zip(*joined, strict=True)
             axes.fill_between(x, y, 10, color=GRID, alpha=0.45, linewidth=0, zorder=0.5)
     return drawn
 
 
 def _legend(axes: Axes, figure: Figure, narrow: bool, has_seeds: bool) -> None:
-    """What lines and markers mean; methods are named beside their points."""
+    """What lines and markers mean; methods are named at their points."""
     tuned = "Tuned setting, 95 % interval" if has_seeds else "Tuned setting"
     axes.plot([], [], "o", color=FAINT, markersize=6.5, label=tuned)
     axes.plot([], [], "o", color=FAINT, markersize=3.4, label="Other setting")
@@ -133,15 +133,15 @@ def _cut(line: list[Point], right: float) -> list[Point]:
     return [*inside, (right, float(np.interp(right, x, y)))]
 
 
-def _method(
+def _draw_method(
     axes: Axes, name: str, method: Method, origin: Point | None, narrow: bool
 ) -> list[Sequence[Point]]:
     """One method's curve, faint checkpoints, settings and tuned point; returns what it covers."""
     style, drawn = look(name), []
-    through = curve(method, origin)
+    through = method_curve(method, origin)
     if len(through) > 1:
         axes.plot(*zip(*through, strict=True), color=style.colour, linestyle=style.dash, alpha=0.85)
-        small = [p for p in through if p not in (origin, _at(method))]
+        small = [p for p in through if p not in (origin, _tuned_point(method))]
         axes.plot(
             [x for x, _ in small],
             [y for _, y in small],
@@ -157,13 +157,13 @@ def _method(
     if known:
         x, y = zip(*known, strict=True)
         axes.scatter(x, y, s=5, color=style.colour, alpha=0.3, linewidths=0, zorder=1.5)
-    point = _at(method)
+    point = _tuned_point(method)
     if point:
-        drawn += _tuned(axes, name, method, point, 6.5 if narrow else 8)
+        drawn += _draw_tuned(axes, name, method, point, 6.5 if narrow else 8)
     return drawn
 
 
-def _tuned(
+def _draw_tuned(
     axes: Axes, name: str, method: Method, point: Point, size: float
 ) -> list[Sequence[Point]]:
     style = look(name)
@@ -192,7 +192,7 @@ def _tuned(
 
 
 def _frame(
-    axes: Axes, right: float, points: Sequence[Point], apart: float, enumerated: bool
+    axes: Axes, right: float, points: Sequence[Point], least_gap: float, enumerated: bool
 ) -> None:
     gold = [g for _, g in points] or [0.0, 1.0]
     pad = max(0.04, 0.07 * (max(gold) - min(gold)))
@@ -201,7 +201,7 @@ def _frame(
     ticks, last = [], -1.0
     for tick in (t for t in TICKS if t <= right):
         place_at = (tick / right) ** 0.5
-        if place_at - last > apart:
+        if place_at - last > least_gap:
             ticks.append(tick)
             last = place_at
     axes.set_xticks(ticks)

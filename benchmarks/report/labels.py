@@ -1,4 +1,4 @@
-"""Names written beside their points: of all places around a point, those that cover least."""
+"""Names written next to their points: of all places around a point, those that cover least."""
 
 import math
 from collections.abc import Sequence
@@ -30,7 +30,7 @@ class Label:
     anchor: tuple[float, float]
 
 
-def place(axes: Axes, labels: Sequence[Label], lines: Sequence[Line]) -> None:
+def place_labels(axes: Axes, labels: Sequence[Label], lines: Sequence[Line]) -> None:
     """Write `labels` clear of each other and of `lines` (data units); limits must be set already.
 
     Each label in turn moves to its cheapest place given the others, a few times over.
@@ -51,11 +51,11 @@ def place(axes: Axes, labels: Sequence[Label], lines: Sequence[Line]) -> None:
     boxes = [_places(a, s, unit) for a, s in zip(anchors, sizes, strict=True)]
     inside = np.array(axes.get_window_extent().extents)
     markers = np.array(anchors)
-    alone = [
-        _cost(box, ink, markers, inside, unit) + 150.0 * _nearer(box, markers, i, unit)
+    own_costs = [
+        _placement_cost(box, ink, markers, inside, unit) + 150.0 * _nearer(box, markers, i, unit)
         for i, box in enumerate(boxes)
     ]
-    chosen = _settle(boxes, alone, unit)
+    chosen = _settle(boxes, own_costs, unit)
     for text, anchor, box in zip(texts, anchors, chosen, strict=True):
         centre = (box[:2] + box[2:]) / 2
         x, y = (centre - anchor) / unit
@@ -101,7 +101,7 @@ def _places(anchor: Array, size: Array, unit: float) -> Array:
     return np.concatenate([centres - size / 2, centres + size / 2], axis=1)
 
 
-def _cost(boxes: Array, ink: Array, markers: Array, inside: Array, unit: float) -> Array:
+def _placement_cost(boxes: Array, ink: Array, markers: Array, inside: Array, unit: float) -> Array:
     """What each box costs by itself: distance, ink and markers under it, leaving the axes."""
     distance = np.repeat(np.array(_RADII), _ANGLES)
 
@@ -125,12 +125,12 @@ def _nearer(boxes: Array, markers: Array, own: int, unit: float) -> Array:
     return others.min(axis=1) < away[:, own] + 3 * unit
 
 
-def _settle(boxes: Sequence[Array], alone: Sequence[Array], unit: float) -> list[Array]:
+def _settle(boxes: Sequence[Array], own_costs: Sequence[Array], unit: float) -> list[Array]:
     """One box per label: greedy descent on the boxes' own costs and their overlaps."""
     chosen: list[Array | None] = [None] * len(boxes)
     for _ in range(_ROUNDS):
         for i, places in enumerate(boxes):
-            cost = alone[i].copy()
+            cost = own_costs[i].copy()
             for other in (box for j, box in enumerate(chosen) if j != i and box is not None):
                 low = np.maximum(places[:, :2] - 2.5 * unit, other[:2])
                 high = np.minimum(places[:, 2:] + 2.5 * unit, other[2:])

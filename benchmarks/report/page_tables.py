@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 
 from benchmarks.evaluation.statistics import Estimate
+from benchmarks.report.conclusion import nats, winner
 from benchmarks.report.style import look
 from benchmarks.report.tables import (
     MINUS,
@@ -19,7 +20,6 @@ from benchmarks.report.tables import (
     percent,
     si,
 )
-from benchmarks.report.verdict import nats, winner
 from benchmarks.results.schema import Comparison, Method, Results
 
 Show = Callable[[Estimate], Cell]
@@ -48,7 +48,7 @@ def by_gold(results: Results) -> list[tuple[str, Method]]:
     )
 
 
-def _name(name: str, method: Method) -> Cell:
+def _method_cell(name: str, method: Method) -> Cell:
     setting = ", ".join(f"{key} {value:g}" for key, value in method.setting.items())
     return Cell(look(name).label, setting, (name, setting), method=name)
 
@@ -103,7 +103,7 @@ def main_table(results: Results) -> Table:
         efficiency = share(m.frontier_efficiency)
         rows.append(
             [
-                _name(name, m),
+                _method_cell(name, m),
                 Cell(gold.text, gold.note, gold.values, bar=bar(m.gold)),
                 _estimate(signed=True)(m.gain),
                 _prefixed(kl, "≤ " if m.kl_is_bound else ""),
@@ -138,7 +138,7 @@ def matched_table(results: Results) -> Table:
     for name, method in by_gold(results):
         if name == "sft":
             continue
-        cells = [_name(name, method)]
+        cells = [_method_cell(name, method)]
         for level in levels:
             estimate = method.gold_at_matched_kl.get(level)
             if estimate is None or estimate.mean is None:
@@ -169,18 +169,18 @@ def comparison_table(
 ) -> Table:
     """One level's differences, as a forest of intervals."""
     rows = []
-    for c in comparisons:
+    for c in sorted(comparisons, key=lambda c: c.difference.mean is None):  # what is known first
         best = winner(c, results)
-        said = f"{look(best).label} higher" if best else "not shown"
+        text = f"{look(best).label} higher" if best else "not shown"
         if c.difference.mean is None:
-            said = "not reached by both"
-        raw = f"{best} higher" if best else said
+            text = "not reached by both"
+        raw = f"{best} higher" if best else text
         difference = _estimate(signed=True)(c.difference)
         rows.append(
             [
                 Cell(f"{look(c.a).label} {MINUS} {look(c.b).label}", values=(c.a, c.b)),
                 Cell(difference.text, difference.note, difference.values, bar=bar(c.difference)),
-                Cell(said, values=(raw,), strong=best is not None),
+                Cell(text, values=(raw,), strong=best is not None),
             ]
         )
     where = "at the tuned settings" if level is None else f"at {nats(level)}"
@@ -189,8 +189,12 @@ def comparison_table(
         Column("Difference", _keys("difference")),
         Column("Verdict", ("verdict",), numeric=False),
     ]
-    name = "differences-tuned" if level is None else f"differences-{level:g}-nats"
-    return Table(name, f"Differences in gold {where}", columns, rows)
+    return Table(comparison_name(level), f"Differences in gold {where}", columns, rows)
+
+
+def comparison_name(level: float | None) -> str:
+    """The table's name; `level` in nats, None at the tuned settings."""
+    return "differences-tuned" if level is None else f"differences-{level:g}-nats"
 
 
 def headline_table(results: Results, headline: Sequence[Comparison], most: int = 5) -> Table:
@@ -207,7 +211,7 @@ def cost_table(results: Results) -> Table:
         c = m.cost
         rows.append(
             [
-                _name(name, m),
+                _method_cell(name, m),
                 Cell(duration(c.wall_s), values=(c.wall_s,)),
                 Cell(si(c.train_tokens), values=(c.train_tokens,)),
                 Cell(si(c.generated_tokens), values=(c.generated_tokens,)),

@@ -115,12 +115,12 @@ class Look:
 
 def look(method: str) -> Look:
     """The look of the method called `method`; peers (`trl-dpo`) share their family's colour."""
-    whole = method.removeprefix("trl-")
-    peer = whole != method
-    words = whole.split("-")
+    own_name = method.removeprefix("trl-")
+    peer = own_name != method
+    words = own_name.split("-")
     starts = ["-".join(words[:n]) for n in range(len(words), 0, -1)]
-    base = next((start for start in starts if start in _FAMILIES), whole)  # `dpo-0.2` is a DPO
-    rest = whole[len(base) :].replace("-", " ")
+    base = next((start for start in starts if start in _FAMILIES), own_name)  # `dpo-0.2` is a DPO
+    rest = own_name[len(base) :].replace("-", " ")
     label = _LABELS.get(base, base) + rest
     return Look(
         label=f"TRL {label}" if peer else label,

@@ -174,7 +174,7 @@ def si(value: float | None, unit: str = "") -> str:
 
 
 def count(value: float) -> str:
-    """Thousands apart: 6 000."""
+    """Thousands separated by a space: 6 000."""
     return f"{value:,.0f}".replace(",", "\u00a0")
 
 
@@ -184,9 +184,9 @@ def duration(seconds: float | None) -> str:
         return NULL
     if seconds < 10:
         return f"{seconds:.1f} s" if seconds > 0 else "0 s"
-    whole = round(seconds)
-    if whole < 120:
-        return f"{whole} s"
-    if whole < 7200:
-        return f"{whole // 60} min {whole % 60:02d} s"
-    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
+    rounded = round(seconds)
+    if rounded < 120:
+        return f"{rounded} s"
+    if rounded < 7200:
+        return f"{rounded // 60} min {rounded % 60:02d} s"
+    return f"{rounded // 3600} h {rounded % 3600 // 60:02d} min"

@@ -1,7 +1,8 @@
 """What each trainer logged, as small multiples: a panel per metric, a line per seed."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -9,33 +10,60 @@ from matplotlib.ticker import MaxNLocator
 
 from benchmarks.report.style import FAINT, INK, Look, Picture, draw, look, plain
 
-Series = list[tuple[float, float]]
-Curves = dict[str, dict[str, dict[str, Series]]]  # method, seed, metric
+Curve = list[tuple[float, float]]
+Curves = dict[str, dict[str, dict[str, Curve]]]  # method, seed, metric
 
-# panel title: the metrics drawn in it; the second one dashed
-PANELS = {
-    "Loss": ("loss",),
-    "Accuracy on the batch": ("rewards/accuracies",),
-    "Implicit reward margin": ("rewards/margins",),
-    "log p, rejected dashed": ("logps/chosen", "logps/rejected"),
-    "KL to the reference (nats)": ("objective/kl",),
-    "Reward-model score": ("objective/scores",),
-    "Entropy (nats)": ("objective/entropy",),
-    "Clipped share": ("ppo/policy/clipfrac",),
-    "Explained variance": ("ppo/val/explained_variance",),
-    "KL coefficient": ("ppo/kl_coef",),
-    "Accuracy": ("accuracy",),
-    "Gradient norm": ("grad_norm",),
-}
+
+class Panel(NamedTuple):
+    """One metric, and in the same axes, dashed, a second one where it was logged."""
+
+    title: str
+    metric: str
+    dashed: str = ""
+    dashed_name: str = ""
+
+
+PANELS = (
+    Panel("Loss", "loss"),
+    Panel("Accuracy on the batch", "rewards/accuracies"),
+    Panel("Implicit reward margin", "rewards/margins"),
+    Panel("log p", "logps/chosen", "logps/rejected", "rejected"),
+    Panel("KL to the reference (nats)", "objective/kl", "objective/k3", "k3"),
+    Panel("KL estimate of KTO (nats)", "kl"),
+    Panel("Reward-model score", "objective/scores"),
+    Panel("Score minus KL penalty", "objective/rlhf_reward"),
+    Panel("Score margin", "margin"),
+    Panel("Entropy (nats)", "objective/entropy"),
+    Panel("Policy loss", "loss/policy_avg"),
+    Panel("Value loss", "loss/value_avg"),
+    Panel("Clipped share", "ppo/policy/clipfrac", "ppo/val/clipfrac", "value"),
+    Panel("KL of an update (nats)", "ppo/policy/approxkl"),
+    Panel("Probability ratio", "ppo/policy/ratio"),
+    Panel("Ratio before the first step", "ppo/first_ratio"),
+    Panel("Explained variance", "ppo/val/explained_variance"),
+    Panel("KL coefficient", "ppo/kl_coef"),
+    Panel("Completion length (tokens)", "ppo/completion_length"),
+    Panel("Share without EOS", "ppo/missing_eos"),
+    Panel("Minibatches of an update", "ppo/minibatches"),
+    Panel("Accuracy", "accuracy"),
+    Panel("Gradient norm", "grad_norm", "ppo/val/grad_norm", "value"),
+    Panel(
+        "Engine's error in log p",
+        "generation/logprob_difference",
+        "generation/logprob_difference_max",
+        "largest",
+    ),
+    Panel("Engine's error after a sync", "generation/sync_difference"),
+    Panel("Learning rate", "learning_rate"),
+)
+NOT_DRAWN = {"episodes"}  # a counter
 MAX_POINTS = 150
 
 
-def training_picture(index: int, method: str, seeds: dict[str, dict[str, Series]]) -> Picture:
+def training_picture(index: int, method: str, seeds: dict[str, dict[str, Curve]]) -> Picture:
     """One method's log: a panel per metric that was logged, a line per seed."""
     logged = {metric for log in seeds.values() for metric, points in log.items() if known(points)}
-    titled = {metric for metrics in PANELS.values() for metric in metrics}
-    panels = {t: m for t, m in PANELS.items() if logged & set(m)}
-    panels |= {plain(metric): (metric,) for metric in sorted(logged - titled)}
+    panels = _panels(logged)
     rows = max(1, math.ceil(len(panels) / 4)), max(1, math.ceil(len(panels) / 2))
     return draw(
         f"training-{index}",
@@ -46,23 +74,37 @@ def training_picture(index: int, method: str, seeds: dict[str, dict[str, Series]
     )
 
 
+def _panels(logged: set[str]) -> list[Panel]:
+    """The known panels whose metrics were `logged`, then one for each other metric, by its name."""
+    found = []
+    for panel in PANELS:
+        if panel.metric in logged and panel.dashed in logged:
+            title = f"{panel.title}, {panel.dashed_name} dashed"
+            found.append(panel._replace(title=title))
+        elif panel.metric in logged:
+            found.append(panel)
+    known_metrics = {metric for panel in PANELS for metric in (panel.metric, panel.dashed)}
+    others = sorted(logged - known_metrics - NOT_DRAWN)
+    return [*found, *(Panel(plain(metric), metric) for metric in others)]
+
+
 def _training(
     figure: Figure,
-    panels: dict[str, tuple[str, ...]],
-    seeds: dict[str, dict[str, Series]],
+    panels: Sequence[Panel],
+    seeds: dict[str, dict[str, Curve]],
     style: Look,
     columns: int,
 ) -> None:
     colour = style.colour if style.family != "other" else INK
     grid = _grid(figure, len(panels), columns)
-    for axes, (title, metrics) in zip(grid, panels.items(), strict=True):
-        for metric, dash in zip(metrics, ("solid", (0, (2.5, 1.5))), strict=False):
+    for axes, panel in zip(grid, panels, strict=True):
+        for metric, dash in ((panel.metric, "solid"), (panel.dashed, (0, (2.5, 1.5)))):
             for log in seeds.values():
                 points = _thinned(known(log.get(metric, [])))
                 if points:
                     x, y = zip(*points, strict=True)
                     axes.plot(x, y, color=colour, linestyle=dash, linewidth=1.0, alpha=0.7)
-        axes.set_title(title, fontsize=8.5, pad=5)
+        axes.set_title(panel.title, fontsize=8.5, pad=5)
         axes.tick_params(length=2, pad=2, color=FAINT, labelsize=7.5)
         axes.xaxis.set_major_locator(MaxNLocator(3, integer=True))
         axes.yaxis.set_major_locator(MaxNLocator(3))
@@ -74,7 +116,7 @@ def _grid(figure: Figure, count: int, columns: int) -> list[Axes]:
     width, height = figure.get_size_inches()
     rows = max(1, math.ceil(count / columns))
     cell = (width / columns, height / rows)
-    left, bottom, right, top = 0.42, 0.25, 0.13, 0.27
+    left, bottom, right, top = 0.5, 0.25, 0.13, 0.27
     return [
         figure.add_axes(
             (
@@ -88,7 +130,7 @@ def _grid(figure: Figure, count: int, columns: int) -> list[Axes]:
     ]
 
 
-def _thinned(points: Series) -> Series:
+def _thinned(points: Curve) -> Curve:
     """At most MAX_POINTS points: means of neighbours."""
     size = math.ceil(len(points) / MAX_POINTS)
     if size <= 1:
@@ -97,6 +139,6 @@ def _thinned(points: Series) -> Series:
     return [(sum(x for x, _ in g) / len(g), sum(y for _, y in g) / len(g)) for g in groups]
 
 
-def known(points: Iterable[tuple[float, float | None]]) -> Series:
+def known(points: Iterable[tuple[float, float | None]]) -> Curve:
     """The points whose value is a finite number."""
     return [(x, y) for x, y in points if y is not None and math.isfinite(y)]

@@ -7,32 +7,39 @@ import numpy as np
 
 from benchmarks.evaluation.statistics import interquartile_range
 from benchmarks.pipeline.arms import Trained
-from benchmarks.results.folders import Array, Rows
+from benchmarks.results.folders import Array, EvaluationRows
 from benchmarks.results.schema import Cost, FilterEpoch, Stability
 from shared.stages import read_json
 
 
-def cost_of(final: list[Trained], labels: int, rate: float, timed: tuple[int, ...]) -> Cost:
-    """What one arm at its setting spends, averaged over seeds; nothing for SFT.
+def cost_of(tuned: list[Trained], labels: int, matmul_rate: float, timed: tuple[int, ...]) -> Cost:
+    """What one arm's runs at its setting spend, averaged over seeds; nothing for SFT.
 
     Seconds and memory are those of the seeds in `timed`, which had the machine to themselves.
     """
-    if not final:
-        return Cost(wall_s=0, train_tokens=0, generated_tokens=0, flops=0,
-                    peak_memory_bytes=0, models_held=1, labels_used=0)  # fmt: skip
-    every = [_spent(run) for run in final]
-    alone = [_spent(run) for run in final if run.seed in timed]
-    seconds, flops = _mean(alone, "wall_s"), _mean(alone, "flops")
+    if not tuned:
+        return Cost(
+            wall_s=0,
+            train_tokens=0,
+            generated_tokens=0,
+            flops=0,
+            peak_memory_bytes=0,
+            models_held=1,
+            labels_used=0,
+        )
+    every = [_spent(run) for run in tuned]
+    alone = [_spent(run) for run in tuned if run.seed in timed]
+    seconds, flops = _average(alone, "wall_s"), _average(alone, "flops")
     names = alone[0]["phases"]
     return Cost(
         wall_s=seconds,
-        train_tokens=_mean(every, "train_tokens"),
-        generated_tokens=_mean(every, "generated_tokens"),
-        flops=_mean(every, "flops"),
-        peak_memory_bytes=_mean(alone, "peak_memory_bytes"),
+        train_tokens=_average(every, "train_tokens"),
+        generated_tokens=_average(every, "generated_tokens"),
+        flops=_average(every, "flops"),
+        peak_memory_bytes=_average(alone, "peak_memory_bytes"),
         models_held=max(spent["models_held"] for spent in every),
         labels_used=labels,
-        mfu=flops / seconds / rate,
+        mfu=flops / seconds / matmul_rate,
         phases={n: float(np.mean([s["phases"].get(n, 0.0) for s in alone])) for n in names},
         timed_seeds=list(timed),
     )
@@ -54,22 +61,22 @@ def _spent(run: Trained) -> dict[str, Any]:
     }
 
 
-def _mean(spent: list[dict[str, Any]], key: str) -> float:
-    return float(np.mean([one[key] for one in spent]))
+def _average(runs: list[dict[str, Any]], key: str) -> float:
+    return float(np.mean([run[key] for run in runs]))
 
 
-def stability_of(runs: list[Trained], final: list[Trained]) -> Stability:
-    """Failures, spread and spikes of one arm's `runs`; `final` are those at its setting."""
+def stability_of(runs: list[Trained], tuned: list[Trained]) -> Stability:
+    """Failures, spread and spikes of one arm's `runs`; `tuned` are those at its setting."""
 
     def gold(folder: Path) -> float:
-        return float(Rows([folder]).mean("gold").mean())
+        return float(EvaluationRows([folder]).mean("gold").mean())
 
-    ends = [gold(run.rows[1.0]) for run in final]
-    best = [max(gold(f) for f in run.rows.values()) for run in final]
+    ends = [gold(run.rows[1.0]) for run in tuned]
+    best = [max(gold(f) for f in run.rows.values()) for run in tuned]
     trained = [run for run in runs if run.model]
     overshoot = []
     for run in trained:
-        kls = {share: float(Rows([f]).mean("kl").mean()) for share, f in run.rows.items()}
+        kls = {share: float(EvaluationRows([f]).mean("kl").mean()) for share, f in run.rows.items()}
         overshoot.append(max(kls.values()) / kls[1.0] if kls[1.0] > 0 else 1.0)
     stops = [read_json(run.model / "stopped.json") for run in trained if run.model]
     norms = [_column(run.model / "log.json", "grad_norm") for run in trained if run.model]
@@ -84,9 +91,9 @@ def stability_of(runs: list[Trained], final: list[Trained]) -> Stability:
     )
 
 
-def filtering_of(final: list[Trained]) -> list[FilterEpoch]:
+def filtering_of(tuned: list[Trained]) -> list[FilterEpoch]:
     """What filtered DPO kept before each epoch."""
-    logs = [read_json(run.model / "filtering.json") for run in final if run.model]
+    logs = [read_json(run.model / "filtering.json") for run in tuned if run.model]
     return [
         FilterEpoch(
             epoch=epochs[0]["epoch"],

@@ -1,4 +1,4 @@
-"""What a finished head-to-head's folders hold: evaluation rows, answers side by side, logs."""
+"""What a finished head-to-head's folders hold: evaluation rows, answers, training logs."""
 
 from pathlib import Path
 from typing import Any
@@ -12,8 +12,8 @@ from shared.stages import read_json, read_jsonl
 Array = NDArray[np.float64]
 
 
-class Rows:
-    """One arm's evaluation rows over seeds: `rows["gold"]` is (seeds, prompts, samples)."""
+class EvaluationRows:
+    """One method's evaluation rows over seeds: `rows["gold"]` is (seeds, prompts, samples)."""
 
     def __init__(self, folders: list[Path]):
         self.raw = [read_jsonl(folder / "rows.jsonl") for folder in folders]
@@ -33,7 +33,7 @@ class Rows:
     def mean(self, column: str) -> Array:
         """(seeds, prompts); of a finite task (seeds, 1), the mean over its prompts.
 
-        They are all there are, so that no interval asks about others.
+        A finite task has no other prompts, so that its intervals are over seeds alone.
         """
         if not self.exact:
             return self[column].mean(-1)
@@ -43,7 +43,7 @@ class Rows:
         return np.array(values, dtype=np.float64).mean(-1, keepdims=True)
 
 
-def side_by_side(compared: Compared, seed: int, count: int) -> dict[str, Any]:
+def answers_by_method(compared: Compared, seed: int, count: int) -> dict[str, Any]:
     """The first test prompts, each answered by every method (`samples.json`)."""
     folders = {"sft": compared.seeds[seed].sft_rows}
     for name, runs in compared.runs.items():

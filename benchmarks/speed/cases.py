@@ -22,7 +22,7 @@ from shared.stages import output_folder, write_jsonl
 from shared.tasks.registry import TaskConfig, make_task
 from shared.training.fit import OptimizerConfig, Precision
 
-LOSSES = {  # work: our loss and its setting
+LOSS_OF_WORK = {  # work: our loss and its setting
     "dpo": ("dpo", {"beta": 0.1}),
     "ipo": ("ipo-token", {"tau": 0.5}),
     "kto": ("kto", {"beta": 0.1}),
@@ -30,16 +30,16 @@ LOSSES = {  # work: our loss and its setting
 
 
 class Shape(NamedTuple):
-    """Of a step's pairs: their number, prompt tokens for each completion token, and how many of
-    them go through the model at a time, on either side."""
+    """A step's pairs: their number, prompt tokens per completion token, and how many of them go
+    through the model at a time, on either side."""
 
     batch: int
     prompt_ratio: float
     micro_batch: int
 
 
-class Load(NamedTuple):
-    """What one model trains on: so large a rate that the second step's loss says something."""
+class Workload(NamedTuple):
+    """What one model trains on; the rate is large enough to change the second step's loss."""
 
     learning_rate: float
     precisions: tuple[Precision, ...]
@@ -47,8 +47,8 @@ class Load(NamedTuple):
     shapes: dict[str, Shape]
 
 
-LOADS = {
-    "smollm2-135m": Load(
+WORKLOADS = {
+    "smollm2-135m": Workload(
         learning_rate=1e-5,
         precisions=("float32", "bfloat16"),
         completion_tokens=(24, 48),
@@ -61,7 +61,7 @@ LOADS = {
             "completion-heavy, batch 16": Shape(16, 0.25, 8),
         },
     ),
-    "reviews": Load(
+    "reviews": Workload(
         learning_rate=5e-4,
         precisions=("float32",),
         completion_tokens=(5, 16),
@@ -71,7 +71,7 @@ LOADS = {
 
 
 class Case(NamedTuple):
-    """One comparison's material, the same for both sides."""
+    """What one comparison works on, the same for both sides."""
 
     work: str
     precision: Precision
@@ -103,24 +103,42 @@ def policy_folder(name: str, runs: Path) -> Path:
 
 
 def make_case(
-    work: str, precision: Precision, load: Load, shape: str, steps: int, policy: Path, folder: Path
+    work: str,
+    precision: Precision,
+    workload: Workload,
+    shape: str,
+    steps: int,
+    policy: Path,
+    folder: Path,
 ) -> Case:
     """Lay out in `folder` what `steps` steps of both sides need: pairs, and what the loss reads."""
     tokenizer, model, data = load_tokenizer(policy), policy, output_folder(folder / "data")
-    about = load.shapes[shape]
-    many = steps * about.batch, load.completion_tokens, about.prompt_ratio
-    pairs = draw_pairs(*many, tokenizer, seed=0)
+    size = workload.shapes[shape]
+    pairs = draw_pairs(
+        count=steps * size.batch,
+        completion_tokens=workload.completion_tokens,
+        ratio=size.prompt_ratio,
+        tokenizer=tokenizer,
+        seed=0,
+    )
     write_jsonl(data / "train.jsonl", [pair._asdict() for pair in pairs])
     if work == "reward":
         model = folder / "model"
         save(new_scalar_model(policy, seed=0), tokenizer, model)
     else:
         score_reference(data, policy, data, precision)
-        if LOSSES[work][0] in UNPAIRED:
+        if LOSS_OF_WORK[work][0] in UNPAIRED:
             score_mismatched(data, policy, data, 0, precision)
-    # KTO's baseline is its micro-batch's at TRL, and the step's here
-    micro = about.batch if work == "kto" else about.micro_batch
-    return Case(work, precision, about.batch, micro, load.learning_rate, model, data)
+    return Case(
+        work=work,
+        precision=precision,
+        batch=size.batch,
+        # KTO's baseline is its micro-batch's at TRL, and the step's here
+        micro_batch=size.batch if work == "kto" else size.micro_batch,
+        learning_rate=workload.learning_rate,
+        model=model,
+        data=data,
+    )
 
 
 def draw_pairs(

@@ -1,8 +1,8 @@
-"""One optimiser step of DPO, IPO, KTO and the reward model, beside TRL's trainers.
+"""One optimiser step of DPO, IPO, KTO and the reward model, against TRL's trainers.
 
 Both sides start from one folder and see the same pairs in the same batches, in the same precision
 and under the same AdamW. All losses can be compared: IPO is the form per token, the one that TRL
-has, and TRL's KTO is handed our mismatched completions.
+has, and TRL's KTO gets our mismatched completions.
 """
 
 from collections.abc import Callable, Iterator
@@ -16,8 +16,8 @@ from time import perf_counter
 import torch
 from transformers import PreTrainedModel
 
-from benchmarks.speed.cases import LOADS, LOSSES, Case, make_case, policy_folder
-from benchmarks.speed.sides import Choice, Done, Speed, Work, Worker, seconds_since, side_by_side
+from benchmarks.speed.cases import LOSS_OF_WORK, WORKLOADS, Case, make_case, policy_folder
+from benchmarks.speed.sides import Choice, Round, Speed, Work, Worker, compare_rates, seconds_since
 from benchmarks.speed.trl.steps import train_in_turn
 from dpo.losses import UNPAIRED
 from dpo.train import Dataset, DirectConfig
@@ -38,22 +38,22 @@ TRAINERS = {
 
 def speed_steps(work: str, choice: Choice) -> Iterator[Speed]:
     """All chosen comparisons of `work`, each as it is done."""
-    for name, load in LOADS.items():
-        for shape, precision in product(load.shapes, load.precisions):
+    for name, workload in WORKLOADS.items():
+        for shape, precision in product(workload.shapes, workload.precisions):
             if not choice.takes(name, precision, shape):
                 continue
             policy = policy_folder(name, choice.runs)
             with TemporaryDirectory() as scratch:
                 steps = choice.rounds + 1
-                case = make_case(work, precision, load, shape, steps, policy, Path(scratch))
-                yield compare(case, name, shape, choice.rounds)
+                case = make_case(work, precision, workload, shape, steps, policy, Path(scratch))
+                yield compare_steps(case, name, shape, choice.rounds)
 
 
-def compare(case: Case, model: str, shape: str, rounds: int) -> Speed:
+def compare_steps(case: Case, model: str, shape: str, rounds: int) -> Speed:
     """Ours and TRL's in turn, `rounds` steps after a first one.
 
     `mfu` is ours': the median round's FLOP/s over the best matrix-product rate of those measured
-    before each round (others on the machine only ever lower one). Null where there is a GPU, since
+    before each round (other processes only ever lower it). Null where there is a GPU, since
     that rate is the CPU's.
     """
     threads, rates = torch.get_num_threads(), []
@@ -64,33 +64,31 @@ def compare(case: Case, model: str, shape: str, rounds: int) -> Speed:
         rates.append(matmul_rate(dtype=getattr(torch, case.precision)))
         return ours()
 
-    mine, theirs, ratio = side_by_side(ours_after_rate, peer, rounds)
+    speeds = compare_rates(ours_after_rate, peer, rounds)
     memory = ours.end() / peer.end()
     both = list(zip(ours.rounds, peer.rounds, strict=True))
     if any(a.tokens != b.tokens for a, b in both):
         raise RuntimeError(f"klash speed {case.work}: the sides trained on different tokens")
-    differences = [
-        abs(a.loss - b.loss) for a, b in both if a.loss is not None and b.loss is not None
-    ]
-    flops = median(done.flops / done.seconds for done in ours.rounds[1:] if done.flops)
+    losses = [(a.loss, b.loss) for a, b in both if a.loss is not None and b.loss is not None]
+    flops = median(one.flops / one.seconds for one in ours.rounds[1:] if one.flops)
     return Speed(
         work=case.work,
         model=model,
         dtype=case.precision,
         shape=shape,
         unit="pairs/s",
-        ours=mine,
-        peer=theirs,
+        ours=speeds.ours,
+        peer=speeds.peer,
         peer_name=f"trl {version('trl')} {TRAINERS[case.work]}",
-        ratio=ratio,
-        loss_difference=max(differences),
+        ratio=speeds.ratio,
+        loss_difference=max(abs(a - b) for a, b in losses),
         memory_ratio=memory,
         mfu=None if torch.cuda.is_available() else flops / max(rates),
-        setting=setting(case, rounds),
+        setting=case_setting(case, rounds),
     )
 
 
-def setting(case: Case, rounds: int) -> dict[str, float]:
+def case_setting(case: Case, rounds: int) -> dict[str, float]:
     """Mean lengths are in tokens."""
     pairs = read_pairs(case.data / "train.jsonl")
     sides = [side for pair in pairs for side in (pair.chosen_ids, pair.rejected_ids)]
@@ -101,7 +99,7 @@ def setting(case: Case, rounds: int) -> dict[str, float]:
         "prompt_tokens": mean(len(pair.prompt_ids) for pair in pairs),
         "completion_tokens": mean(map(len, sides)),
         "learning_rate": case.learning_rate,
-        **(LOSSES[case.work][1] if case.work in LOSSES else {}),
+        **(LOSS_OF_WORK[case.work][1] if case.work in LOSS_OF_WORK else {}),
     }
 
 
@@ -110,23 +108,29 @@ def our_steps(case: Case) -> Work:
     meter, take = reward_steps(case) if case.work == "reward" else direct_steps(case)
     firsts = count(0, case.batch)
 
-    def work() -> Done:
+    def work() -> Round:
         start, before, first = perf_counter(), meter.flops, next(firsts)
         log = take(range(first, first + case.batch))
         seconds, flops = seconds_since(start), meter.flops - before
-        return Done(case.batch, seconds, log["loss"], meter.train_tokens, flops)
+        return Round(case.batch, seconds, log["loss"], meter.train_tokens, flops)
 
     return work
 
 
-Take = Callable[[range], dict[str, float]]  # one optimiser step on these pairs; its log
+TakeStep = Callable[[range], dict[str, float]]  # one optimiser step on these pairs; its log
 
 
-def direct_steps(case: Case) -> tuple[Meter, Take]:
-    loss, setting = LOSSES[case.work]
+def direct_steps(case: Case) -> tuple[Meter, TakeStep]:
+    loss, setting = LOSS_OF_WORK[case.work]
     mismatched = case.data if loss in UNPAIRED else None
     data = Dataset(
-        case.model, case.data, case.data, mismatched, loss, dict(setting), limit_of(case)
+        policy=case.model,
+        preferences=case.data,
+        reference=case.data,
+        mismatched=mismatched,
+        loss=loss,
+        setting=dict(setting),
+        limit=limit_of(case),
     )
     model = trainee_of(load_policy(case.model), case)
 
@@ -137,15 +141,13 @@ def direct_steps(case: Case) -> tuple[Meter, Take]:
 
 
 def limit_of(case: Case) -> Limit:
-    """As many pairs a pass as the peer has."""
+    """As many pairs in one pass as TRL takes."""
     return DirectConfig(micro_batch_size=case.micro_batch).limit
 
 
-def reward_steps(case: Case) -> tuple[Meter, Take]:
-    pairs, pad_id = (
-        read_pairs(case.data / "train.jsonl"),
-        special_ids(load_tokenizer(case.model)).pad,
-    )
+def reward_steps(case: Case) -> tuple[Meter, TakeStep]:
+    pairs = read_pairs(case.data / "train.jsonl")
+    pad_id = special_ids(load_tokenizer(case.model)).pad
     meter, model = Meter(), trainee_of(load_scalar_model(case.model), case)
     loss = reward_loss(meter, center=0.0)
 

@@ -4,15 +4,15 @@ Both sides start from one SFT model and the same preferences, and train as many 
 policies: each arm at all its settings on the first seeds, then at its best one on every seed. Arms
 that TRL has no trainer for (best-of-n, filtered DPO) are left out on both sides.
 
-Ours are stages, as `klash compare` runs them: side by side with the experiment's workers and
-threads, references scored once a seed. (`klash compare` trains its last seed with nothing beside
-it, for the seconds in its report; not so here.) TRL's, see `assembled`, run one after another with
-as many threads as our workers have together. The processes of both are up before the clock starts.
+Ours are stages, as `klash compare` runs them: in parallel, with the experiment's workers and
+threads, references scored once a seed. (`klash compare` trains its last seed on an idle machine,
+for the seconds in its report; not so here.) TRL's, see `trl/trainings.py`, run one after another
+with as many threads as our workers have together. Both sides' processes start before the clock.
 
-The clock stands still while policies are evaluated, which tells for both sides which setting is
-best and, on test prompts, that the trained policies are of one quality. The sides take turns:
+The clock stands still while policies are evaluated: validation prompts choose each side's best
+setting, test prompts show that the trained policies are of equal quality. The sides take turns:
 reward models and references, first seeds, other seeds. Different numbers of optimiser steps are
-refused; so that PPO's guards, which TRL has not, cannot be why, they are off.
+refused. PPO's guards are off, since TRL has none and they would stop training early.
 """
 
 from collections.abc import Sequence
@@ -35,9 +35,22 @@ from benchmarks.pipeline.compare import tuning_seeds
 from benchmarks.pipeline.experiment import Arm, Experiment, load_experiment
 from benchmarks.pipeline.places import side_by_side, stage_context
 from benchmarks.speed.sides import Choice, machine
-from benchmarks.speed.trainings import PHASES, Ours, Sides, Theirs, Training, say
+from benchmarks.speed.trainings import (
+    PHASES,
+    KlashSide,
+    PolicyTraining,
+    Sides,
+    TrlSide,
+    print_progress,
+)
 from benchmarks.speed.trl.ppo import TRL, install_trl
-from benchmarks.speed.trl.trainings import PAIR_LOSSES, Trained, import_ppo, import_trl, trl_process
+from benchmarks.speed.trl.trainings import (
+    PAIR_LOSSES,
+    FinishedTraining,
+    import_ppo,
+    import_trl,
+    trl_process,
+)
 from dpo.losses import UNPAIRED
 from shared.config import Config
 from shared.stages import Stages, output_folder, read_jsonl, write_json
@@ -45,7 +58,7 @@ from shared.stages import Stages, output_folder, read_jsonl, write_json
 NO_GUARD = 1e9
 
 
-class Compared(Config):
+class ExperimentSpeed(Config):
     """`ratio`: peer's wall seconds / ours. `shares`: of a side's seconds, by phase.
 
     `settings` and `gold` (on test prompts, one a seed) by side and arm.
@@ -66,17 +79,17 @@ class Compared(Config):
 def speed_experiment(choice: Choice) -> str:
     """Compare on `reviews`; writes `runs/speed/experiment.json` and `experiment.md`, its text."""
     out = output_folder(choice.runs / "speed")
-    experiment = alike(load_experiment("reviews", [], choice.quick))
+    experiment = comparable(load_experiment("reviews", [], choice.quick))
     library = install_trl(out / f"trl-{TRL}")
     with TemporaryDirectory(dir=out) as scratch:
-        found = compare(experiment, library, Path(scratch))
-    text = table(found)
+        found = compare_trainings(experiment, library, Path(scratch))
+    text = experiment_table(found)
     write_json(out / "experiment.json", found.model_dump(mode="json"))
     (out / "experiment.md").write_text(text, encoding="utf-8")
     return text
 
 
-def alike(experiment: Experiment) -> Experiment:
+def comparable(experiment: Experiment) -> Experiment:
     """`experiment` with what both sides do: trainings, all to their end, and an evaluation."""
     arms = {name: arm for name, arm in experiment.arms.items() if trl_trains(arm)}
     off = {"max_approx_kl": NO_GUARD, "max_kl": NO_GUARD}
@@ -95,45 +108,50 @@ def trl_trains(arm: Arm) -> bool:
     return arm.kind == "direct" and arm.loss in (*PAIR_LOSSES, *UNPAIRED)
 
 
-def compare(experiment: Experiment, library: Path | None, folder: Path) -> Compared:
+def compare_trainings(
+    experiment: Experiment, library: Path | None, folder: Path
+) -> ExperimentSpeed:
     """All trainings of both sides, in `folder`; `library`: TRL 1.12.0, if there is PPO."""
     threads = experiment.workers * experiment.threads
-    stages = Stages(folder / "stages", say, stage_context(experiment.generation))
+    stages = Stages(folder / "stages", print_progress, stage_context(experiment.generation))
     with ExitStack() as open_:
         # TRL's first: their threads do not sleep while they wait, as ours do
         trl = open_.enter_context(trl_process(threads, import_trl))
         ppo = library and open_.enter_context(trl_process(threads, import_ppo, library))
-        workers = experiment.workers, experiment.threads
-        beside = open_.enter_context(side_by_side(stages, *workers))
-        common, preferences = prepare(experiment, beside)
+        parallel = open_.enter_context(side_by_side(stages, experiment.workers, experiment.threads))
+        common, preferences = prepare_inputs(experiment, parallel)
         sides = {
-            "klash": Ours(experiment, beside, common),
-            "trl": Theirs(experiment, common, preferences, folder / "trl", trl, ppo or trl),
+            "klash": KlashSide(experiment, parallel, common),
+            "trl": TrlSide(experiment, common, preferences, folder / "trl", trl, ppo or trl),
         }
-        return in_turn(experiment, beside, common, sides)
+        return run_both_sides(experiment, parallel, common, sides)
 
 
-def prepare(experiment: Experiment, stages: Stages) -> tuple[Common, dict[int, Path]]:
+def prepare_inputs(experiment: Experiment, stages: Stages) -> tuple[Common, dict[int, Path]]:
     """(the SFT model with samples of it, preferences of each seed): before the clock starts."""
     common = prepare_common(experiment, stages.run)
     make = partial(prepare_preferences, experiment, stages.run, common.sft)
     return common, dict(zip(experiment.seeds, stages.each(make, experiment.seeds), strict=True))
 
 
-def in_turn(experiment: Experiment, stages: Stages, common: Common, sides: Sides) -> Compared:
+def run_both_sides(
+    experiment: Experiment, stages: Stages, common: Common, sides: Sides
+) -> ExperimentSpeed:
     """Reward models, first seeds, other seeds: each ours and then TRL's; and what came of them."""
     models = [f"reward model, seed {seed}" for seed in experiment.seeds]
     check_steps(models, *(side.prepare() for side in sides.values()))
     tuning = [
-        Training(name, setting, seed)
+        PolicyTraining(name, setting, seed)
         for name, arm in experiment.arms.items()
         for setting in arm.settings
         for seed in tuning_seeds(experiment, arm)
     ]
     check_steps(tuning, *(side.train(tuning) for side in sides.values()))
-    gold = partial(golds, experiment, stages, common)
+    gold = partial(mean_golds, experiment, stages, common)
     best = {
-        name: choose(experiment, tuning, gold(f"{name}: ", side.tally.policies, "validation"))
+        name: best_settings(
+            experiment, tuning, gold(f"{name}: ", side.tally.policies, "validation")
+        )
         for name, side in sides.items()
     }
     others = {name: other_seeds(experiment, chosen) for name, chosen in best.items()}
@@ -146,7 +164,7 @@ def in_turn(experiment: Experiment, stages: Stages, common: Common, sides: Sides
         at = {(t.arm, t.seed): value for (t, _), value in zip(finals, values, strict=True)}
         found[name] = {a: [at[a, seed] for seed in experiment.seeds] for a in experiment.arms}
     ours, theirs = (side.tally for side in sides.values())
-    return Compared(
+    return ExperimentSpeed(
         experiment=experiment.name,
         seeds=experiment.seeds,
         peer_name=f"trl {version('trl')}, PPO {TRL}",
@@ -161,7 +179,7 @@ def in_turn(experiment: Experiment, stages: Stages, common: Common, sides: Sides
 
 
 def check_steps(
-    names: Sequence[object], ours: Sequence[Trained], theirs: Sequence[Trained]
+    names: Sequence[object], ours: Sequence[FinishedTraining], theirs: Sequence[FinishedTraining]
 ) -> None:
     """RuntimeError unless both sides took the same optimiser steps in each of these trainings."""
     for name, mine, other in zip(names, ours, theirs, strict=True):
@@ -172,27 +190,37 @@ def check_steps(
             )
 
 
-def golds(
+def mean_golds(
     experiment: Experiment,
     stages: Stages,
     common: Common,
     name: str,
-    policies: Sequence[tuple[Training, Path]],
+    policies: Sequence[tuple[PolicyTraining, Path]],
     split: str,
 ) -> list[float]:
     """Mean gold of each policy on prompts of `split`, read with `klash compare`'s meter."""
 
-    def gold(at: tuple[Training, Path]) -> float:
+    def gold(at: tuple[PolicyTraining, Path]) -> float:
         training, folder = at
-        given = None, None, training.seed, folder, "final", f"{name}{training}, {split}"
-        rows = evaluate_model(experiment, stages.run, common, *given, split)
+        rows = evaluate_model(
+            experiment,
+            stages.run,
+            common,
+            reward=None,
+            preferences=None,
+            seed=training.seed,
+            model=folder,
+            checkpoint="final",
+            label=f"{name}{training}, {split}",
+            split=split,
+        )
         return float(np.mean([row["gold"] for row in read_jsonl(rows / "rows.jsonl")]))
 
     return stages.each(gold, policies)
 
 
-def choose(
-    experiment: Experiment, tried: Sequence[Training], gold: Sequence[float]
+def best_settings(
+    experiment: Experiment, tried: Sequence[PolicyTraining], gold: Sequence[float]
 ) -> dict[str, dict[str, float]]:
     """Each arm's setting with the highest mean gold, or its only one."""
 
@@ -206,21 +234,23 @@ def choose(
     }
 
 
-def other_seeds(experiment: Experiment, chosen: dict[str, dict[str, float]]) -> list[Training]:
+def other_seeds(
+    experiment: Experiment, chosen: dict[str, dict[str, float]]
+) -> list[PolicyTraining]:
     """Each arm at its setting, on the seeds that were not tuned on."""
     return [
-        Training(name, setting, seed)
+        PolicyTraining(name, setting, seed)
         for name, setting in chosen.items()
         for seed in experiment.seeds
         if seed not in tuning_seeds(experiment, experiment.arms[name])
     ]
 
 
-def table(found: Compared) -> str:
+def experiment_table(found: ExperimentSpeed) -> str:
     """Markdown: the ratio, the phases' shares, and the golds of both sides."""
-    about = f"{len(found.seeds)} seeds, {found.trainings} trainings, {found.steps} optimiser steps"
+    size = f"{len(found.seeds)} seeds, {found.trainings} trainings, {found.steps} optimiser steps"
     lines = [
-        f"All trainings of `{found.experiment}` ({about}) on either side, "
+        f"All trainings of `{found.experiment}` ({size}) on either side, "
         f"{machine(found.threads)}: Klash ends {found.ratio:.2f} times as fast as TRL's trainers "
         f"({found.peer_name}).",
         "",

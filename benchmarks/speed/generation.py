@@ -1,4 +1,4 @@
-"""Sampling: vLLM, as we call it, beside transformers' `generate`."""
+"""Sampling: vLLM, as we call it, against transformers' `generate`."""
 
 from importlib.metadata import version
 from pathlib import Path
@@ -7,7 +7,7 @@ from time import perf_counter
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from benchmarks.speed.sides import Choice, Side, Speed, side_by_side
+from benchmarks.speed.sides import Choice, Side, Speed, compare_rates
 from benchmarks.speed.smollm2 import convert
 from shared.generation.engine import Sampling
 from shared.generation.vllm import VLLMEngine
@@ -15,7 +15,7 @@ from shared.models.load import SpecialIds, load_policy, load_tokenizer, special_
 
 
 def speed_generation(choice: Choice) -> list[Speed]:
-    """vLLM, as we call it, beside transformers' `generate`, bfloat16, SmolLM2-135M.
+    """vLLM, as we call it, against transformers' `generate`, bfloat16, SmolLM2-135M.
 
     `64 x 64`: 64 prompts, all completions 64 tokens long. `mixed`: 64 prompts, completions end by
     themselves, 96 tokens at most. transformers runs at the best of three batch sizes, vLLM on all.
@@ -47,7 +47,7 @@ def speed_generation(choice: Choice) -> list[Speed]:
             size: generate_with(plain, prompts, tokens, pad, end, size) for size in (16, 32, 64)
         }
         best = max(sides, key=lambda size: sides[size]())
-        mine, theirs, ratio = side_by_side(ours, sides[best], choice.rounds)
+        rates = compare_rates(ours, sides[best], choice.rounds)
         found.append(
             Speed(
                 work="generation",
@@ -55,10 +55,10 @@ def speed_generation(choice: Choice) -> list[Speed]:
                 dtype="bfloat16",
                 shape=shape,
                 unit="tokens/s",
-                ours=mine,
-                peer=theirs,
+                ours=rates.ours,
+                peer=rates.peer,
                 peer_name=f"transformers {version('transformers')} generate",
-                ratio=ratio,
+                ratio=rates.ratio,
                 setting={"prompts": len(prompts), "max_new_tokens": tokens, "peer_batch": best},
             )
         )
@@ -98,7 +98,7 @@ def generate_with(
 def chat_prompts(folder: Path, count: int) -> list[list[int]]:
     """Questions of several lengths in the model's chat format, some with short answers."""
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    asked = (
+    questions = (
         "In one word: what is the capital of country number {n} in the alphabet?",
         "Tell me a story about {n} foxes and a hen.",
         "What is {n} plus {n}?",
@@ -106,7 +106,8 @@ def chat_prompts(folder: Path, count: int) -> list[list[int]]:
         "each of its lines should be about something that one can see from a window.",
     )
     chats = [
-        [{"role": "user", "content": asked[n % len(asked)].format(n=n + 2)}] for n in range(count)
+        [{"role": "user", "content": questions[n % len(questions)].format(n=n + 2)}]
+        for n in range(count)
     ]
     return [
         tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=False)

@@ -36,10 +36,10 @@ from shared.stages import output_folder, read_json, write_json
 from shared.tasks.registry import TaskConfig
 from shared.training.fit import OptimizerConfig
 
-TOLERANCE = {"float32": 1e-3, "bfloat16": 0.3}
+PARITY_TOLERANCE = {"float32": 1e-3, "bfloat16": 0.3}
 
 
-def check(out: Path = Path("gpu_check.json")) -> bool:
+def check_gpu(out: Path = Path("gpu_check.json")) -> bool:
     """Run all checks on the GPU; True if they hold.
 
     Args:
@@ -52,11 +52,11 @@ def check(out: Path = Path("gpu_check.json")) -> bool:
     folder = Path(tempfile.mkdtemp(prefix="klash-gpu-")) / "smollm2-135m"
     convert(folder)
     found: dict[str, Any] = {"device": torch.cuda.get_device_name(), "vllm": vllm_version()}
-    for dtype in TOLERANCE:
+    for dtype in PARITY_TOLERANCE:
         found[dtype] = check_engine(folder, dtype)
         print(dtype, found[dtype], flush=True)
     found["ppo"] = {engine: time_ppo(folder, engine) for engine in ("transformers", "vllm")}
-    found["holds"] = all(found[dtype]["holds"] for dtype in TOLERANCE)
+    found["holds"] = all(found[dtype]["holds"] for dtype in PARITY_TOLERANCE)
     write_json(out, found)
     print(f"{'all checks hold' if found['holds'] else 'a check failed'}: {out}")
     return found["holds"]
@@ -73,7 +73,7 @@ def check_engine(folder: Path, dtype: str) -> dict[str, Any]:
     few = Sampling(max_new_tokens=32)
     numbers: dict[str, Any] = {"start_s": perf_counter() - start}
     numbers["parity"] = largest_difference(engine, prompts[:32], few, ids.pad)
-    train(model, prompts[:8])
+    train_steps(model, prompts[:8])
     numbers["stale"] = probe(engine, ids, 1.0)
     start = perf_counter()
     numbers["synced"] = engine.sync()
@@ -87,13 +87,15 @@ def check_engine(folder: Path, dtype: str) -> dict[str, Any]:
     sampling = Sampling(max_new_tokens=128)
     numbers["vllm_tokens_per_s"] = rate(engine, prompts, sampling)
     numbers["transformers_tokens_per_s"] = rate(HFEngine(model, ids), prompts, sampling)
-    apart = max(numbers[key] for key in ("parity", "synced", "parity_after", "after_sleep"))
-    seen = dtype != "float32" or numbers["stale"] > TOLERANCE[dtype]  # the rest is too coarse
-    numbers["holds"] = apart <= TOLERANCE[dtype] and seen and numbers["sleep_frees_bytes"] > 0
+    largest = max(numbers[key] for key in ("parity", "synced", "parity_after", "after_sleep"))
+    tolerance = PARITY_TOLERANCE[dtype]
+    notices_stale = dtype != "float32" or numbers["stale"] > tolerance  # bfloat16 is too coarse
+    frees_memory = numbers["sleep_frees_bytes"] > 0
+    numbers["holds"] = largest <= tolerance and notices_stale and frees_memory
     return numbers
 
 
-def train(model: PreTrainedModel, prompts: list[list[int]]) -> None:
+def train_steps(model: PreTrainedModel, prompts: list[list[int]]) -> None:
     """Twenty steps that move every weight."""
     batch = collate(prompts, [p[::-1] for p in prompts], 0)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
@@ -119,8 +121,18 @@ def time_ppo(folder: Path, engine: str) -> dict[str, float]:
     ppo = PPOConfig(episodes=256, rollout_size=64, optimizer=rates, value_learning_rate=1e-6)
     generation = GenerationConfig(engine=engine)  # pyright: ignore[reportArgumentType]
     sampling = Sampling(max_new_tokens=64)
-    models = folder, work / "reward"
-    train_ppo(work / "ppo", *models, TaskConfig(), ppo, 0.05, sampling, (), 0, generation)
+    train_ppo(
+        work / "ppo",
+        policy=folder,
+        reward_model=work / "reward",
+        task=TaskConfig(),
+        ppo=ppo,
+        kl_coef=0.05,
+        sampling=sampling,
+        checkpoints=(),
+        seed=0,
+        generation=generation,
+    )
     return read_json(work / "ppo" / "cost.json")["phases"]
 
 
@@ -134,7 +146,7 @@ def vllm_version() -> str | None:
 def main() -> None:
     """Exit codes as `klash`'s."""
     with exit_codes("gpu_check"):
-        sys.exit(0 if tyro.cli(check, prog="python -m benchmarks.speed.gpu_check") else 1)
+        sys.exit(0 if tyro.cli(check_gpu, prog="python -m benchmarks.speed.gpu_check") else 1)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
 """`klash speed growth`: how time and memory of our training grow; `growth.json` and `growth.md`.
 
 Two kinds of series: one DPO step of a small Llama against its batch, completions, vocabulary and
-parameters; whole trainings, from sampling the pairs to the saved policy, against pairs, arms and
-seeds. And what five more values of beta cost once the first one's run is there. Sizes of a series
+parameters; full trainings, from sampling the pairs to the saved policy, against pairs, arms and
+seeds. And what five more values of beta cost once the first one's run is cached. Sizes of a series
 take turns, each in a process of its own; a size's time is that of its fastest turn, since whatever
 else runs on the machine only ever slows it down. Numbers are ratios to the series' smallest size.
 """
@@ -19,21 +19,21 @@ import torch
 from benchmarks.speed.direct import our_steps
 from benchmarks.speed.growing import (
     ARMS,
-    BETAS,
-    Step,
-    Training,
+    BETA_ARMS,
+    GrowthStep,
+    GrowthTraining,
+    full_training,
+    idle,
     more_settings,
-    nothing,
     short_sft,
     step_case,
-    whole_training,
 )
-from benchmarks.speed.sides import Choice, Work, Worker, cell, machine
+from benchmarks.speed.sides import Choice, Work, Worker, machine, rounded
 from shared.config import Config
 from shared.models.load import ModelConfig
 from shared.stages import output_folder, write_json
 
-STEPS_A_ROUND = 2  # a step is short beside a training, and so measured more often
+STEPS_A_ROUND = 2  # a step is shorter than a training, and so measured more often
 
 
 class Plan(NamedTuple):
@@ -42,36 +42,36 @@ class Plan(NamedTuple):
     A step's size None is its model's parameters, in thousands.
     """
 
-    steps: dict[str, list[tuple[float | None, Step]]]
-    trainings: dict[str, list[tuple[float, Training]]]
-    settings: Training  # its first arm is there, and the others are added
+    steps: dict[str, list[tuple[float | None, GrowthStep]]]
+    trainings: dict[str, list[tuple[float, GrowthTraining]]]
+    settings: GrowthTraining  # its first arm is cached, the others are added
 
 
-def wide(hidden: int) -> Step:
-    return Step(model=ModelConfig(hidden_size=hidden, intermediate_size=3 * hidden))
+def step_of_width(hidden: int) -> GrowthStep:
+    return GrowthStep(model=ModelConfig(hidden_size=hidden, intermediate_size=3 * hidden))
 
 
 PLAN = Plan(
     steps={
-        "pairs": [(n, Step(pairs=n)) for n in (16, 32, 64, 128)],
-        "completion tokens": [(n, Step(completion_tokens=n)) for n in (8, 16, 32, 64)],
-        "vocabulary": [(n, Step(vocabulary=n)) for n in (1024, 2048, 4096, 8192)],
-        "parameters (thousands), by width": [(None, wide(n)) for n in (64, 128, 192, 256)],
+        "pairs": [(n, GrowthStep(pairs=n)) for n in (16, 32, 64, 128)],
+        "completion tokens": [(n, GrowthStep(completion_tokens=n)) for n in (8, 16, 32, 64)],
+        "vocabulary": [(n, GrowthStep(vocabulary=n)) for n in (1024, 2048, 4096, 8192)],
+        "parameters (thousands), by width": [(None, step_of_width(n)) for n in (64, 128, 192, 256)],
         "parameters (thousands), by layers": [
-            (None, Step(model=ModelConfig(layers=n))) for n in (2, 4, 6, 8)
+            (None, GrowthStep(model=ModelConfig(layers=n))) for n in (2, 4, 6, 8)
         ],
     },
     trainings={
-        "pairs": [(n, Training(pairs=n)) for n in (256, 512, 1024, 1536)],
-        "arms": [(n, Training(arms=ARMS[:n])) for n in (1, 2, 3, 4)],
-        "seeds": [(n, Training(seeds=n)) for n in (1, 2, 3)],
+        "pairs": [(n, GrowthTraining(pairs=n)) for n in (256, 512, 1024, 1536)],
+        "arms": [(n, GrowthTraining(arms=ARMS[:n])) for n in (1, 2, 3, 4)],
+        "seeds": [(n, GrowthTraining(seeds=n)) for n in (1, 2, 3)],
     },
-    settings=Training(arms=BETAS),
+    settings=GrowthTraining(arms=BETA_ARMS),
 )
 
 
-class Point(Config):
-    """One size; over the smallest size of the series. Null: not known on this machine."""
+class GrowthPoint(Config):
+    """One size, as ratios to the series' smallest size. Null: not known on this machine."""
 
     size: float
     time: float
@@ -79,7 +79,7 @@ class Point(Config):
     own_memory: float | None  # the same without what the libraries hold before any work
 
 
-class Series(Config):
+class GrowthSeries(Config):
     """`r2`: of the least-squares line through the times; `exponent`: time ~ size^exponent.
 
     `memory_spread`: the largest peak over the smallest one.
@@ -87,7 +87,7 @@ class Series(Config):
 
     kind: Literal["step", "training"]
     axis: str
-    points: list[Point]
+    points: list[GrowthPoint]
     r2: float
     exponent: float
     memory_spread: float | None
@@ -95,17 +95,17 @@ class Series(Config):
 
 class Growth(Config):
     """`more_settings`: seconds of a run with more settings over those settings' own training,
-    the rounds' median; above 1 is what finding the rest again costs."""
+    the rounds' median; what is above 1 is the cost of finding cached stages."""
 
     machine: str
     rounds: int
-    series: list[Series]
+    series: list[GrowthSeries]
     more_settings: float
     more_settings_per_round: list[float]
 
 
-class Measured(NamedTuple):
-    """One size: seconds of its fastest turn, and the most bytes that its process held."""
+class MeasuredSize(NamedTuple):
+    """One size: seconds of its fastest turn, and its process's peak memory in bytes."""
 
     size: float
     seconds: float
@@ -115,19 +115,19 @@ class Measured(NamedTuple):
 def speed_growth(choice: Choice, plan: Plan = PLAN) -> str:
     """Measure every series; writes `growth.json` and `growth.md` below `runs/speed`, its text."""
     out, found = output_folder(choice.runs / "speed"), []
-    libraries = start(nothing).end()
+    libraries = new_worker(idle).end()
     for axis, steps in plan.steps.items():
         with TemporaryDirectory() as scratch:
             measured = measure_steps(steps, STEPS_A_ROUND * choice.rounds, Path(scratch))
-        found.append(series("step", axis, measured, libraries))
+        found.append(growth_series("step", axis, measured, libraries))
     policy = short_sft(choice.runs)
     with TemporaryDirectory(dir=out) as scratch:  # a run's disk: its stages are synced to it
         for axis, trainings in plan.trainings.items():
             measured = measure_trainings(trainings, choice.rounds, policy, Path(scratch))
-            found.append(series("training", axis, measured, libraries))
-        worker = start(more_settings, policy, Path(scratch), plan.settings)
-        in_turn([(1.0, worker)], choice.rounds)
-    ratios = [done.seconds / done.units for done in worker.rounds[1:]]
+            found.append(growth_series("training", axis, measured, libraries))
+        worker = new_worker(more_settings, policy, Path(scratch), plan.settings)
+        measure_in_rounds([(1.0, worker)], choice.rounds)
+    ratios = [turn.seconds / turn.units for turn in worker.rounds[1:]]
     growth = Growth(
         machine=machine(),
         rounds=choice.rounds,
@@ -141,54 +141,54 @@ def speed_growth(choice: Choice, plan: Plan = PLAN) -> str:
     return text
 
 
-def start(make: Callable[..., Work], *inputs: Any) -> Worker:
+def new_worker(make: Callable[..., Work], *inputs: Any) -> Worker:
     return Worker(make, *inputs, threads=torch.get_num_threads())
 
 
 def measure_steps(
-    steps: Sequence[tuple[float | None, Step]], turns: int, scratch: Path
-) -> list[Measured]:
+    steps: Sequence[tuple[float | None, GrowthStep]], turns: int, scratch: Path
+) -> list[MeasuredSize]:
     """One optimiser step a turn."""
     workers = []
     for number, (size, step) in enumerate(steps):
         case, parameters = step_case(step, 1 + turns, scratch / str(number))
-        workers.append((parameters / 1000 if size is None else size, start(our_steps, case)))
-    return in_turn(workers, turns)
+        workers.append((parameters / 1000 if size is None else size, new_worker(our_steps, case)))
+    return measure_in_rounds(workers, turns)
 
 
 def measure_trainings(
-    trainings: Sequence[tuple[float, Training]], turns: int, policy: Path, scratch: Path
-) -> list[Measured]:
-    """One whole training a turn."""
+    trainings: Sequence[tuple[float, GrowthTraining]], turns: int, policy: Path, scratch: Path
+) -> list[MeasuredSize]:
+    """One full training a turn."""
     workers = [
-        (size, start(whole_training, policy, scratch, training)) for size, training in trainings
+        (size, new_worker(full_training, policy, scratch, training)) for size, training in trainings
     ]
-    return in_turn(workers, turns)
+    return measure_in_rounds(workers, turns)
 
 
-def in_turn(workers: Sequence[tuple[float, Worker]], turns: int) -> list[Measured]:
+def measure_in_rounds(workers: Sequence[tuple[float, Worker]], turns: int) -> list[MeasuredSize]:
     """Each size `turns` times after a first, unmeasured turn, in rounds over all sizes."""
     for _ in range(1 + turns):
         for _, worker in workers:
             worker()
     return [
-        Measured(
+        MeasuredSize(
             size,
-            seconds=min(done.seconds for done in worker.rounds[1:]),
-            peak=max(worker.end(), *(done.memory or 0 for done in worker.rounds)),
+            seconds=min(turn.seconds for turn in worker.rounds[1:]),
+            peak=max(worker.end(), *(turn.memory or 0 for turn in worker.rounds)),
         )
         for size, worker in workers
     ]
 
 
-def series(
-    kind: Literal["step", "training"], axis: str, measured: Sequence[Measured], libraries: int
-) -> Series:
+def growth_series(
+    kind: Literal["step", "training"], axis: str, measured: Sequence[MeasuredSize], libraries: int
+) -> GrowthSeries:
     """Ratios to the first size, and how straight the line through the times is."""
     sizes, seconds, peaks = zip(*measured, strict=True)
     known = min(peaks) > 0
     points = [
-        Point(
+        GrowthPoint(
             size=size,
             time=spent / seconds[0],
             memory=peak / peaks[0] if known else None,
@@ -196,7 +196,7 @@ def series(
         )
         for size, spent, peak in measured
     ]
-    return Series(
+    return GrowthSeries(
         kind=kind,
         axis=axis,
         points=points,
@@ -206,7 +206,7 @@ def series(
     )
 
 
-TITLES = {"step": "One DPO step against its", "training": "A whole training against its number of"}
+TITLES = {"step": "One DPO step against its", "training": "A full training against its number of"}
 
 
 def growth_table(growth: Growth) -> str:
@@ -222,12 +222,12 @@ def growth_table(growth: Growth) -> str:
             "|---|---|---|---|",
         ]
         for point in one.points:
-            cells = f"{point.size:,.0f}", cell(point.time), cell(point.memory)
-            lines.append(f"| {' | '.join(cells)} | {cell(point.own_memory)} |")
+            cells = f"{point.size:,.0f}", rounded(point.time), rounded(point.memory)
+            lines.append(f"| {' | '.join(cells)} | {rounded(point.own_memory)} |")
         lines += [
             "",
             f"R^2 of a line {one.r2:.3f}; time ~ size^{one.exponent:.2f}; "
-            f"largest peak / smallest {cell(one.memory_spread)}.",
+            f"largest peak / smallest {rounded(one.memory_spread)}.",
         ]
     rounds = ", ".join(f"{ratio:.2f}" for ratio in growth.more_settings_per_round)
     lines += [

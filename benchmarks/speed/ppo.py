@@ -1,4 +1,4 @@
-"""PPO: ours beside TRL 1.12.0's `PPOTrainer`, the last that TRL released, one update a round.
+"""PPO: ours against TRL 1.12.0's `PPOTrainer`, the last one released, one update a round.
 
 An update is all that lies between one batch of prompts and the next: sampling, scoring by reward
 model, reference and value model, and every epoch of steps. Both sides have the same four models,
@@ -6,15 +6,15 @@ prompts, lengths, minibatches and precision; TRL is at its fastest: one batch fo
 rollout, no gradient checkpointing, fused AdamW, nothing saved, sampled for show or reported. Where
 our policy trains by LoRA so does TRL's; sharing a trunk is ours alone.
 The learning rate is too small to change what a completion looks like, so that the work stays the
-same; `setting` tells how long completions were on either side. Each side draws its own, so that
-their losses cannot be compared here; `tests/test_trl_ppo.py` does that, token by token.
+same; `setting` has the length of completions on either side. Each side draws its own, so that
+their losses cannot be compared here; `tests/oracles/test_trl_ppo.py` does that, token by token.
 """
 
 import importlib.util
 import tempfile
 from collections.abc import Iterator
 from contextlib import suppress
-from itertools import chain, product, repeat
+from itertools import chain, count, product, repeat
 from pathlib import Path
 from statistics import mean, median
 from time import perf_counter
@@ -32,13 +32,13 @@ from benchmarks.pipeline.places import stage_context
 from benchmarks.speed.generation import chat_prompts
 from benchmarks.speed.sides import (
     Choice,
-    Done,
+    Round,
     Speed,
     Turns,
     Work,
     Worker,
+    compare_rates,
     seconds_since,
-    side_by_side,
 )
 from benchmarks.speed.smollm2 import convert
 from benchmarks.speed.trl.ppo import TRL, import_trl_ppo, install_trl, loaded, trl_settings
@@ -64,9 +64,10 @@ STEADY = {
 
 
 class Update(NamedTuple):
-    """What both sides do in a round, with `lora` on the policy; the rest of the form is ours.
+    """What both sides do in a round, with `lora` on the policy.
 
-    TRL samples with transformers and has a value model of its own.
+    `generation` and a shared trunk are ours alone: TRL samples with transformers and has a value
+    model of its own.
     """
 
     model: str
@@ -98,17 +99,17 @@ def updates() -> Iterator[Update]:
         sampling = Sampling(max_new_tokens=16)
         yield Update("reviews", f"512 x 16, epochs {epochs}{trunk}", ppo, sampling)
     # With room for 96 tokens short answers end by themselves, long ones are cut
-    drawn = ("transformers", 32), ("vllm", 32), ("vllm", 96)
-    for (engine, tokens), adapted in product(drawn, (False, True)):
+    sampled = ("transformers", 32), ("vllm", 32), ("vllm", 96)
+    for (engine, tokens), with_lora in product(sampled, (False, True)):
         ppo = PPOConfig(rollout_size=16, epochs=1, minibatch_size=8, micro_batch_size=8, **STEADY)
-        shape = f"16 x {tokens}, {engine}{', lora, shared trunk' if adapted else ''}"
+        shape = f"16 x {tokens}, {engine}{', lora, shared trunk' if with_lora else ''}"
         yield Update(
             "smollm2-135m",
             shape,
-            ppo.model_copy(update={"shared_trunk": adapted}),
+            ppo.model_copy(update={"shared_trunk": with_lora}),
             Sampling(max_new_tokens=tokens),
             GenerationConfig(engine=engine),  # pyright: ignore[reportArgumentType]
-            LoRAConfig() if adapted else None,
+            LoRAConfig() if with_lora else None,
         )
 
 
@@ -121,39 +122,39 @@ class Inputs(NamedTuple):
 
 
 def speed_ppo(choice: Choice) -> Iterator[Speed]:
-    """Episodes a second of whole updates, float32, each comparison as it is done.
+    """Episodes a second of full updates, float32, each comparison as it is done.
 
     vLLM's rows only where vLLM is installed.
     """
-    there = importlib.util.find_spec("vllm") is not None
+    has_vllm = importlib.util.find_spec("vllm") is not None
     chosen = [
         update
         for update in updates()
-        if (there or update.generation.engine != "vllm")
+        if (has_vllm or update.generation.engine != "vllm")
         and choice.takes(update.model, "float32", update.shape)
     ]
     if not chosen:
         return
     library = install_trl(output_folder(choice.runs / "speed") / f"trl-{TRL}")
     for update in chosen:
-        yield compare(update, INPUTS[update.model](choice.runs), library, choice.rounds)
+        yield compare_updates(update, INPUTS[update.model](choice.runs), library, choice.rounds)
 
 
-def compare(update: Update, inputs: Inputs, library: Path, rounds: int) -> Speed:
+def compare_updates(update: Update, inputs: Inputs, library: Path, rounds: int) -> Speed:
     """`library`: the folder of TRL 1.12.0."""
     threads = torch.get_num_threads()
-    worker = Worker(our_updates, update, inputs, threads=threads)
-    peers_worker = Worker(trl_updates, update, inputs, library, threads=threads, loops=True)
-    limits = []
+    ours = Worker(our_updates, update, inputs, threads=threads)
+    peer = Worker(trl_updates, update, inputs, library, threads=threads, loops=True)
+    matmul_rates = []
 
-    def our_turn() -> float:
-        limits.append(matmul_rate(0.2))
-        return worker()
+    def ours_after_rate() -> float:
+        matmul_rates.append(matmul_rate(0.2))
+        return ours()
 
-    mine, theirs, ratio = side_by_side(our_turn, peers_worker, rounds)
-    memory_ratio = worker.end() / peers_worker.end()
-    ours, peers = worker.rounds[1:], peers_worker.rounds[1:]
-    rate = median(done.flops / done.seconds for done in ours if done.flops)
+    speeds = compare_rates(ours_after_rate, peer, rounds)
+    memory_ratio = ours.end() / peer.end()
+    our_rounds, peer_rounds = ours.rounds[1:], peer.rounds[1:]
+    flops = median(r.flops / r.seconds for r in our_rounds if r.flops)
     episodes = update.ppo.rollout_size
     return Speed(
         work="ppo",
@@ -161,22 +162,22 @@ def compare(update: Update, inputs: Inputs, library: Path, rounds: int) -> Speed
         dtype="float32",
         shape=update.shape,
         unit="episodes/s",
-        ours=mine,
-        peer=theirs,
+        ours=speeds.ours,
+        peer=speeds.peer,
         peer_name=f"trl {TRL} PPOTrainer",
-        ratio=ratio,
+        ratio=speeds.ratio,
         memory_ratio=memory_ratio,
-        mfu=None if torch.cuda.is_available() else rate / max(limits),
+        mfu=None if torch.cuda.is_available() else flops / max(matmul_rates),
         setting={
             "episodes": episodes,
             "epochs": update.ppo.epochs,
             "minibatch": update.ppo.minibatch_size,
             "max_new_tokens": update.sampling.max_new_tokens,
             "prompt_tokens": mean(map(len, inputs.prompts)),
-            "completion_tokens": mean(d.tokens for d in ours if d.tokens) / episodes,
-            "peer_completion_tokens": mean(d.tokens for d in peers if d.tokens) / episodes,
+            "completion_tokens": mean(r.tokens for r in our_rounds if r.tokens) / episodes,
+            "peer_completion_tokens": mean(r.tokens for r in peer_rounds if r.tokens) / episodes,
             "passes": update.passes,
-            "flops_per_episode": mean(d.flops for d in ours if d.flops) / episodes,
+            "flops_per_episode": mean(r.flops for r in our_rounds if r.flops) / episodes,
         },
     )
 
@@ -187,28 +188,37 @@ def compare(update: Update, inputs: Inputs, library: Path, rounds: int) -> Speed
 def our_updates(update: Update, inputs: Inputs) -> Work:
     """What `train_ppo` does in one turn of its loop."""
     ppo, sampling, meter = update.ppo, update.sampling, Meter()
-    models = inputs.policy, inputs.reward, ppo.optimizer, ppo.value_optimizer
-    form = {"shared_trunk": ppo.shared_trunk, "lora": update.lora}
-    actors = make_actors(*models, 1, sampling.temperature, meter, update.generation, **form)
-    seeds = iter(range(10**9))
+    actors = make_actors(
+        policy=inputs.policy,
+        reward_model=inputs.reward,
+        optimizer=ppo.optimizer,
+        value_optimizer=ppo.value_optimizer,
+        steps=1,
+        temperature=sampling.temperature,
+        meter=meter,
+        generation=update.generation,
+        shared_trunk=ppo.shared_trunk,
+        lora=update.lora,
+    )
+    seeds = count()
 
-    def one() -> Done:
+    def work() -> Round:
         draw = sampling.model_copy(update={"seed": next(seeds)})
         flops, generated, start = meter.flops, meter.generated_tokens, perf_counter()
         ppo_update(actors, inputs.prompts, ppo, KL_COEF, draw)
         seconds = seconds_since(start)
         episodes, tokens = len(inputs.prompts), meter.generated_tokens - generated
-        return Done(episodes, seconds, flops=meter.flops - flops, tokens=tokens)
+        return Round(episodes, seconds, flops=meter.flops - flops, tokens=tokens)
 
-    return one
+    return work
 
 
-class Over(Exception):
-    """There is no further round: the only way out of a loop that wants batches for ever."""
+class NoMoreRounds(Exception):
+    """The only way out of a loop that asks for batches for ever."""
 
 
 def trl_updates(turns: Turns, update: Update, inputs: Inputs, library: Path) -> None:
-    """`PPOTrainer.train`, held up where it asks for the next batch of prompts."""
+    """`PPOTrainer.train`, made to wait where it asks for the next batch of prompts."""
     module = import_trl_ppo(library)
     cut, generated = module.truncate_response, []
 
@@ -224,18 +234,18 @@ def trl_updates(turns: Turns, update: Update, inputs: Inputs, library: Path) -> 
     def paced() -> Iterator[Any]:
         for batch in chain.from_iterable(repeat(batches)):
             if not turns.wait():
-                raise Over
+                raise NoMoreRounds
             start = perf_counter()
             yield batch
-            turns.done(Done(episodes, seconds_since(start), tokens=generated[-1]))
+            turns.send(Round(episodes, seconds_since(start), tokens=generated[-1]))
 
     trainer.dataloader = paced()
-    with suppress(Over):
+    with suppress(NoMoreRounds):
         trainer.train()
 
 
 def trl_trainer(module: Any, update: Update, inputs: Inputs) -> Any:
-    """A `PPOTrainer` of `module` that does the same as we, with prompts for longer than needed."""
+    """A `PPOTrainer` of `module` that does the same work, with more episodes than needed."""
     from datasets import Dataset
 
     ppo, prompts = update.ppo, inputs.prompts

@@ -1,4 +1,4 @@
-"""Ours beside a peer's: the same work, in turn, in one run; ratios, since seconds do not travel.
+"""Ours against a peer's: the same work, in turn, in one run; ratios, since seconds do not travel.
 
 Each side runs once unmeasured and then in rounds, A B A B, so that a machine that slows down slows
 both. The interval of the ratio is Student's t over the rounds' log ratios.
@@ -44,22 +44,30 @@ class Speed(Config):
 
 
 class Choice(NamedTuple):
-    """Which comparisons are wanted, how often each side is measured, and where models lie."""
+    """Which comparisons to make, how often each side is measured, and where models lie."""
 
     runs: Path
     rounds: int
     models: Sequence[str] = ()  # empty: all, and likewise below
     dtypes: Sequence[str] = ()
     shapes: Sequence[str] = ()
-    quick: bool = False  # of a whole experiment: its smaller form
+    quick: bool = False  # an experiment in its smaller form
 
     def takes(self, model: str, dtype: str, shape: str) -> bool:
-        wanted = (model, self.models), (dtype, self.dtypes), (shape, self.shapes)
-        return all(name in names for name, names in wanted if names)
+        filters = (model, self.models), (dtype, self.dtypes), (shape, self.shapes)
+        return all(name in names for name, names in filters if names)
 
 
-def side_by_side(ours: Side, peer: Side, rounds: int) -> tuple[float, float, Estimate]:
-    """(ours, peer, ours / peer): mean rates, and the ratio's geometric mean over the rounds."""
+class Rates(NamedTuple):
+    """Mean units a second of both sides, and ours / peer: its geometric mean over the rounds."""
+
+    ours: float
+    peer: float
+    ratio: Estimate
+
+
+def compare_rates(ours: Side, peer: Side, rounds: int) -> Rates:
+    """Each side once unmeasured, then `rounds` times in turn."""
     ours()
     peer()
     pairs = [(ours(), peer()) for _ in range(rounds)]
@@ -68,25 +76,25 @@ def side_by_side(ours: Side, peer: Side, rounds: int) -> tuple[float, float, Est
         None if x is None else math.exp(x) for x in (logs.low, logs.mean, logs.high)
     )
     ratio = Estimate(mean=middle, low=low, high=high, per_seed=[a / b for a, b in pairs])
-    return mean(a for a, _ in pairs), mean(b for _, b in pairs), ratio
+    return Rates(mean(a for a, _ in pairs), mean(b for _, b in pairs), ratio)
 
 
-class Done(NamedTuple):
+class Round(NamedTuple):
     """One round of one side; of a side that trains, one optimiser step."""
 
     units: float  # of work
     seconds: float
     loss: float | None = None  # that step's, for comparison with the other side's
-    tokens: float | None = None  # real tokens trained on up to here, padding left out; likewise
+    tokens: float | None = None  # trained on so far, without padding; likewise compared
     flops: float | None = None
-    memory: int | None = None  # most bytes held, of work that itself starts the peak anew
+    memory: int | None = None  # peak bytes, of work that resets the process's peak itself
 
 
-Work = Callable[[], Done]
+Work = Callable[[], Round]
 
 
 class Worker:
-    """A side in a process of its own: its memory and threads are its own, and it waits its turn.
+    """A side in a process of its own, with its own memory and threads, that waits for its turn.
 
     `make(*inputs)`, a function of a module, sets up there and returns the work of one round. Where
     the loop is not ours to write, as a trainer's is not, it `loops`: `make(turns, *inputs)` sets
@@ -102,7 +110,7 @@ class Worker:
         self.process = context.Process(target=_serve, args=arguments, daemon=True)
         self.process.start()
         theirs.close()
-        self.rounds: list[Done] = []
+        self.rounds: list[Round] = []
 
     def __call__(self) -> float:
         """One round; units a second."""
@@ -110,7 +118,7 @@ class Worker:
         return self.rounds[-1].units / self.rounds[-1].seconds
 
     def end(self) -> int:
-        """Stop; the most memory that the process held from its first round on, in bytes."""
+        """Stop; the process's peak memory from its first round on, in bytes."""
         peak = self._ask("end")
         self.process.join()
         return peak
@@ -124,20 +132,20 @@ class Worker:
 
 
 class Turns:
-    """A side's end of the pipe: when a round is due, and what came of it."""
+    """A side's end of the pipe: hears when a round is due, and sends its result."""
 
     def __init__(self, pipe: Any):
         self._pipe = pipe
-        self._begun = False
+        self._started = False
 
     def wait(self) -> bool:
         """Sleep until the next round is due; False if there is none."""
-        if not self._begun:
-            self._begun = True
+        if not self._started:
+            self._started = True
             reset_peak_memory()  # of setting up
         return self._pipe.recv() == "round"
 
-    def done(self, result: Done) -> None:
+    def send(self, result: Round) -> None:
         self._pipe.send(result)
 
 
@@ -149,12 +157,12 @@ def seconds_since(start: float) -> float:
 
 
 def machine(threads: int | None = None) -> str:
-    """What a table says of where it was measured; `threads`: if not this process's."""
+    """The machine, as tables name it; `threads`: if not this process's."""
     threads = threads or torch.get_num_threads()
     return f"{threads} threads, {platform.machine()}, torch {torch.__version__}"
 
 
-def cell(number: float | None, form: str = ".2f") -> str:
+def rounded(number: float | None, form: str = ".2f") -> str:
     """A number in a table; "-": not measured."""
     return "-" if number is None else format(number, form)
 
@@ -173,5 +181,5 @@ def _serve(
     else:
         work = make(*inputs)
         while turns.wait():
-            turns.done(work())
+            turns.send(work())
     pipe.send(peak_memory_bytes())

@@ -39,9 +39,9 @@ def convert(folder: Annotated[Path, tyro.conf.Positional], /) -> None:
     tokenizer = AutoTokenizer.from_pretrained(package, gguf_file=GGUF)
     tokenizer.pad_token = PAD
     loaded = AutoModelForCausalLM.from_pretrained(package, gguf_file=GGUF, dtype=torch.float32)
-    about = loaded.config.to_dict()
-    del about["quantization_config"]
-    config = LlamaConfig.from_dict({**about, "pad_token_id": tokenizer.pad_token_id})
+    fields = loaded.config.to_dict()
+    del fields["quantization_config"]
+    config = LlamaConfig.from_dict({**fields, "pad_token_id": tokenizer.pad_token_id})
     model = LlamaForCausalLM(config)
     model.load_state_dict(loaded.state_dict())
     folder.parent.mkdir(parents=True, exist_ok=True)

@@ -24,12 +24,12 @@ from benchmarks.pipeline.arms import (
 )
 from benchmarks.pipeline.experiment import Experiment
 from benchmarks.speed.trl.trainings import (
-    Trained,
+    FinishedTraining,
     make_data,
-    train_direct,
-    train_ppo,
-    train_reward,
     trl_setting,
+    trl_train_direct,
+    trl_train_ppo,
+    trl_train_reward,
 )
 from shared.data.pairs import read_pairs
 from shared.stages import Stages, read_json
@@ -37,7 +37,7 @@ from shared.stages import Stages, read_json
 PHASES = {"reward": "reward models", "direct": "direct methods, references too", "ppo": "PPO"}
 
 
-class Training(NamedTuple):
+class PolicyTraining(NamedTuple):
     """One policy to train."""
 
     arm: str
@@ -50,15 +50,15 @@ class Training(NamedTuple):
 
 @dataclass
 class Tally:
-    """What one side has trained, and spent on it."""
+    """What one side has trained, and the time it took."""
 
     seconds: float = 0.0  # wall
     phases: dict[str, float] = field(default_factory=lambda: dict.fromkeys(PHASES, 0.0))
     steps: int = 0
     trainings: int = 0
-    policies: list[tuple[Training, Path]] = field(default_factory=list)
+    policies: list[tuple[PolicyTraining, Path]] = field(default_factory=list)
 
-    def add(self, phase: str, trained: Trained) -> None:
+    def add(self, phase: str, trained: FinishedTraining) -> None:
         self.phases[phase] += trained.seconds
         self.steps += trained.steps
         self.trainings += 1
@@ -68,7 +68,7 @@ class Tally:
 
 
 @dataclass
-class Ours:
+class KlashSide:
     """Stages, as many at a time as there are workers."""
 
     experiment: Experiment
@@ -77,13 +77,12 @@ class Ours:
     tally: Tally = field(default_factory=Tally)
     seeds: dict[int, Seed] = field(default_factory=dict)
 
-    def prepare(self) -> list[Trained]:
+    def prepare(self) -> list[FinishedTraining]:
         """Reward models and reference log-probabilities of all seeds."""
         experiment, run, common = self.experiment, self.stages.run, self.common
 
         def reward(seed: int) -> tuple[Path, ...]:
-            start = common.sft, common.scale_samples
-            return prepare_reward(experiment, run, *start, seed)[1:]
+            return prepare_reward(experiment, run, common.sft, common.scale_samples, seed)[1:]
 
         def reference(seed: int) -> tuple[Path, ...]:
             preferences = prepare_preferences(experiment, run, common.sft, seed)
@@ -94,7 +93,7 @@ class Ours:
         start = perf_counter()
         folders = self.stages.each(lambda part: part(), parts)
         self.tally.seconds += perf_counter() - start
-        rewards = [of_stage(folder) for (folder,) in folders[: len(experiment.seeds)]]
+        rewards = [finished_training(folder) for (folder,) in folders[: len(experiment.seeds)]]
         for trained in rewards:
             self.tally.add("reward", trained)
         for folder in chain(*folders[len(experiment.seeds) :]):
@@ -104,30 +103,37 @@ class Ours:
         self.seeds = dict(zip(experiment.seeds, rest, strict=True))
         return rewards
 
-    def train(self, trainings: Sequence[Training]) -> list[Trained]:
-        def one(at: Training) -> Path:
-            seed, arm = self.seeds[at.seed], self.experiment.arms[at.arm]
-            given = self.stages.run, self.common, seed, at.arm, arm, at.setting
-            return train(self.experiment, *given)[0]
+    def train(self, trainings: Sequence[PolicyTraining]) -> list[FinishedTraining]:
+        def train_one(training: PolicyTraining) -> Path:
+            folder, _ = train(
+                self.experiment,
+                self.stages.run,
+                self.common,
+                self.seeds[training.seed],
+                name=training.arm,
+                arm=self.experiment.arms[training.arm],
+                setting=training.setting,
+            )
+            return folder
 
         start = perf_counter()
-        folders = self.stages.each(one, trainings)
+        folders = self.stages.each(train_one, trainings)
         self.tally.seconds += perf_counter() - start
-        found = [of_stage(folder) for folder in folders]
-        for at, trained in zip(trainings, found, strict=True):
-            self.tally.add(self.experiment.arms[at.arm].kind, trained)
-            self.tally.policies.append((at, trained.folder))
+        found = [finished_training(folder) for folder in folders]
+        for training, trained in zip(trainings, found, strict=True):
+            self.tally.add(self.experiment.arms[training.arm].kind, trained)
+            self.tally.policies.append((training, trained.folder))
         return found
 
 
-def of_stage(folder: Path) -> Trained:
+def finished_training(folder: Path) -> FinishedTraining:
     """A training's steps, of PPO those on its minibatches, and its seconds in its own process."""
     steps = sum(row.get("ppo/minibatches", 1) for row in read_json(folder / "log.json"))
-    return Trained(folder, int(steps), read_json(folder / "cost.json")["wall_s"])
+    return FinishedTraining(folder, int(steps), read_json(folder / "cost.json")["wall_s"])
 
 
 @dataclass
-class Theirs:
+class TrlSide:
     """TRL's trainers, one after another."""
 
     experiment: Experiment
@@ -139,52 +145,75 @@ class Theirs:
     tally: Tally = field(default_factory=Tally)
     rewards: dict[int, Path] = field(default_factory=dict)
 
-    def prepare(self) -> list[Trained]:
+    def prepare(self) -> list[FinishedTraining]:
         """Reward models of all seeds; making token ids is not timed."""
         sft, references = self.common.sft, self.common.scale_samples
         found = []
         for seed, preferences in self.preferences.items():
             self.trl.submit(make_data, self.data(seed), preferences, seed).result()
             folder = self.folder / f"reward-{seed}"
-            given = folder, sft, self.data(seed), references, self.experiment.reward, seed
-            trained = self.trl.submit(train_reward, *given).result()
-            say(f"trl: reward model, seed {seed}")
+            trained = self.trl.submit(
+                trl_train_reward,
+                folder,
+                policy=sft,
+                data=self.data(seed),
+                references=references,
+                reward=self.experiment.reward,
+                seed=seed,
+            ).result()
+            print_progress(f"trl: reward model, seed {seed}")
             self.rewards[seed] = folder
             self.tally.seconds += trained.seconds
             self.tally.add("reward", trained)
             found.append(trained)
         return found
 
-    def train(self, trainings: Sequence[Training]) -> list[Trained]:
+    def train(self, trainings: Sequence[PolicyTraining]) -> list[FinishedTraining]:
         found = []
-        for at in trainings:
-            trained = self.one(at)
-            say(f"trl: {at}")
+        for training in trainings:
+            trained = self.train_one(training)
+            print_progress(f"trl: {training}")
             self.tally.seconds += trained.seconds
-            self.tally.add(self.experiment.arms[at.arm].kind, trained)
-            self.tally.policies.append((at, trained.folder))
+            self.tally.add(self.experiment.arms[training.arm].kind, trained)
+            self.tally.policies.append((training, trained.folder))
             found.append(trained)
         return found
 
-    def one(self, at: Training) -> Trained:
-        e, arm, sft = self.experiment, self.experiment.arms[at.arm], self.common.sft
-        folder = self.folder / f"trl-{at}"  # which its evaluation is known by
+    def train_one(self, training: PolicyTraining) -> FinishedTraining:
+        experiment, arm = self.experiment, self.experiment.arms[training.arm]
+        folder = self.folder / f"trl-{training}"  # its name enters the evaluation's address
         if arm.kind == "ppo":
-            given = folder, sft, self.rewards[at.seed], e.task, e.ppo, at.setting["kl_coef"]
-            return self.ppo.submit(train_ppo, *given, e.sampling, at.seed).result()
-        pairs = read_pairs(self.preferences[at.seed] / "train.jsonl")
-        setting = trl_setting(arm.loss, at.setting, pairs)
-        given = folder, sft, self.data(at.seed), arm.loss, setting, e.direct, at.seed
-        return self.trl.submit(train_direct, *given).result()
+            return self.ppo.submit(
+                trl_train_ppo,
+                folder,
+                policy=self.common.sft,
+                reward_model=self.rewards[training.seed],
+                task=experiment.task,
+                ppo=experiment.ppo,
+                kl_coef=training.setting["kl_coef"],
+                sampling=experiment.sampling,
+                seed=training.seed,
+            ).result()
+        pairs = read_pairs(self.preferences[training.seed] / "train.jsonl")
+        return self.trl.submit(
+            trl_train_direct,
+            folder,
+            policy=self.common.sft,
+            data=self.data(training.seed),
+            loss=arm.loss,
+            setting=trl_setting(arm.loss, training.setting, pairs),
+            direct=experiment.direct,
+            seed=training.seed,
+        ).result()
 
     def data(self, seed: int) -> Path:
         return self.folder / f"data-{seed}"
 
 
-Sides = dict[str, Ours | Theirs]
+Sides = dict[str, KlashSide | TrlSide]
 
 
-def say(name: str, state: str = "done", _: float = 0.0) -> None:
+def print_progress(name: str, state: str = "done", _: float = 0.0) -> None:
     """One line a stage or training."""
     if state == "done":
         print(f"{name}: done", flush=True)

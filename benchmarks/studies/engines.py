@@ -16,7 +16,7 @@ from benchmarks.evaluation.statistics import Estimate, paired_difference
 from benchmarks.pipeline.arms import evaluate_model, prepare_common, prepare_seed, train
 from benchmarks.pipeline.experiment import load_experiment
 from benchmarks.pipeline.places import set_up_process, stage_context
-from benchmarks.results.folders import Rows
+from benchmarks.results.folders import EvaluationRows
 from benchmarks.run import progress
 from shared.config import InputError
 from shared.generation.start import TRANSFORMERS, GenerationConfig
@@ -63,12 +63,14 @@ def engines(
                 inputs = seed.reward, None, number, model, "final", label
                 folders[name].append(evaluate_model(experiment, run, common, *inputs))
                 logs += [model / "log.json"] if name == "vllm" else []
-    rows = {name: Rows(found) for name, found in folders.items()}
+    rows = {name: EvaluationRows(found) for name, found in folders.items()}
     mismatch = max(row["generation/logprob_difference_max"] for f in logs for row in read_json(f))
     return compare_ends(rows, seeds, mismatch, out)
 
 
-def compare_ends(rows: dict[str, Rows], seeds: tuple[int, ...], mismatch: float, out: Path) -> bool:
+def compare_ends(
+    rows: dict[str, EvaluationRows], seeds: tuple[int, ...], mismatch: float, out: Path
+) -> bool:
     """Write both ends and their differences; whether they agree."""
     gold = paired_difference(rows["vllm"].mean("gold"), rows["transformers"].mean("gold"))
     kls = {name: r.mean("kl") for name, r in rows.items()}
@@ -95,7 +97,12 @@ def compare_ends(rows: dict[str, Rows], seeds: tuple[int, ...], mismatch: float,
 
 
 def markdown(
-    rows: dict[str, Rows], gold: Estimate, kl: Estimate, share: float, mismatch: float, held: bool
+    rows: dict[str, EvaluationRows],
+    gold: Estimate,
+    kl: Estimate,
+    share: float,
+    mismatch: float,
+    held: bool,
 ) -> str:
     """The two ends and their difference, seed by seed."""
     lines = ["# PPO with either sampling engine", "", "`klash study engines`", ""]

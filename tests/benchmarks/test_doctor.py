@@ -35,7 +35,7 @@ from transformers import (
 )
 
 from benchmarks.cli import main
-from benchmarks.doctor.examine import OF_POLICY, examine, report, sample
+from benchmarks.doctor.examine import POLICY_SAMPLE, examine, print_findings, select_pairs
 from benchmarks.doctor.finding import Finding
 from benchmarks.doctor.models import adapter_off, dropout, engine_parity, padding, step_0
 from benchmarks.doctor.patient import Patient, admit
@@ -192,7 +192,7 @@ def ward(sound: Path, tmp_path: Path) -> Ward:
 
 @pytest.fixture
 def pairs(preferences_folder: Path) -> list[Pair]:
-    return sample(read_pairs(preferences_folder / "train.jsonl"), OF_POLICY)
+    return select_pairs(read_pairs(preferences_folder / "train.jsonl"), POLICY_SAMPLE)
 
 
 # --- sound models ------------------------------------------------------------------------------
@@ -221,7 +221,7 @@ def test_a_sound_chat_model_passes(ward: Ward, temperature: float):
     findings = ward.findings()
     assert not failed(findings), findings
     assert set(findings) == EXAMINED_ALWAYS | OF_REWARD | {"generation prompt"}
-    assert f"temperature {temperature:g}" in findings["engine parity"].seen
+    assert f"temperature {temperature:g}" in findings["engine parity"].observed
 
 
 def test_a_sound_model_passes_where_sampling_would_take_a_prompt_at_a_time(
@@ -334,13 +334,13 @@ def test_a_token_across_the_boundary(ward: Ward):
     """'!' and a space are one token of this tokenizer: it is never read where they are apart."""
     ward.rows([{**TEXTS[0], "prompt": "Say so!"}, *TEXTS[1:]])
     findings = ward.only("boundary", "end prompts without a space", "sampled")
-    assert "in 2 of 24 completions (first in row 1)" in findings["boundary"].seen
+    assert "in 2 of 24 completions (first in row 1)" in findings["boundary"].observed
 
 
 def test_two_eos(ward: Ward):
     ward.rows([{**TEXTS[0], "chosen": " Yes.</s>"}, *TEXTS[1:]])
     findings = ward.only("one eos", "take the EOS text out of the data")
-    assert "1 with several" in findings["one eos"].seen
+    assert "1 with several" in findings["one eos"].observed
 
 
 def test_a_sampled_completion_that_ends_in_pad(
@@ -364,7 +364,7 @@ def test_a_sampled_completion_that_ends_in_pad(
         )
     }
     assert failed(findings) == {"pad in completions"}
-    assert "1 end in it" in findings["pad in completions"].seen
+    assert "1 end in it" in findings["pad in completions"].observed
     assert "drop these pairs" in findings["pad in completions"].fix
 
 
@@ -372,7 +372,7 @@ def test_completions_cut_by_the_length_limit(ward: Ward):
     ward.rows([*TEXTS, {**TEXTS[0], "chosen": " so" * 30}])
     ward.keys["max_length"] = 40
     findings = ward.only("lengths", "raise max_length to 101")  # 10 + 90 bytes and EOS
-    assert "of 13 pairs 0 have no room after the prompt, 1 are cut" in findings["lengths"].seen
+    assert "of 13 pairs 0 have no room after the prompt, 1 are cut" in findings["lengths"].observed
 
 
 def test_completions_longer_than_any_sample(ward: Ward):
@@ -387,7 +387,7 @@ def test_pairs_that_are_the_same_after_truncation(ward: Ward):
     ward.keys["max_length"] = 40
     findings = ward.findings()
     assert failed(findings) == {"pairs", "lengths"}
-    assert "1 identical" in findings["pairs"].seen
+    assert "1 identical" in findings["pairs"].observed
     assert "ln 2" in findings["pairs"].fix
 
 
@@ -406,7 +406,7 @@ def test_weights_that_are_not_numbers(ward: Ward):
 
     change_weights(ward.model, break_one)
     findings = ward.only("weights", "before it broke")
-    assert "1 not finite" in findings["weights"].seen
+    assert "1 not finite" in findings["weights"].observed
 
 
 def test_weights_that_are_not_in_the_file(ward: Ward):
@@ -563,7 +563,7 @@ def test_a_reward_model_with_other_tokens(ward: Ward):
     vocabulary["a"], vocabulary["b"] = vocabulary["b"], vocabulary["a"]
     path.write_text(json.dumps(about))
     findings = ward.only("reward model's tokens", "policy's own tokenizer")
-    assert findings["reward model's tokens"].seen.startswith("2 of")
+    assert findings["reward model's tokens"].observed.startswith("2 of")
 
 
 def test_a_reward_model_with_one_score_for_all(ward: Ward):
@@ -667,7 +667,7 @@ def test_chats_need_a_template(ward: Ward):
 def test_each_line_says_pass_or_the_fix(ward: Ward, capsys: pytest.CaptureFixture[str]):
     ward.edit("reward/config.json", pad_token_id=EOS)
     patient = admit(str(ward.write()), Path("none"), [], quick=False)
-    assert not report(patient)
+    assert not print_findings(patient)
     lines = capsys.readouterr().out.splitlines()
     assert "pass  eos and pad: eos '</s>' (1), pad '<pad>' (0)" in lines
     (at,) = [n for n, line in enumerate(lines) if line.startswith("FAIL")]

@@ -182,7 +182,7 @@ def test_temperatures_must_be_positive(temperatures):
 
 @pytest.mark.parametrize("bad", [[0.1, 0.2], [[]], [[0.1, float("nan")]], [[0.1, float("inf")]]])
 def test_gold_that_is_no_table_of_numbers_is_refused(bad):
-    with pytest.raises(ValueError, match="2-D array of finite numbers"):
+    with pytest.raises(ValueError, match=r"2-D array of finite numbers|NaN or infinity"):
         tilt_table(bad, [1.0])
 
 
@@ -266,13 +266,12 @@ def test_margin_is_zero_for_the_optimum_and_negative_for_worse_policies():
     table = tilt_table(reference, default_temperatures())
     runs = [method_on(reference, 0.3, rng, 16) for _ in range(3)]
     gold, kl = (np.stack(x) for x in zip(*runs, strict=True))
-    for limits in ("percentile", "t"):
-        low, high = ends(margin_interval(gold, kl, table, 300, max_gold=9, limits=limits))
-        assert -0.1 < low < 0 < high < 0.1
-        worse = ends(margin_interval(gold - 0.1, kl, table, 300, max_gold=9, limits=limits))
-        assert worse == pytest.approx((low - 0.1, high - 0.1)) and worse[1] < 0
-        wasteful = margin_interval(gold, 2 * kl, table, 300, max_gold=9, limits=limits)
-        assert ends(wasteful)[1] < 0
+    low, high = ends(margin_interval(gold, kl, table, 300, max_gold=9))
+    assert -0.1 < low < 0 < high < 0.1
+    worse = ends(margin_interval(gold - 0.1, kl, table, 300, max_gold=9))
+    assert worse == pytest.approx((low - 0.1, high - 0.1)) and worse[1] < 0
+    wasteful = margin_interval(gold, 2 * kl, table, 300, max_gold=9)
+    assert ends(wasteful)[1] < 0
 
 
 def test_easy_prompts_cancel_between_method_and_frontier():
@@ -280,10 +279,9 @@ def test_easy_prompts_cancel_between_method_and_frontier():
     rng = np.random.default_rng(5)
     table = tilt_table(normal_prompts(rng, 32, 1000), np.geomspace(5, 0.2, 20))
     gold, kl = np.repeat(table.gold[-1:], 3, axis=0), np.repeat(table.kl[-1:], 3, axis=0)
-    for limits in ("percentile", "t"):
-        margin = margin_interval(gold, kl, table, draws=200, max_gold=9, limits=limits)
-        assert np.ptp(gold) > 0.5  # prompts differ a lot
-        assert (margin.low, margin.high) == pytest.approx((0, 0), abs=1e-9)
+    margin = margin_interval(gold, kl, table, draws=200, max_gold=9)
+    assert np.ptp(gold) > 0.5  # prompts differ a lot
+    assert (margin.low, margin.high) == pytest.approx((0, 0), abs=1e-9)
 
 
 def test_a_margin_comes_with_every_seeds_margin_and_without_limits_for_one_seed():
@@ -300,17 +298,6 @@ def test_a_margin_comes_with_every_seeds_margin_and_without_limits_for_one_seed(
         margin_interval(gold[:, :2], kl[:, :2], ENUMERATED)
 
 
-@pytest.mark.parametrize("limits", ["percentile", "t"])
-def test_every_seeds_margin_is_kept_however_many_there_are(limits):
-    curve = frontier(ENUMERATED, min_ess=0)
-    gold, kl = np.array([[0.5, 0.4, 0.6], [0.2, 0.3, 0.1]]), np.array([[0.9] * 3, [0.4] * 3])
-    expected = [0.5 - curve.at(0.9)[0], 0.2 - curve.at(0.4)[0]]
-    for seeds in (1, 2):
-        some = gold[:seeds], kl[:seeds]
-        found = margin_interval(*some, ENUMERATED, draws=9, min_ess=0, limits=limits)
-        assert found.per_seed == pytest.approx(expected[:seeds])
-
-
 def test_t_limits_hold_the_true_margin_with_three_seeds():
     """Three seeds that differ: the margin's t limits keep their 95 %."""
     rng, held = np.random.default_rng(6), 0
@@ -319,9 +306,7 @@ def test_t_limits_hold_the_true_margin_with_three_seeds():
         level = reference.mean(axis=1) + 0.3 * np.sqrt(2 * 0.3)
         gold = level - 0.1 + rng.normal(0, 0.1, (3, 1)) + rng.normal(0, 0.1, (3, 24))
         table = tilt_table(reference, np.geomspace(4, 0.2, 12))
-        margin = margin_interval(
-            gold, np.full((3, 24), 0.3), table, 60, min_ess=20, max_gold=9, limits="t"
-        )
+        margin = margin_interval(gold, np.full((3, 24), 0.3), table, 60, min_ess=20, max_gold=9)
         low, high = ends(margin)
         held += low <= -0.1 <= high
     assert held / 150 >= 0.92
@@ -337,7 +322,7 @@ def test_t_limits_of_a_margin_by_hand():
         np.repeat(rng.normal(0, 0.3, (1, 400)), 25, axis=0), np.geomspace(5, 0.2, 20)
     )
     gold = rng.normal(0, 0.1, (3, 1)) + rng.normal(0, 0.4, (1, 25)) + rng.normal(0, 0.1, (3, 25))
-    found = margin_interval(gold, np.full((3, 25), 0.3), table, 4000, max_gold=9, limits="t")
+    found = margin_interval(gold, np.full((3, 25), 0.3), table, 4000, max_gold=9)
     error = np.sqrt(gold.mean(1).var(ddof=1) / 3 + gold.mean(0).var() / 25)
     low, high = ends(found)
     assert (high - low) / 2 == pytest.approx(stats.t.ppf(0.975, 2) * error, rel=0.03)

@@ -14,9 +14,9 @@ from typing import Any
 import pytest
 
 from benchmarks.report.build import build_report
+from benchmarks.report.conclusion import conclude, winner
 from benchmarks.report.style import look
 from benchmarks.report.tables import Cell, Column, Table, duration, number, si, to_csv, to_latex
-from benchmarks.report.verdict import judge, winner
 from benchmarks.results.schema import Results
 from shared.config import InputError
 
@@ -332,7 +332,7 @@ def test_an_interval_with_zero_names_none():
         comparison["difference"] |= {"mean": 0.01, "low": -0.04, "high": 0.06}
     results = results_of(run)
     assert {winner(c, results) for c in results.comparisons} == {None}
-    assert "no difference between methods is shown" in judge(results).answer
+    assert "no difference between methods is shown" in conclude(results).answer
 
 
 def claims_nothing(text: str) -> bool:
@@ -362,7 +362,7 @@ def test_one_seed_says_so_and_shows_no_intervals(tmp_path: Path):
 def test_nothing_to_compare_is_said():
     run = run_of()
     run["results"]["comparisons"] = []
-    assert judge(results_of(run)).answer.startswith("No two methods could be compared")
+    assert conclude(results_of(run)).answer.startswith("No two methods could be compared")
 
 
 def test_seeds_that_failed_do_not_count():

@@ -11,8 +11,8 @@ import torch
 from scipy import stats
 
 from benchmarks.evaluation.statistics import Estimate
-from benchmarks.speed.measure import WORKS, measure, table
-from benchmarks.speed.sides import Choice, Done, Speed, Turns, Work, Worker, side_by_side
+from benchmarks.speed.measure import SPEED_COMPARISONS, run_comparisons, speed_table
+from benchmarks.speed.sides import Choice, Round, Speed, Turns, Work, Worker, compare_rates
 from shared.config import InputError
 from shared.stages import read_json
 
@@ -27,7 +27,7 @@ def test_each_side_warms_up_and_then_they_take_turns():
         turns.append(name)
         return next(rates[name])
 
-    ours, peer, ratio = side_by_side(lambda: side("ours"), lambda: side("peer"), rounds=3)
+    ours, peer, ratio = compare_rates(lambda: side("ours"), lambda: side("peer"), rounds=3)
     assert turns == ["ours", "peer"] * 4
     assert (ours, peer) == pytest.approx((95 / 3, 35 / 3))
     logs = [math.log(2), math.log(3), math.log(3)]
@@ -46,14 +46,14 @@ def row(**known: float) -> Speed:
 
 def test_a_row_of_the_table_holds_the_ratio_and_its_limits_and_what_else_is_known():
     start = "| generation | m | bfloat16 | 64 x 64 | p | 2.00 [1.50, 2.67] |"
-    assert f"{start} - | - | - |\n" in table([row()])
+    assert f"{start} - | - | - |\n" in speed_table([row()])
     known = row(loss_difference=3.14e-6, memory_ratio=0.512, mfu=0.7)
-    assert f"{start} 3.1e-06 | 0.51 | 0.70 |\n" in table([known])
+    assert f"{start} 3.1e-06 | 0.51 | 0.70 |\n" in speed_table([known])
 
 
 def test_a_choice_that_leaves_nothing_is_refused(tmp_path: Path):
     with pytest.raises(InputError, match="no comparison has these"):
-        measure([], Choice(tmp_path, 1, models=["nosuch"]))
+        run_comparisons([], Choice(tmp_path, 1, models=["nosuch"]))
     assert not (tmp_path / "speed" / "speed.json").exists()
 
 
@@ -64,11 +64,11 @@ def test_a_run_that_stops_keeps_what_it_has_measured(
         yield row()
         raise KeyboardInterrupt
 
-    monkeypatch.setitem(WORKS, "dpo", stops)
+    monkeypatch.setitem(SPEED_COMPARISONS, "dpo", stops)
     with pytest.raises(KeyboardInterrupt):
-        measure(["dpo"], Choice(tmp_path, 1))
+        run_comparisons(["dpo"], Choice(tmp_path, 1))
     assert read_json(tmp_path / "speed" / "speed.json") == [row().model_dump(mode="json")]
-    assert (tmp_path / "speed" / "speed.md").read_text() == table([row()])
+    assert (tmp_path / "speed" / "speed.md").read_text() == speed_table([row()])
 
 
 # --- a side in a process of its own -----------------------------------------------------------
@@ -79,11 +79,11 @@ def holding(before: int, during: int) -> Work:
     torch.ones(before * MEGABYTE // 4)
     rounds = 0
 
-    def work() -> Done:
+    def work() -> Round:
         nonlocal rounds
         rounds += 1
         torch.ones(during * MEGABYTE // 4)
-        return Done(units=60.0, seconds=60.0 if rounds == 1 else 10.0 * rounds, loss=os.getpid())
+        return Round(units=60.0, seconds=60.0 if rounds == 1 else 10.0 * rounds, loss=os.getpid())
 
     return work
 
@@ -92,7 +92,7 @@ def looping(turns: Turns, during: int) -> None:
     """The same with a loop of its own, at half a unit a second."""
     while turns.wait():
         torch.ones(during * MEGABYTE // 4)
-        turns.done(Done(units=torch.get_num_threads(), seconds=2.0, loss=os.getpid()))
+        turns.send(Round(units=torch.get_num_threads(), seconds=2.0, loss=os.getpid()))
 
 
 def failing(_: str) -> Work:
@@ -111,7 +111,7 @@ class Pair(NamedTuple):
 def pair() -> Pair:
     ours = Worker(holding, 900, 100, threads=1)
     peer = Worker(looping, 400, threads=1, loops=True)
-    result = side_by_side(ours, peer, rounds=2)
+    result = compare_rates(ours, peer, rounds=2)
     return Pair((ours, peer), result, (ours.end(), peer.end()))
 
 

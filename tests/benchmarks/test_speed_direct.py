@@ -8,15 +8,15 @@ from statistics import mean
 import pytest
 from transformers import PreTrainedTokenizerBase
 
-from benchmarks.speed.cases import LOADS, Case, Load, Shape, draw_pairs, make_case
-from benchmarks.speed.direct import compare, our_steps, setting
-from benchmarks.speed.sides import Choice, Done
+from benchmarks.speed.cases import WORKLOADS, Case, Shape, Workload, draw_pairs, make_case
+from benchmarks.speed.direct import case_setting, compare_steps, our_steps
+from benchmarks.speed.sides import Choice, Round
 from benchmarks.speed.trl.steps import labelled_rows, train_in_turn
 from shared.data.pairs import read_pairs
 from shared.models.load import special_ids
 
 WORKS = ("dpo", "ipo", "kto", "reward")
-TINY = Load(
+TINY = Workload(
     learning_rate=5e-3,
     precisions=("float32", "bfloat16"),
     completion_tokens=(3, 9),
@@ -63,18 +63,18 @@ def test_drawn_pairs_hold_ordinary_tokens_and_one_eos_and_can_be_drawn_again(
 
 
 def test_the_named_shapes_are_what_their_names_say():
-    shapes = LOADS["smollm2-135m"].shapes
+    shapes = WORKLOADS["smollm2-135m"].shapes
     ratios = {"prompt-heavy": 2.0, "equal": 1.0, "completion-heavy": 0.25}
     assert {name: (s.prompt_ratio, s.batch, s.micro_batch) for name, s in shapes.items()} == {
         **{name: (ratio, 4, 4) for name, ratio in ratios.items()},
         **{f"{name}, batch 16": (ratio, 16, 8) for name, ratio in ratios.items()},
     }
-    assert LOADS["reviews"].precisions == ("float32",)
+    assert WORKLOADS["reviews"].precisions == ("float32",)
 
 
 def test_a_case_says_its_mean_lengths(case: Callable[..., Case]):
     made = case("dpo")
-    pairs, about = read_pairs(made.data / "train.jsonl"), setting(made, rounds=2)
+    pairs, about = read_pairs(made.data / "train.jsonl"), case_setting(made, rounds=2)
     assert len(pairs) == about["steps"] * about["batch"] == 9
     assert about["prompt_tokens"] == mean(len(pair.prompt_ids) for pair in pairs)
     chosen, rejected = (
@@ -117,12 +117,12 @@ class Alone:
     """Turns of a side that has nobody to wait for."""
 
     rounds: int
-    results: list[Done] = field(default_factory=list)
+    results: list[Round] = field(default_factory=list)
 
     def wait(self) -> bool:
         return len(self.results) < self.rounds
 
-    def done(self, result: Done) -> None:
+    def send(self, result: Round) -> None:
         self.results.append(result)
 
 
@@ -156,7 +156,7 @@ def test_a_trainer_stops_when_its_rounds_are_over(
 
 
 def check(case: Case, tolerance: float) -> None:
-    row = compare(case, "tiny", "equal", rounds=1)
+    row = compare_steps(case, "tiny", "equal", rounds=1)
     assert (row.work, row.dtype, row.unit) == (case.work, case.precision, "pairs/s")
     assert row.peer_name.startswith("trl 1.")
     assert row.loss_difference <= tolerance

@@ -13,25 +13,25 @@ from transformers import AutoModelForCausalLM
 from benchmarks.pipeline.experiment import Arm, Experiment, load_experiment
 from benchmarks.speed import experiment as speed
 from benchmarks.speed.experiment import (
-    Compared,
-    alike,
+    ExperimentSpeed,
+    best_settings,
     check_steps,
-    choose,
-    compare,
-    in_turn,
-    prepare,
-    table,
+    comparable,
+    compare_trainings,
+    experiment_table,
+    prepare_inputs,
+    run_both_sides,
 )
 from benchmarks.speed.sides import Choice
-from benchmarks.speed.trainings import Ours, Tally, Theirs, Training, of_stage
+from benchmarks.speed.trainings import KlashSide, PolicyTraining, Tally, TrlSide, finished_training
 from benchmarks.speed.trl.ppo import TRL, install_trl
 from benchmarks.speed.trl.trainings import (
-    Trained,
+    FinishedTraining,
     in_score_units,
     make_data,
-    train_direct,
-    train_reward,
     trl_setting,
+    trl_train_direct,
+    trl_train_reward,
 )
 from dpo.train import DirectConfig
 from dpo.train import train_direct as our_train_direct
@@ -57,7 +57,7 @@ def tiny(folder: Path, arms: str, *overrides: str) -> Experiment:
     """TINY with `arms`; batches of 24, which leave a partial one."""
     (folder / "tiny.toml").write_text(TINY + arms, encoding="utf-8")
     words = ["--direct.batch_size", "24", "--reward.batch_size", "24", *overrides]
-    return alike(load_experiment(str(folder / "tiny.toml"), words, quick=False))
+    return comparable(load_experiment(str(folder / "tiny.toml"), words, quick=False))
 
 
 @pytest.fixture(autouse=True)
@@ -98,9 +98,9 @@ def test_trls_trainer_ends_at_our_policy_where_a_batch_holds_all_pairs(
     sides = policy_folder, preferences_folder, folder, folder if loss == "kto" else None
     (tmp_path / "ours").mkdir()
     our_train_direct(tmp_path / "ours", *sides, loss, setting, DIRECT, (), seed=0)
-    ours = of_stage(tmp_path / "ours")
+    ours = finished_training(tmp_path / "ours")
     given = trl_setting(loss, setting, read_pairs(preferences_folder / "train.jsonl"))
-    theirs = train_direct(tmp_path / "trl", policy_folder, data, loss, given, DIRECT, seed=0)
+    theirs = trl_train_direct(tmp_path / "trl", policy_folder, data, loss, given, DIRECT, seed=0)
     assert ours.steps == theirs.steps == 6
     start, end, peer = (
         weights(AutoModelForCausalLM.from_pretrained(path))
@@ -124,10 +124,11 @@ def test_trls_reward_model_scores_as_ours_where_a_batch_holds_all_pairs(
     references, reward = tmp_path / "references", RewardConfig(optimizer=OPTIMIZER, epochs=4)
     sampling = Sampling(max_new_tokens=10)
     sample_reference(references, task_config, policy_folder, "validation", 4, 4, sampling, 0)
-    given = policy_folder, preferences_folder, references, reward
-    our_train_reward(tmp_path / "ours", *given, seed=0)
-    trained = train_reward(tmp_path / "trl", policy_folder, data, references, reward, seed=0)
-    assert of_stage(tmp_path / "ours").steps == trained.steps == 4
+    our_train_reward(
+        tmp_path / "ours", policy_folder, preferences_folder, references, reward, seed=0
+    )
+    trained = trl_train_reward(tmp_path / "trl", policy_folder, data, references, reward, seed=0)
+    assert finished_training(tmp_path / "ours").steps == trained.steps == 4
     pairs = read_pairs(preferences_folder / "train.jsonl")
     rows = [p.prompt_ids for p in pairs], [p.chosen_ids for p in pairs]
     folders = tmp_path / "ours", trained.folder
@@ -143,7 +144,7 @@ def test_trl_scores_the_reference_once_for_all_settings_of_pair_losses(
     direct = DIRECT.model_copy(update={"epochs": 1})
     for number, loss in enumerate(("dpo", "ipo", "dpo")):
         given = policy_folder, tmp_path, loss, {"beta": 0.1 * (number + 1)}, direct, number
-        train_direct(tmp_path / str(number), *given)
+        trl_train_direct(tmp_path / str(number), *given)
     assert len([*(tmp_path / "pairs").glob("cache-*.arrow")]) == 1
 
 
@@ -198,7 +199,7 @@ def test_ppo_with_trl_reads_scores_in_our_units(reward_folder: Path, preferences
 
 def test_arms_that_trl_has_no_trainer_for_are_left_out():
     reviews = load_experiment("reviews", [], quick=False)
-    found = alike(reviews)
+    found = comparable(reviews)
     assert list(found.arms) == ["ppo", "dpo", "ipo", "ipo-token", "kto"]
     assert found.arms["dpo"] == reviews.arms["dpo"]
     assert not speed.trl_trains(Arm(kind="ppo", gold=True, settings=({"kl_coef": 0.1},)))
@@ -207,7 +208,7 @@ def test_arms_that_trl_has_no_trainer_for_are_left_out():
 
 
 def test_both_sides_train_all_the_way_and_save_the_end_only():
-    found = alike(load_experiment("reviews", [], quick=True))
+    found = comparable(load_experiment("reviews", [], quick=True))
     assert found.evaluation.checkpoints == ()
     assert min(found.ppo.max_approx_kl, found.ppo.max_kl) > 1e6
     assert found.preferences.pairs == 1500
@@ -225,12 +226,12 @@ class Here(Executor):
 def test_the_optimiser_steps_of_both_sides_are_those_counted_by_hand(tmp_path: Path):
     """64 pairs in batches of 24 are 3 steps an epoch: reward models 1 epoch, the others 2."""
     experiment, stages = tiny(tmp_path, DPO + KTO), Stages(tmp_path / "stages", lambda *_: None)
-    common, preferences = prepare(experiment, stages)
+    common, preferences = prepare_inputs(experiment, stages)
     sides = {
-        "klash": Ours(experiment, stages, common),
-        "trl": Theirs(experiment, common, preferences, tmp_path / "trl", Here(), Here()),
+        "klash": KlashSide(experiment, stages, common),
+        "trl": TrlSide(experiment, common, preferences, tmp_path / "trl", Here(), Here()),
     }
-    found = in_turn(experiment, stages, common, sides)
+    found = run_both_sides(experiment, stages, common, sides)
     rewards, dpo, kto = 2, 2 + 1, 2  # of two seeds; DPO's two settings on the first one
     for side in sides.values():
         assert side.tally.trainings == rewards + dpo + kto
@@ -251,32 +252,32 @@ class Told:
 
     tally: Tally
     steps: int
-    asked: list[Training] = field(default_factory=list)
+    asked: list[PolicyTraining] = field(default_factory=list)
 
-    def prepare(self) -> list[Trained]:
+    def prepare(self) -> list[FinishedTraining]:
         self.tally.steps += 2 * self.steps
-        return [Trained(Path(), self.steps, 1.0)] * 2
+        return [FinishedTraining(Path(), self.steps, 1.0)] * 2
 
-    def train(self, trainings: list[Training]) -> list[Trained]:
+    def train(self, trainings: list[PolicyTraining]) -> list[FinishedTraining]:
         self.asked += trainings
         self.tally.policies += [(training, Path()) for training in trainings]
-        return [Trained(Path(), self.steps, 1.0) for _ in trainings]
+        return [FinishedTraining(Path(), self.steps, 1.0) for _ in trainings]
 
 
 def told(experiment: Experiment, ours: int, theirs: int, monkeypatch: pytest.MonkeyPatch):
     """What is said of sides that took 2 and 6 seconds; on TRL's, the higher beta is better."""
 
-    def golds(_e, _stages, _common, name, policies, _split) -> list[float]:
+    def mean_golds(_e, _stages, _common, name, policies, _split) -> list[float]:
         sign = 1 if name.startswith("trl") else -1
         return [sign * training.setting["beta"] + training.seed for training, _ in policies]
 
-    monkeypatch.setattr(speed, "golds", golds)
+    monkeypatch.setattr(speed, "mean_golds", mean_golds)
     phases = {"reward": 1.0, "direct": 2.0, "ppo": 1.0}
     sides = {
         "klash": Told(Tally(seconds=2.0, phases=dict(phases)), ours),
         "trl": Told(Tally(seconds=6.0, phases=dict(phases)), theirs),
     }
-    return in_turn(experiment, None, None, sides), sides  # pyright: ignore[reportArgumentType]
+    return run_both_sides(experiment, None, None, sides), sides  # pyright: ignore[reportArgumentType]
 
 
 def test_each_side_goes_on_with_its_own_best_setting(
@@ -285,10 +286,10 @@ def test_each_side_goes_on_with_its_own_best_setting(
     experiment = tiny(tmp_path, DPO + KTO)
     found, sides = told(experiment, 3, 3, monkeypatch)
     low, high, kto = {"beta": 0.2}, {"beta": 0.5}, {"beta": 0.2}
-    first = [Training("dpo", low, 0), Training("dpo", high, 0)]
-    rest = [Training("kto", kto, 0), Training("kto", kto, 1)]
-    assert sides["klash"].asked == [*first, Training("dpo", low, 1), *rest]
-    assert sides["trl"].asked == [*first, Training("dpo", high, 1), *rest]
+    first = [PolicyTraining("dpo", low, 0), PolicyTraining("dpo", high, 0)]
+    rest = [PolicyTraining("kto", kto, 0), PolicyTraining("kto", kto, 1)]
+    assert sides["klash"].asked == [*first, PolicyTraining("dpo", low, 1), *rest]
+    assert sides["trl"].asked == [*first, PolicyTraining("dpo", high, 1), *rest]
     assert found.settings["trl"] == {"dpo": high, "kto": kto}
     assert found.gold["klash"] == {"dpo": [-0.2, 0.8], "kto": [-0.2, 0.8]}
     assert found.gold["trl"] == {"dpo": [0.5, 1.5], "kto": [0.2, 1.2]}
@@ -298,7 +299,7 @@ def test_the_ratio_is_the_peers_seconds_over_ours(tmp_path: Path, monkeypatch: p
     found, _ = told(tiny(tmp_path, DPO), 3, 3, monkeypatch)
     assert found.ratio == 3.0
     assert found.shares["trl"] == {"reward": 0.25, "direct": 0.5, "ppo": 0.25}
-    text = table(found)
+    text = experiment_table(found)
     assert "Klash ends 3.00 times as fast as TRL's trainers (trl 1." in text
     assert "| share of direct methods, references too | 50% | 50% |\n" in text
     assert "| gold of dpo | 0.300 (beta=0.2) | 1.000 (beta=0.5) |\n" in text
@@ -308,11 +309,13 @@ def test_a_finished_comparison_lies_in_two_files_and_leaves_no_models(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     found, _ = told(tiny(tmp_path, DPO), 3, 3, monkeypatch)
-    monkeypatch.setattr(speed, "compare", lambda *_: found)
+    monkeypatch.setattr(speed, "compare_trainings", lambda *_: found)
     (tmp_path / "speed" / f"trl-{TRL}").mkdir(parents=True)  # installed before
     text = speed.speed_experiment(Choice(tmp_path, 1, quick=True))
-    assert text == table(found) == (tmp_path / "speed" / "experiment.md").read_text()
-    assert Compared.model_validate(read_json(tmp_path / "speed" / "experiment.json")) == found
+    assert text == experiment_table(found) == (tmp_path / "speed" / "experiment.md").read_text()
+    assert (
+        ExperimentSpeed.model_validate(read_json(tmp_path / "speed" / "experiment.json")) == found
+    )
     names = {path.name for path in (tmp_path / "speed").iterdir()}
     assert names == {f"trl-{TRL}", "experiment.json", "experiment.md"}
 
@@ -322,8 +325,10 @@ def test_different_numbers_of_optimiser_steps_are_refused(
 ):
     with pytest.raises(RuntimeError, match=r"reward model, seed 0: 3 optimiser steps, .* took 4"):
         told(tiny(tmp_path, DPO), 3, 4, monkeypatch)
-    ours, theirs = ([Trained(Path(), steps, 1.0) for steps in row] for row in ((5, 6), (5, 7)))
-    trainings = [Training("dpo", {"beta": beta}, 1) for beta in (0.2, 0.5)]
+    ours, theirs = (
+        [FinishedTraining(Path(), steps, 1.0) for steps in row] for row in ((5, 6), (5, 7))
+    )
+    trainings = [PolicyTraining("dpo", {"beta": beta}, 1) for beta in (0.2, 0.5)]
     with pytest.raises(RuntimeError, match=r"dpo beta=0.5, seed 1: 6 optimiser steps, .* took 7"):
         check_steps(trainings, ours, theirs)
     check_steps(trainings, ours, ours)
@@ -332,10 +337,10 @@ def test_different_numbers_of_optimiser_steps_are_refused(
 def test_a_setting_is_chosen_by_its_mean_over_the_first_seeds(tmp_path: Path):
     experiment = tiny(tmp_path, DPO)
     low, high = experiment.arms["dpo"].settings
-    tried = [Training("dpo", setting, seed) for setting in (low, high) for seed in (0, 1)]
-    assert choose(experiment, tried, [0.0, 0.9, 0.4, 0.4]) == {"dpo": low}
-    assert choose(experiment, tried, [0.0, 0.7, 0.4, 0.4]) == {"dpo": high}
-    assert choose(experiment, [], []) == {"dpo": low}
+    tried = [PolicyTraining("dpo", setting, seed) for setting in (low, high) for seed in (0, 1)]
+    assert best_settings(experiment, tried, [0.0, 0.9, 0.4, 0.4]) == {"dpo": low}
+    assert best_settings(experiment, tried, [0.0, 0.7, 0.4, 0.4]) == {"dpo": high}
+    assert best_settings(experiment, [], []) == {"dpo": low}
 
 
 # With TRL 1.12.0
@@ -346,7 +351,7 @@ def test_a_setting_is_chosen_by_its_mean_over_the_first_seeds(tmp_path: Path):
 def test_both_sides_end_to_end_with_ppo(tmp_path: Path):
     """64 episodes are 2 updates, of 2 epochs and 2 minibatches each."""
     library = install_trl(tmp_path / "trl")
-    found = compare(tiny(tmp_path, PPO), library, tmp_path)
+    found = compare_trainings(tiny(tmp_path, PPO), library, tmp_path)
     assert (found.trainings, found.steps) == (4, 2 * 3 + 2 * 8)
     assert found.shares["trl"]["ppo"] > 0 == found.shares["trl"]["direct"]
     assert all(math.isfinite(value) for side in found.gold.values() for value in side["ppo"])

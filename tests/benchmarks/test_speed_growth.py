@@ -12,28 +12,35 @@ import pytest
 from scipy.stats import linregress
 
 from benchmarks.speed import growing, growth, measure
-from benchmarks.speed.growing import ARMS, BETAS, Step, Training, step_case, train_all
+from benchmarks.speed.growing import (
+    ARMS,
+    BETA_ARMS,
+    GrowthStep,
+    GrowthTraining,
+    step_case,
+    train_all,
+)
 from benchmarks.speed.growth import (
     PLAN,
     Growth,
-    Measured,
+    GrowthPoint,
+    GrowthSeries,
+    MeasuredSize,
     Plan,
-    Point,
-    Series,
+    growth_series,
     growth_table,
-    in_turn,
+    measure_in_rounds,
     measure_steps,
-    series,
     speed_growth,
 )
-from benchmarks.speed.sides import Choice, Done, Work
+from benchmarks.speed.sides import Choice, Round, Work
 from shared.data.pairs import read_pairs
 from shared.models.load import ModelConfig, load_policy
 from shared.stages import Stages, write_json
 
 MEGABYTE = 2**20
 SMALL = ModelConfig(hidden_size=32, layers=1, intermediate_size=32)
-TINY = Step(pairs=2, completion_tokens=4, model=SMALL)
+TINY = GrowthStep(pairs=2, completion_tokens=4, model=SMALL)
 
 
 class Here:
@@ -53,9 +60,9 @@ class Here:
 # --- numbers ----------------------------------------------------------------------------------
 
 
-def of_times(times: dict[float, float]) -> Series:
-    measured = [Measured(size, seconds, MEGABYTE) for size, seconds in times.items()]
-    return series("step", "pairs", measured, libraries=0)
+def of_times(times: dict[float, float]) -> GrowthSeries:
+    measured = [MeasuredSize(size, seconds, MEGABYTE) for size, seconds in times.items()]
+    return growth_series("step", "pairs", measured, libraries=0)
 
 
 def test_a_line_is_straight_and_a_parabola_is_not():
@@ -76,28 +83,30 @@ def test_times_that_say_nothing_of_the_size_lie_on_no_line():
 
 
 def test_numbers_are_over_the_smallest_size():
-    measured = [Measured(8, 2.0, 600 * MEGABYTE), Measured(16, 5.0, 900 * MEGABYTE)]
-    found = series("training", "arms", measured, libraries=500 * MEGABYTE)
+    measured = [MeasuredSize(8, 2.0, 600 * MEGABYTE), MeasuredSize(16, 5.0, 900 * MEGABYTE)]
+    found = growth_series("training", "arms", measured, libraries=500 * MEGABYTE)
     assert found.points == [
-        Point(size=8, time=1, memory=1, own_memory=1),
-        Point(size=16, time=2.5, memory=1.5, own_memory=4),
+        GrowthPoint(size=8, time=1, memory=1, own_memory=1),
+        GrowthPoint(size=16, time=2.5, memory=1.5, own_memory=4),
     ]
     assert found.memory_spread == 1.5
     assert found.exponent == pytest.approx(math.log2(2.5))
 
 
 def test_memory_that_cannot_be_read_is_not_known():
-    found = series("step", "pairs", [Measured(1, 1.0, 0), Measured(2, 2.0, 0)], libraries=0)
+    found = growth_series(
+        "step", "pairs", [MeasuredSize(1, 1.0, 0), MeasuredSize(2, 2.0, 0)], libraries=0
+    )
     assert [(p.memory, p.own_memory) for p in found.points] == [(None, None)] * 2
     assert found.memory_spread is None
 
 
 def test_the_table_holds_a_row_a_size_and_what_they_say_together():
     points = [
-        Point(size=256, time=1, memory=1, own_memory=1),
-        Point(size=2048, time=7.956, memory=1.012, own_memory=None),
+        GrowthPoint(size=256, time=1, memory=1, own_memory=1),
+        GrowthPoint(size=2048, time=7.956, memory=1.012, own_memory=None),
     ]
-    one = Series(
+    one = GrowthSeries(
         kind="training", axis="pairs", points=points, r2=0.9996, exponent=0.987, memory_spread=1.012
     )
     text = growth_table(
@@ -112,7 +121,7 @@ def test_the_table_holds_a_row_a_size_and_what_they_say_together():
     assert text.startswith("Over the smallest size, the fastest of 3 rounds (2 threads).\n")
     assert text.endswith(
         """
-A whole training against its number of pairs:
+A full training against its number of pairs:
 
 | pairs | time | memory | without libraries |
 |---|---|---|---|
@@ -135,17 +144,17 @@ def test_sizes_take_turns_and_the_fastest_after_the_first_counts():
     def worker(name: str, seconds: list[float], memory: int | None) -> Here:
         left = iter(seconds)
 
-        def work() -> Done:
+        def work() -> Round:
             turns.append(name)
-            return Done(1.0, next(left), memory=memory)
+            return Round(1.0, next(left), memory=memory)
 
         return Here(lambda: work, threads=1)
 
     small = worker("small", [0.1, 3.0, 2.0, 4.0], memory=None)
     large = worker("large", [0.1, 5.0, 7.0, 6.0], memory=9 * MEGABYTE)
-    measured = in_turn([(1.0, small), (2.0, large)], turns=3)  # pyright: ignore
+    measured = measure_in_rounds([(1.0, small), (2.0, large)], turns=3)  # pyright: ignore
     assert turns == ["small", "large"] * 4
-    assert measured == [Measured(1.0, 2.0, 7 * MEGABYTE), Measured(2.0, 5.0, 9 * MEGABYTE)]
+    assert measured == [MeasuredSize(1.0, 2.0, 7 * MEGABYTE), MeasuredSize(2.0, 5.0, 9 * MEGABYTE)]
 
 
 def test_a_training_is_done_anew_in_every_turn(
@@ -162,8 +171,8 @@ def test_a_training_is_done_anew_in_every_turn(
 
     monkeypatch.setattr(growing, "Stages", Watched)
     monkeypatch.setattr(growing, "peak_memory_bytes", lambda: next(peaks))
-    training = Training(pairs=4, arms=ARMS[:2], seeds=2)
-    work = growing.whole_training(policy_folder, tmp_path, training)
+    training = GrowthTraining(pairs=4, arms=ARMS[:2], seeds=2)
+    work = growing.full_training(policy_folder, tmp_path, training)
     first = work()
     assert done == {"preferences": 2, "reference": 2, "direct": 4}
     assert first.memory == 900
@@ -178,7 +187,7 @@ def test_more_settings_cost_what_their_run_takes_over_their_own_training(
 ):
     seen: list[tuple[Path, int]] = []
 
-    def pretended(stages: Stages, policy: Path, training: Training) -> list[Path]:
+    def pretended(stages: Stages, policy: Path, training: GrowthTraining) -> list[Path]:
         seen.append((stages.root, len(training.arms)))
         time.sleep(0.4 if len(seen) == 1 else 0.1)
         folders = [stages.root / str(number) for number in range(len(training.arms))]
@@ -188,7 +197,7 @@ def test_more_settings_cost_what_their_run_takes_over_their_own_training(
         return folders
 
     monkeypatch.setattr(growing, "train_all", pretended)
-    done = growing.more_settings(policy_folder, tmp_path, Training(arms=BETAS[:3]))()
+    done = growing.more_settings(policy_folder, tmp_path, GrowthTraining(arms=BETA_ARMS[:3]))()
     assert [arms for _, arms in seen] == [1, 3]
     assert seen[0][0] == seen[1][0]
     assert done.units == 2.0 + 3.0
@@ -200,7 +209,7 @@ def test_with_more_settings_what_is_there_is_found_again(policy_folder: Path, tm
 
     def run(arms: int) -> list[Path]:
         stages = Stages(tmp_path, lambda name, state, _: heard.append((name, state)))
-        return train_all(stages, policy_folder, Training(pairs=4, arms=BETAS[:arms]))
+        return train_all(stages, policy_folder, GrowthTraining(pairs=4, arms=BETA_ARMS[:arms]))
 
     first = run(1)
     heard.clear()
@@ -214,7 +223,7 @@ def test_with_more_settings_what_is_there_is_found_again(policy_folder: Path, tm
 
 
 def test_a_step_is_of_the_size_that_it_says(tmp_path: Path):
-    step = Step(pairs=3, completion_tokens=9, vocabulary=500, model=SMALL)
+    step = GrowthStep(pairs=3, completion_tokens=9, vocabulary=500, model=SMALL)
     case, parameters = step_case(step, 2, tmp_path)
     pairs = read_pairs(case.data / "train.jsonl")
     assert (case.work, case.batch, len(pairs)) == ("dpo", 3, 6)
@@ -233,7 +242,7 @@ def test_in_a_series_one_thing_grows():
             name
             for _, step in steps
             for name, value in step._asdict().items()
-            if value != Step._field_defaults[name]
+            if value != GrowthStep._field_defaults[name]
         }
         assert len(differ) == 1, axis
         sizes = [size for size, _ in steps]
@@ -246,7 +255,10 @@ def test_in_a_series_one_thing_grows():
         for size, training in trainings:
             value = getattr(training, axis)
             assert size == (len(value) if axis == "arms" else value)
-            assert training._replace(**{axis: Training._field_defaults[axis]}) == Training()
+            assert (
+                training._replace(**{axis: GrowthTraining._field_defaults[axis]})
+                == GrowthTraining()
+            )
     assert len(set(map(json.dumps, PLAN.settings.arms))) == 1 + 5
 
 
@@ -255,7 +267,7 @@ def test_in_a_series_one_thing_grows():
 
 @pytest.mark.slow
 def test_larger_steps_take_more_time_and_memory_in_processes_of_their_own(tmp_path: Path):
-    sizes = [(16.0, TINY._replace(pairs=16)), (None, Step(completion_tokens=16))]
+    sizes = [(16.0, TINY._replace(pairs=16)), (None, GrowthStep(completion_tokens=16))]
     small, large = measure_steps(sizes, 2, tmp_path)
     assert small.size == 16
     assert large.size == pytest.approx(802, abs=100)  # 4 layers of 128 x (4 x 128 + 3 x 384)
@@ -270,8 +282,8 @@ def test_every_series_is_measured_and_written(
     monkeypatch.setattr(growth, "short_sft", lambda _: policy_folder)
     plan = Plan(
         steps={"pairs": [(n, TINY._replace(pairs=n)) for n in (2, 64)]},
-        trainings={"arms": [(n, Training(pairs=256, arms=ARMS[:n])) for n in (1, 4)]},
-        settings=Training(pairs=8, arms=BETAS[:2]),
+        trainings={"arms": [(n, GrowthTraining(pairs=256, arms=ARMS[:n])) for n in (1, 4)]},
+        settings=GrowthTraining(pairs=8, arms=BETA_ARMS[:2]),
     )
     text = speed_growth(Choice(tmp_path, rounds=1), plan)
     found = Growth.model_validate_json((tmp_path / "speed" / "growth.json").read_text())
@@ -294,8 +306,8 @@ def test_only_comparisons_are_measured_where_nothing_is_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     asked: list[list[str]] = []
-    monkeypatch.setattr(measure, "measure", lambda works, _: asked.append(works))
-    monkeypatch.setattr(measure, "table", lambda _: "ratios\n")
+    monkeypatch.setattr(measure, "run_comparisons", lambda works, _: asked.append(works))
+    monkeypatch.setattr(measure, "speed_table", lambda _: "ratios\n")
     monkeypatch.setattr(measure, "ALONE", {"growth": lambda _: "growth\n"})
     choice = Choice(tmp_path, 1)
     assert measure.measure_named([], choice) == "ratios\n"

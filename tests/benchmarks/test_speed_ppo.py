@@ -8,8 +8,8 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from benchmarks.speed import ppo as speed
-from benchmarks.speed.ppo import STEADY, Inputs, Update, compare, install_trl, our_updates
-from benchmarks.speed.sides import Done, Turns, Worker
+from benchmarks.speed.ppo import STEADY, Inputs, Update, compare_updates, install_trl, our_updates
+from benchmarks.speed.sides import Round, Turns, Worker
 from rlhf.ppo import PPOConfig
 from shared.config import InputError
 from shared.generation.engine import Sampling
@@ -109,18 +109,18 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def steps_of_trl(turns: Turns, update: Update, inputs: Inputs, library: Path) -> None:
     """Its rounds, with the optimiser's steps for units."""
-    steps, make, done = [], speed.trl_trainer, turns.done
+    steps, make, send = [], speed.trl_trainer, turns.send
 
     def watched(*given):
         trainer = make(*given)
         trainer.optimizer.optimizer.register_step_post_hook(lambda *_: steps.append(1))
         return trainer
 
-    def told(result: Done) -> None:
-        done(result._replace(units=len(steps)))
+    def send_steps(result: Round) -> None:
+        send(result._replace(units=len(steps)))
         steps.clear()
 
-    speed.trl_trainer, turns.done = watched, told
+    speed.trl_trainer, turns.send = watched, send_steps
     speed.trl_updates(turns, update, inputs, library)
 
 
@@ -137,7 +137,7 @@ def test_trl_steps_after_every_minibatch_of_a_turn_as_we_do(inputs: Inputs, libr
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_a_comparison_with_trl_is_of_equal_work(inputs: Inputs, library: Path):
-    row = compare(UPDATE, inputs, library, rounds=3)
+    row = compare_updates(UPDATE, inputs, library, rounds=3)
     assert len(row.ratio.per_seed) == 3
     assert row.ratio.mean > 0
     assert row.memory_ratio is not None and row.memory_ratio > 0

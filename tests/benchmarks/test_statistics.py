@@ -8,12 +8,11 @@ from scipy import stats
 
 from benchmarks.evaluation.statistics import (
     Estimate,
-    crossed_bootstrap,
     crossed_interval,
+    describe_difference,
     interquartile_range,
     paired_difference,
     seed_interval,
-    verdict,
 )
 
 
@@ -127,7 +126,7 @@ def test_a_method_against_itself_shows_no_difference():
     for _ in range(600):
         prompts = rng.normal(0, 0.4, (1, 40))
         a, b = (prompts + simulate(rng, 0, 3, 40, 0.05, 0, 0.3) for _ in range(2))
-        said.append(verdict("a", "b", paired_difference(a, b), "gold"))
+        said.append(describe_difference("a", "b", paired_difference(a, b), "gold"))
     assert np.mean([s == "no difference shown in gold" for s in said]) >= 0.94
 
 
@@ -136,18 +135,27 @@ def test_a_winner_needs_three_seeds_and_an_interval_without_zero():
         return seed_interval(seeds)
 
     assert (
-        verdict("ppo", "dpo", difference(0.3, 0.31, 0.32), "gold") == "ppo is ahead of dpo in gold"
+        describe_difference("ppo", "dpo", difference(0.3, 0.31, 0.32), "gold")
+        == "ppo is ahead of dpo in gold"
     )
-    assert verdict("ppo", "dpo", difference(-0.3, -0.31, -0.32), "gold").startswith("dpo is ahead")
+    assert describe_difference("ppo", "dpo", difference(-0.3, -0.31, -0.32), "gold").startswith(
+        "dpo is ahead"
+    )
     assert (
-        verdict("ppo", "dpo", difference(0.3, 0.3), "gold") == "undecided: fewer than three seeds"
+        describe_difference("ppo", "dpo", difference(0.3, 0.3), "gold")
+        == "undecided: fewer than three seeds"
     )
-    assert verdict("ppo", "dpo", difference(0.3), "gold") == "undecided: fewer than three seeds"
-    assert verdict("ppo", "dpo", difference(0.3, -0.2, 0.1), "gold").startswith(
+    assert (
+        describe_difference("ppo", "dpo", difference(0.3), "gold")
+        == "undecided: fewer than three seeds"
+    )
+    assert describe_difference("ppo", "dpo", difference(0.3, -0.2, 0.1), "gold").startswith(
         "no difference shown"
     )
-    assert verdict("ppo", "dpo", difference(0.3, None, 0.3), "gold").startswith("not reached")
-    identical = verdict("ppo", "ppo", difference(0.0, 0.0, 0.0), "gold")
+    assert describe_difference("ppo", "dpo", difference(0.3, None, 0.3), "gold").startswith(
+        "not reached"
+    )
+    identical = describe_difference("ppo", "ppo", difference(0.0, 0.0, 0.0), "gold")
     assert identical.startswith("no difference shown")
 
 
@@ -159,29 +167,3 @@ def test_interquartile_range_agrees_with_scipy():
 
 def test_two_values_have_an_interquartile_range():
     assert interquartile_range([1.0, 4.0]) == pytest.approx(stats.iqr([1.0, 4.0]))
-
-
-def test_bootstrap_of_a_mean_agrees_with_the_normal_interval():
-    """Many seeds and prompts: percentile limits approach mean +- 1.96 standard errors."""
-    rng = np.random.default_rng(3)
-    table = simulate(rng, 0.2, 40, 50, 0.3, 0.3, 0.1)
-    low, high = crossed_bootstrap(
-        lambda s, p: table[np.ix_(s, p)].mean(), table.shape, 2000, seed=0
-    )
-    error = np.hypot(stats.sem(table.mean(axis=1)), stats.sem(table.mean(axis=0)))
-    assert (low, high) == pytest.approx(
-        (table.mean() - 1.96 * error, table.mean() + 1.96 * error), abs=0.02
-    )
-
-
-def test_bootstrap_resamples_whole_rows_and_columns_and_repeats_with_its_seed():
-    drawn = []
-
-    def statistic(seed_index, prompt_index):
-        drawn.append((seed_index, prompt_index))
-        return float(seed_index.mean() + prompt_index.mean())
-
-    first = crossed_bootstrap(statistic, (3, 7), 50, seed=1)
-    assert all(s.shape == (3,) and p.shape == (7,) for s, p in drawn)
-    assert {len(set(p.tolist())) for _, p in drawn} != {7}  # with replacement
-    assert crossed_bootstrap(statistic, (3, 7), 50, seed=1) == first

@@ -16,7 +16,7 @@ from benchmarks.evaluation.evaluate import evaluate
 from benchmarks.evaluation.exact import World
 from benchmarks.evaluation.optimum import kl, objective, optimal_logps
 from benchmarks.pipeline.experiment import Experiment, load_experiment
-from benchmarks.results.folders import Rows
+from benchmarks.results.folders import EvaluationRows
 from benchmarks.results.schema import Results
 from benchmarks.run import run_experiment
 from rlhf.ppo import PPOConfig, train_ppo
@@ -276,7 +276,7 @@ def test_rows_of_a_finite_task_are_one_column_of_its_prompts(
     models: tuple[Path, ...], listed: Path, tmp_path: Path
 ):
     rows = read(tmp_path, models, listed, samples=3)
-    table = Rows([tmp_path, tmp_path])
+    table = EvaluationRows([tmp_path, tmp_path])
     assert table.exact
     close(Tensor(table.mean("gold")), [[np.mean([r["exact"]["gold"] for r in rows])]] * 2, 1e-6)
     sampled = np.mean([r["k1"] for r in rows])

@@ -1267,8 +1267,8 @@ FAULTS = (
     # How training grows
     Fault(
         "growth: the first turn counts", "benchmarks/speed/growth.py",
-        "min(done.seconds for done in worker.rounds[1:])",
-        "min(done.seconds for done in worker.rounds)",
+        "min(turn.seconds for turn in worker.rounds[1:])",
+        "min(turn.seconds for turn in worker.rounds)",
         "what no later turn does again is measured", GROWTH,
     ),
     Fault(
@@ -1284,19 +1284,20 @@ FAULTS = (
     Fault(
         "growth: the first setting's training counts as a further one's",
         "benchmarks/speed/growing.py",
-        "for folder in every[1:])", "for folder in every)",
+        "for folder in folders[1:])", "for folder in folders)",
         "further settings seem cheaper than they are", GROWTH,
     ),
     Fault(
         "growth: the peak of the last stage alone", "benchmarks/speed/growing.py",
-        "self.most = max(self.most, peak_memory_bytes())", "self.most = peak_memory_bytes()",
+        "self.highest = max(self.highest, peak_memory_bytes())",
+        "self.highest = peak_memory_bytes()",
         "memory is flat whatever the other stages hold", GROWTH,
     ),
     # The whole experiment beside TRL's trainers
     Fault(
         "beside TRL: one epoch for TRL", "benchmarks/speed/trl/trainings.py",
-        "trainer_settings(folder, direct.optimizer, direct.batch_size, direct.epochs)",
-        "trainer_settings(folder, direct.optimizer, direct.batch_size, 1)",
+        "common_settings(folder, direct.optimizer, direct.batch_size, direct.epochs)",
+        "common_settings(folder, direct.optimizer, direct.batch_size, 1)",
         "TRL has less to do", BESIDE_TRL,
     ),
     Fault(

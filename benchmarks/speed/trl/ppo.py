@@ -1,4 +1,4 @@
-"""TRL 1.12.0, the last release with `PPOTrainer`: its installation, and what it is told."""
+"""TRL 1.12.0, the last release with `PPOTrainer`: its installation and settings."""
 
 import os
 import shlex
@@ -43,10 +43,10 @@ def import_trl_ppo(library: Path) -> Any:
 
 
 def trl_settings(ppo: PPOConfig, sampling: Sampling) -> dict[str, Any]:
-    """What `PPOTrainer` is told of an update.
+    """`PPOTrainer`'s settings for one update.
 
-    The whole rollout is its one batch a device, of which it takes minibatches: told to accumulate
-    gradients instead, it would step once an epoch.
+    The rollout is its one batch a device, of which it takes minibatches: with gradient accumulation
+    instead, it would step once an epoch.
     """
     return {
         "use_cpu": not torch.cuda.is_available(),

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from transformers import PrinterCallback, TrainerCallback
 
-from benchmarks.speed.cases import LOSSES, Case
-from benchmarks.speed.sides import Done, Turns, seconds_since
+from benchmarks.speed.cases import LOSS_OF_WORK, Case
+from benchmarks.speed.sides import Round, Turns, seconds_since
 from dpo.reference import read_mismatched, unpaired_rows
 from shared.data.pairs import Pair, read_pairs
 from shared.models.load import load_tokenizer
@@ -42,7 +42,7 @@ class InTurn(TrainerCallback):
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
         if "loss" in logs:  # the log after the last step has none
             seconds = seconds_since(self.start)
-            self.turns.done(Done(self.pairs, seconds, logs["loss"], logs["num_tokens"]))
+            self.turns.send(Round(self.pairs, seconds, logs["loss"], logs["num_tokens"]))
             self._wait(control)
 
     def _wait(self, control: Any) -> None:
@@ -61,16 +61,17 @@ def make_trainer(case: Case) -> Any:
     from trl.trainer.reward_config import RewardConfig
     from trl.trainer.reward_trainer import RewardTrainer
 
-    pairs, settings = read_pairs(case.data / "train.jsonl"), common(case)
+    pairs, settings = read_pairs(case.data / "train.jsonl"), step_settings(case)
     if case.work == "reward":
-        trainer, config, rows = RewardTrainer, RewardConfig(**settings), whole_rows(pairs)
+        trainer, config, rows = RewardTrainer, RewardConfig(**settings), joined_rows(pairs)
     elif case.work == "kto":
         settings["per_device_train_batch_size"] = 2 * case.batch  # completions
-        trainer, config = KTOTrainer, KTOConfig(**settings, **reference(case))
+        trainer, config = KTOTrainer, KTOConfig(**settings, **reference_settings(case))
         rows = labelled_rows(pairs, read_mismatched(case.data).partner.tolist())
     else:
         kind = "ipo" if case.work == "ipo" else "sigmoid"
-        trainer, config = DPOTrainer, DPOConfig(**settings, **reference(case), loss_type=[kind])
+        trainer = DPOTrainer
+        config = DPOConfig(**settings, **reference_settings(case), loss_type=[kind])
         rows = [pair._asdict() for pair in pairs]
     return of_token_ids(trainer)(
         model=str(case.model),
@@ -89,18 +90,18 @@ def of_token_ids(trainer: type) -> type:
     return type(trainer.__name__, (trainer,), {"_prepare_dataset": as_it_is})
 
 
-def common(case: Case) -> dict[str, Any]:
+def step_settings(case: Case) -> dict[str, Any]:
     """One epoch in the pairs' own order, each step logged."""
-    settings = trainer_settings(case.data / "trl", case.optimizer, case.micro_batch, epochs=1)
+    settings = common_settings(case.data / "trl", case.optimizer, case.micro_batch, epochs=1)
     in_order = {"train_sampling_strategy": "sequential", "logging_steps": 1}
     parts = case.batch // case.micro_batch
     return {**settings, **in_order, "gradient_accumulation_steps": parts}
 
 
-def trainer_settings(
+def common_settings(
     folder: Path, optimizer: OptimizerConfig, batch: int, epochs: int
 ) -> dict[str, Any]:
-    """What every trainer of TRL's is told; its warm-up is rounded as ours is."""
+    """Settings of every TRL trainer; its warm-up is rounded as ours is."""
     gpu = torch.cuda.is_available()
     constant = optimizer.schedule == "constant"
     return {
@@ -126,13 +127,13 @@ def trainer_settings(
     }
 
 
-def reference(case: Case) -> dict[str, Any]:
-    """What DPO's and KTO's settings have beside it; TRL calls IPO's tau beta."""
-    (value,) = LOSSES[case.work][1].values()
+def reference_settings(case: Case) -> dict[str, Any]:
+    """DPO's and KTO's own settings; TRL calls IPO's tau beta."""
+    (value,) = LOSS_OF_WORK[case.work][1].values()
     return {"beta": value, "precompute_ref_log_probs": True}
 
 
-def whole_rows(pairs: list[Pair]) -> list[dict[str, Any]]:
+def joined_rows(pairs: list[Pair]) -> list[dict[str, Any]]:
     """Prompt and completion as one, for reward models."""
     return [
         {"chosen_ids": p.prompt_ids + p.chosen_ids, "rejected_ids": p.prompt_ids + p.rejected_ids}

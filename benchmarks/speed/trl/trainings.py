@@ -39,7 +39,7 @@ from transformers import (
 from benchmarks.pipeline.places import end_with, quiet_libraries
 from benchmarks.speed.sides import seconds_since
 from benchmarks.speed.trl.ppo import import_trl_ppo, loaded, trl_settings
-from benchmarks.speed.trl.steps import labelled_rows, of_token_ids, trainer_settings, whole_rows
+from benchmarks.speed.trl.steps import common_settings, joined_rows, labelled_rows, of_token_ids
 from dpo.losses import UNPAIRED
 from dpo.reference import mismatch, unpaired_rows
 from dpo.train import LEARNING_RATE, DirectConfig, with_setting
@@ -55,7 +55,7 @@ from shared.training.fit import OptimizerConfig, batches
 PAIR_LOSSES = {"dpo": "sigmoid", "ipo": "ipo", "ipo-token": "ipo"}  # ours: TRL's
 
 
-class Trained(NamedTuple):
+class FinishedTraining(NamedTuple):
     """What came of a training: its policy (or reward model), optimiser steps, and seconds."""
 
     folder: Path
@@ -105,7 +105,7 @@ def make_data(folder: Path, preferences: Path, seed: int) -> None:
     unpaired = labelled_rows(pairs, partner)
     (order,) = batches(len(unpaired), len(unpaired), 1, seed)
     rows = {
-        "reward": whole_rows(pairs),
+        "reward": joined_rows(pairs),
         "pairs": [pair._asdict() for pair in pairs],
         "kto": [unpaired[i] for i in order],
     }
@@ -113,29 +113,29 @@ def make_data(folder: Path, preferences: Path, seed: int) -> None:
         Dataset.from_list(some).save_to_disk(folder / name)
 
 
-def train_reward(
+def trl_train_reward(
     folder: Path, policy: Path, data: Path, references: Path, reward: RewardConfig, seed: int
-) -> Trained:
+) -> FinishedTraining:
     """`RewardTrainer` from the same head; normalised as ours is, for PPO's coefficient."""
     from trl.trainer.reward_config import RewardConfig as TrlConfig
     from trl.trainer.reward_trainer import RewardTrainer
 
     start = perf_counter()
     save(new_scalar_model(policy, seed), load_tokenizer(policy), folder / "start")
-    settings = trainer_settings(folder, reward.optimizer, reward.batch_size, reward.epochs)
+    settings = common_settings(folder, reward.optimizer, reward.batch_size, reward.epochs)
     config = TrlConfig(
         **settings,
         seed=seed,
         logging_strategy="no",
         center_rewards_coefficient=reward.center or None,
     )
-    trainer = fitted(RewardTrainer, folder / "start", config, data / "reward")
+    trainer = trained_by(RewardTrainer, folder / "start", config, data / "reward")
     trainer.save_model(str(folder))
     normalise(folder, references, scaled=reward.normalise)
-    return Trained(folder, trainer.state.global_step, seconds_since(start))
+    return FinishedTraining(folder, trainer.state.global_step, seconds_since(start))
 
 
-def train_direct(
+def trl_train_direct(
     folder: Path,
     policy: Path,
     data: Path,
@@ -143,7 +143,7 @@ def train_direct(
     setting: dict[str, float],
     direct: DirectConfig,
     seed: int,
-) -> Trained:
+) -> FinishedTraining:
     """`DPOTrainer` or `KTOTrainer`; `setting` is TRL's, see `trl_setting`."""
     from trl.trainer.dpo_config import DPOConfig
     from trl.trainer.dpo_trainer import DPOTrainer
@@ -151,21 +151,21 @@ def train_direct(
     from trl.trainer.kto_trainer import KTOTrainer
 
     start, direct = perf_counter(), with_setting(direct, setting)
-    settings = trainer_settings(folder, direct.optimizer, direct.batch_size, direct.epochs)
+    settings = common_settings(folder, direct.optimizer, direct.batch_size, direct.epochs)
     settings |= {"seed": seed, "logging_strategy": "no", "precompute_ref_log_probs": True}
     settings |= {name: value for name, value in setting.items() if name != LEARNING_RATE}
     if loss in UNPAIRED:
         settings["per_device_train_batch_size"] = 2 * direct.batch_size  # completions
         config = KTOConfig(**settings, train_sampling_strategy="sequential")
-        trainer = fitted(KTOTrainer, policy, config, data / "kto")
+        trainer = trained_by(KTOTrainer, policy, config, data / "kto")
     else:
         config = DPOConfig(**settings, loss_type=[PAIR_LOSSES[loss]])
-        trainer = fitted(DPOTrainer, policy, config, data / "pairs")
+        trainer = trained_by(DPOTrainer, policy, config, data / "pairs")
     trainer.save_model(str(folder / "final"))
-    return Trained(folder, trainer.state.global_step, seconds_since(start))
+    return FinishedTraining(folder, trainer.state.global_step, seconds_since(start))
 
 
-def fitted(trainer: type, model: Path, config: Any, data: Path) -> Any:
+def trained_by(trainer: type, model: Path, config: Any, data: Path) -> Any:
     """A trainer of TRL's on token ids, trained."""
     from datasets import Dataset
 
@@ -192,7 +192,7 @@ def trl_setting(loss: str, setting: dict[str, float], pairs: list[Pair]) -> dict
     return {**{k: v for k, v in setting.items() if k != "tau"}, "beta": tau}
 
 
-def train_ppo(
+def trl_train_ppo(
     folder: Path,
     policy: Path,
     reward_model: Path,
@@ -201,7 +201,7 @@ def train_ppo(
     kl_coef: float,
     sampling: Sampling,
     seed: int,
-) -> Trained:
+) -> FinishedTraining:
     """`PPOTrainer` of TRL 1.12.0 on our prompts, with our two learning rates."""
     from datasets import Dataset
 
@@ -241,7 +241,7 @@ def train_ppo(
     trainer.accelerator.print = lambda *_: None
     trainer.train()
     save(trained, tokenizer, folder / "final")
-    return Trained(folder, len(steps), seconds_since(start))
+    return FinishedTraining(folder, len(steps), seconds_since(start))
 
 
 def adamw(groups: list[dict[str, Any]], config: OptimizerConfig) -> torch.optim.AdamW:

@@ -9,7 +9,7 @@ import numpy as np
 from benchmarks.evaluation.metrics import accuracy_from_gold
 from benchmarks.evaluation.statistics import Estimate, paired_difference, seed_interval
 from benchmarks.pipeline.experiment import Experiment
-from benchmarks.results.folders import Rows
+from benchmarks.results.folders import EvaluationRows
 from benchmarks.studies.onoff.switches import Comparison, largest_differences
 from shared.stages import read_json
 
@@ -51,7 +51,7 @@ def compare(
     experiment: Experiment, comparisons: Sequence[Comparison], seeds: list[Seed]
 ) -> dict[str, Any]:
     """What onoff.json holds: first steps, ends, and whether they are the same."""
-    sft = Rows([seed.sft_rows for seed in seeds])
+    sft = EvaluationRows([seed.sft_rows for seed in seeds])
     found = []
     for c in comparisons:
         arms = arms_of(experiment, c)
@@ -100,7 +100,7 @@ def accuracy(folder: Path) -> float:
 
 def end(folders: list[list[Path]]) -> dict[str, Any]:
     """Gold and KL of one arm, `folders` on and off: on - off, paired, KL as a share of off's."""
-    on, off = map(Rows, folders)
+    on, off = map(EvaluationRows, folders)
     kl, kl_off = on.mean("kl").mean(1), off.mean("kl").mean(1)
     return {
         "gold": float(on.mean("gold").mean()),

@@ -4,39 +4,39 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from benchmarks.evaluation.statistics import SEEDS_FOR_A_WINNER
 from benchmarks.report.style import look
 from benchmarks.report.tables import duration, interval, kl_digits, number, percent
 from benchmarks.results.schema import Comparison, Method, Results
 
-SEEDS_NEEDED = 3
 DIRECT = ("dpo", "fdpo", "ipo", "kto", "cdpo", "rdpo", "ipo-token")
 
 
 @dataclass(frozen=True)
-class Verdict:
+class Conclusion:
     """The first screen: one sentence, a few facts under it, and what weakens them."""
 
     answer: str
     facts: Sequence[tuple[str, str]]  # a word or two, and the sentence
     caveat: str
-    headline: Sequence[Comparison]
-    shown: int
+    comparisons: Sequence[Comparison]  # those of the first screen
+    shown: int  # of all comparisons, how many show a difference
 
 
-def judge(results: Results) -> Verdict:
-    """Put the comparisons of `results` into words."""
-    headline = headline_comparisons(results)
+def conclude(results: Results) -> Conclusion:
+    """The comparisons of `results` in words."""
+    headline = main_comparisons(results)
     facts = {
-        "Among the others": _among_direct(results, headline),
-        "Tuned freely": _tuned(results),
-        "Room left": _limit(results),
-        "Cost": _cost(results),
+        "Among the others": _direct_sentence(results, headline),
+        "Tuned freely": _tuned_sentence(results),
+        "Room left": _limit_sentence(results),
+        "Cost": _cost_sentence(results),
     }
-    return Verdict(
-        answer=_answer(results, headline),
+    return Conclusion(
+        answer=_answer_sentence(results, headline),
         facts=[fact for fact in facts.items() if fact[1]],
         caveat=_caveat(results),
-        headline=headline,
+        comparisons=headline,
         shown=sum(winner(c, results) is not None for c in results.comparisons),
     )
 
@@ -47,14 +47,14 @@ def winner(comparison: Comparison, results: Results) -> str | None:
     seeds = len(results.seeds)
     if difference.per_seed:
         seeds = min(seeds, sum(value is not None for value in difference.per_seed))
-    if seeds < SEEDS_NEEDED or difference.low is None or difference.high is None:
+    if seeds < SEEDS_FOR_A_WINNER or difference.low is None or difference.high is None:
         return None
     if difference.low > 0:
         return comparison.a
     return comparison.b if difference.high < 0 else None
 
 
-def headline_comparisons(results: Results) -> list[Comparison]:
+def main_comparisons(results: Results) -> list[Comparison]:
     """Those at the highest level of matched KL that most pairs reach; else at tuned settings."""
     known = [c for c in results.comparisons if c.difference.mean is not None]
     levels = sorted({c.kl for c in known if c.metric == "gold_at_matched_kl" and c.kl is not None})
@@ -69,24 +69,24 @@ def nats(kl: float | None) -> str:
     return f"{kl:g} nat" if kl == 1 else f"{kl:g} nats"
 
 
-def _answer(results: Results, headline: Sequence[Comparison]) -> str:
+def _answer_sentence(results: Results, headline: Sequence[Comparison]) -> str:
     if not headline:
         return "No two methods could be compared: no level of KL was reached by both."
     seeds = len(results.seeds)
-    if seeds < SEEDS_NEEDED:
+    if seeds < SEEDS_FOR_A_WINNER:
         have = {0: "none", 1: "one", 2: "two"}[seeds]
         return f"No winner can be named: that takes three seeds, and this run has {have}."
-    said = _said([c for c in headline if "ppo" in (c.a, c.b)] or headline, results)
-    return f"{_where(headline)}, {'; '.join(said)}."
+    clauses = _clauses([c for c in headline if "ppo" in (c.a, c.b)] or headline, results)
+    return f"{_heading(headline)}, {'; '.join(clauses)}."
 
 
-def _where(headline: Sequence[Comparison]) -> str:
+def _heading(headline: Sequence[Comparison]) -> str:
     if headline[0].metric == "gold":
         return "At their own tuned settings"
     return f"At {nats(headline[0].kl)} of KL from the start"
 
 
-def _said(comparisons: Sequence[Comparison], results: Results) -> list[str]:
+def _clauses(comparisons: Sequence[Comparison], results: Results) -> list[str]:
     """Clauses: who scores higher than whom, methods that beat the same ones together."""
     beaten: dict[str, list[str]] = {}
     undecided: list[str] = []
@@ -101,28 +101,28 @@ def _said(comparisons: Sequence[Comparison], results: Results) -> list[str]:
     together: dict[tuple[str, ...], list[str]] = {}
     for best, losers in beaten.items():
         together.setdefault(tuple(losers), []).append(look(best).label)
-    said = [
+    clauses = [
         f"{_and(best)} {'scores' if len(best) == 1 else 'score'} higher than {_and(losers)}"
         for losers, best in sorted(together.items(), key=lambda x: -len(x[0]) * len(x[1]))
     ]
-    if undecided and not said:
+    if undecided and not clauses:
         if len(undecided) > 1:
             return ["no difference between methods is shown"]
         return [f"no difference between {undecided[0]} is shown"]
     if len(undecided) == 1:
-        said.append(f"between {undecided[0]} no difference is shown")
+        clauses.append(f"between {undecided[0]} no difference is shown")
     elif undecided:
-        said.append(f"{len(undecided)} other differences are not shown")
-    return said
+        clauses.append(f"{len(undecided)} other differences are not shown")
+    return clauses
 
 
-def _among_direct(results: Results, headline: Sequence[Comparison]) -> str:
+def _direct_sentence(results: Results, headline: Sequence[Comparison]) -> str:
     """What the first sentence left out: comparisons without PPO."""
     rest = [c for c in headline if "ppo" not in (c.a, c.b)]
-    if len(results.seeds) < SEEDS_NEEDED or not rest or len(rest) == len(headline):
+    if len(results.seeds) < SEEDS_FOR_A_WINNER or not rest or len(rest) == len(headline):
         return ""
-    said = "; ".join(_said(rest, results))
-    return re.sub(r"^(no|between) ", lambda m: m[0].capitalize(), said) + "."
+    clauses = "; ".join(_clauses(rest, results))
+    return re.sub(r"^(no|between) ", lambda m: m[0].capitalize(), clauses) + "."
 
 
 def _and(words: Sequence[str]) -> str:
@@ -137,36 +137,36 @@ def _rivals(results: Results) -> tuple[tuple[str, Method], tuple[str, Method]] |
     return ("ppo", results.methods["ppo"]), (direct, results.methods[direct])
 
 
-def _tuned(results: Results) -> str:
+def _tuned_sentence(results: Results) -> str:
     rivals = _rivals(results)
-    said = [
+    clauses = [
         f"{look(name).label} reaches gold {number(m.gold.mean)} at "
         f"{number(m.kl.mean, kl_digits(m.kl.mean))} nats"
         for name, m in rivals or ()
         if m.gold.mean is not None
     ]
-    if rivals is None or len(said) < 2:
+    if rivals is None or len(clauses) < 2:
         return ""
     pair = {name for name, _ in rivals}
     for c in results.comparisons:
         if c.metric == "gold" and {c.a, c.b} == pair and interval(c.difference):
             shown = "" if winner(c, results) else ", not shown"
             mean = number(c.difference.mean, signed=True)
-            return f"{_and(said)} (difference {mean} {interval(c.difference)}{shown})."
-    return f"{_and(said)}."
+            return f"{_and(clauses)} (difference {mean} {interval(c.difference)}{shown})."
+    return f"{_and(clauses)}."
 
 
-def _limit(results: Results) -> str:
-    said = [
+def _limit_sentence(results: Results) -> str:
+    clauses = [
         f"{look(name).label} gets {'at least ' if m.efficiency_is_lower_bound else ''}"
         f"{percent(m.frontier_efficiency.mean)}"
         for name, m in _rivals(results) or ()
         if m.frontier_efficiency.mean is not None
     ]
-    return f"Of the most that any policy could gain at its KL, {_and(said)}." if said else ""
+    return f"Of the most that any policy could gain at its KL, {_and(clauses)}." if clauses else ""
 
 
-def _cost(results: Results) -> str:
+def _cost_sentence(results: Results) -> str:
     rivals = _rivals(results)
     if rivals is None or min(m.cost.wall_s for _, m in rivals) <= 0:
         return ""
@@ -174,7 +174,7 @@ def _cost(results: Results) -> str:
     return (
         f"A training run takes {duration(ppo.cost.wall_s)} with PPO and "
         f"{duration(direct.cost.wall_s)} with {look(name).label}, on this machine; "
-        f"{ppo.cost.models_held} models held against {direct.cost.models_held}."
+        f"models in memory at once: {ppo.cost.models_held} against {direct.cost.models_held}."
     )
 
 
@@ -182,9 +182,9 @@ def _caveat(results: Results) -> str:
     seeds = len(results.seeds)
     if seeds <= 1:
         return (
-            "One seed: there are no intervals, and no difference can be told from chance. "
+            "One seed: there are no intervals, and no difference can be distinguished from chance. "
             "Take every number as one draw."
         )
-    if seeds < SEEDS_NEEDED:
+    if seeds < SEEDS_FOR_A_WINNER:
         return "Two seeds: the intervals are very wide. Take every difference as a hint."
     return ""
