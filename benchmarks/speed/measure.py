@@ -39,7 +39,7 @@ def measure_named(works: Sequence[str], choice: Choice) -> str:
     if alone is None:
         return speed_table(run_comparisons(works, choice))
     if len(works) > 1:
-        raise InputError(f"`klash speed {alone}` is measured alone: name no other work with it")
+        raise InputError(f"`klash speed {alone}` takes no other work beside it")
     if choice.models or choice.dtypes or choice.shapes:
         raise InputError(f"`klash speed {alone}` has no --models, --dtypes or --shapes")
     return ALONE[alone](choice)
