@@ -10,6 +10,7 @@ from benchmarks.pipeline.arms import Trained
 from benchmarks.results.folders import Array, EvaluationRows
 from benchmarks.results.schema import Cost, FilterEpoch, Stability
 from shared.stages import read_json
+from shared.training.finished import read_log
 
 
 def cost_of(tuned: list[Trained], labels: int, matmul_rate: float, timed: tuple[int, ...]) -> Cost:
@@ -79,7 +80,7 @@ def stability_of(runs: list[Trained], tuned: list[Trained]) -> Stability:
         kls = {share: float(EvaluationRows([f]).mean("kl").mean()) for share, f in run.rows.items()}
         overshoot.append(max(kls.values()) / kls[1.0] if kls[1.0] > 0 else 1.0)
     stops = [read_json(run.model / "stopped.json") for run in trained if run.model]
-    norms = [_column(run.model / "log.json", "grad_norm") for run in trained if run.model]
+    norms = [_column(read_log(run.model), "grad_norm") for run in trained if run.model]
     return Stability(
         runs=len(runs),
         failed=sum(bool(stop["failed"]) for stop in stops),
@@ -105,5 +106,5 @@ def filtering_of(tuned: list[Trained]) -> list[FilterEpoch]:
     ]
 
 
-def _column(path: Path, name: str) -> Array:
-    return np.array([row[name] for row in read_json(path)], dtype=np.float64)
+def _column(log: list[dict[str, Any]], name: str) -> Array:
+    return np.array([row[name] for row in log], dtype=np.float64)

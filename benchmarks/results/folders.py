@@ -7,7 +7,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from benchmarks.pipeline.compare import Compared
-from shared.stages import read_json, read_jsonl
+from shared.stages import read_jsonl
+from shared.training.finished import read_log
 
 Array = NDArray[np.float64]
 
@@ -73,7 +74,7 @@ def training_curves(compared: Compared, points: int = 100) -> dict[str, Any]:
                 folders[name, run.seed] = run.model
     curves: dict[str, Any] = {}
     for (name, seed), folder in folders.items():
-        log = read_json(folder / "log.json")
+        log = read_log(folder)
         if not log:  # it failed in its first step
             continue
         stride = max(1, len(log) // points)

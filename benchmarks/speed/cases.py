@@ -163,6 +163,6 @@ def draw_pairs(
     for number in range(count):
         a, b = rng.integers(low, high + 1, 2)
         prompt = text(max(1, round(ratio * (a + b) / 2)))
-        pair = Pair(str(number), "", prompt, [*text(a - 1), eos], [*text(b - 1), eos], 0.0, 0.0)
+        pair = Pair(str(number), "", prompt, [*text(a - 1), eos], [*text(b - 1), eos])
         pairs.append(pair)
     return pairs

@@ -20,8 +20,9 @@ from benchmarks.speed.cases import LOSS_OF_WORK, WORKLOADS, Case, make_case, pol
 from benchmarks.speed.sides import Choice, Round, Speed, Work, Worker, compare_rates, seconds_since
 from benchmarks.speed.trl.steps import train_in_turn
 from dpo.losses import UNPAIRED
-from dpo.train import Dataset, DirectConfig
-from rlhf.reward import pair_batches, reward_loss
+from dpo.train import DirectConfig, DirectData, Objective
+from rlhf.reward import reward_loss
+from shared.data.batches import PairRows
 from shared.data.pairs import read_pairs
 from shared.models.cost import Meter, matmul_rate
 from shared.models.load import load_policy, load_scalar_model, load_tokenizer, special_ids
@@ -122,22 +123,16 @@ TakeStep = Callable[[range], dict[str, float]]  # one optimiser step on these pa
 
 def direct_steps(case: Case) -> tuple[Meter, TakeStep]:
     loss, setting = LOSS_OF_WORK[case.work]
-    mismatched = case.data if loss in UNPAIRED else None
-    data = Dataset(
-        policy=case.model,
-        preferences=case.data,
-        reference=case.data,
-        mismatched=mismatched,
-        loss=loss,
-        setting=dict(setting),
-        limit=limit_of(case),
-    )
+    data = DirectData(case.data, case.data, case.data if loss in UNPAIRED else None)
+    meter, pad_id = Meter(), special_ids(load_tokenizer(case.model)).pad
+    objective = Objective(data, pad_id, loss, dict(setting), limit_of(case))
     model = trainee_of(load_policy(case.model), case)
 
     def take(pairs: range) -> dict[str, float]:
-        return data.step(model, [row for i in pairs for row in (i, len(data.pairs) + i)])
+        rows = [row for i in pairs for row in (i, objective.rows.count + i)]
+        return objective.step(model, rows if objective.single_rows else list(pairs))
 
-    return data.meter, take
+    return meter, take
 
 
 def limit_of(case: Case) -> Limit:
@@ -149,10 +144,11 @@ def reward_steps(case: Case) -> tuple[Meter, TakeStep]:
     pairs = read_pairs(case.data / "train.jsonl")
     pad_id = special_ids(load_tokenizer(case.model)).pad
     meter, model = Meter(), trainee_of(load_scalar_model(case.model), case)
-    loss = reward_loss(meter, center=0.0)
+    rows, loss = PairRows(pairs, pad_id, limit_of(case)), reward_loss(center=0.0)
 
-    def take(rows: range) -> dict[str, float]:
-        return step(model, pair_batches([pairs[i] for i in rows], pad_id, limit_of(case)), loss)
+    def take(numbers: range) -> dict[str, float]:
+        batches = [(batch, float(batch.chosen)) for batch in rows.of_pairs(numbers)]
+        return step(model, batches, loss)
 
     return meter, take
 

@@ -26,10 +26,17 @@ from rlhf.ppo import PPOConfig, train_ppo
 from shared.config import InputError
 from shared.generation.engine import Engine, Sampling
 from shared.generation.hf import HFEngine
-from shared.generation.start import GenerationConfig, make_engine
+from shared.generation.start import Drawing, GenerationConfig, make_engine
 from shared.generation.sync import largest_difference, probe
 from shared.generation.vllm import VLLMEngine
-from shared.models.load import load_policy, load_tokenizer, new_scalar_model, save, special_ids
+from shared.models.load import (
+    Start,
+    load_policy,
+    load_tokenizer,
+    new_scalar_model,
+    save,
+    special_ids,
+)
 from shared.models.logprobs import token_logprobs
 from shared.models.sequences import collate
 from shared.stages import output_folder, read_json, write_json
@@ -123,15 +130,13 @@ def time_ppo(folder: Path, engine: str) -> dict[str, float]:
     sampling = Sampling(max_new_tokens=64)
     train_ppo(
         work / "ppo",
-        policy=folder,
+        start=Start(folder),
         reward_model=work / "reward",
         task=TaskConfig(),
         ppo=ppo,
         kl_coef=0.05,
-        sampling=sampling,
+        drawing=Drawing(sampling, generation),
         checkpoints=(),
-        seed=0,
-        generation=generation,
     )
     return read_json(work / "ppo" / "cost.json")["phases"]
 

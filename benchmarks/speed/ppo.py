@@ -45,9 +45,9 @@ from benchmarks.speed.trl.ppo import TRL, import_trl_ppo, install_trl, loaded, t
 from rlhf.ppo import PPOConfig, ppo_update
 from rlhf.rollout import make_actors
 from shared.generation.engine import Sampling
-from shared.generation.start import TRANSFORMERS, GenerationConfig
+from shared.generation.start import TRANSFORMERS, Drawing, GenerationConfig
 from shared.models.cost import Meter, matmul_rate
-from shared.models.load import ModelConfig, load_tokenizer, new_scalar_model, save
+from shared.models.load import ModelConfig, Start, load_tokenizer, new_scalar_model, save
 from shared.models.lora import LoRAConfig, adapter
 from shared.stages import Stages, output_folder
 from shared.tasks.registry import TaskConfig, make_task
@@ -188,18 +188,8 @@ def compare_updates(update: Update, inputs: Inputs, library: Path, rounds: int) 
 def our_updates(update: Update, inputs: Inputs) -> Work:
     """What `train_ppo` does in one turn of its loop."""
     ppo, sampling, meter = update.ppo, update.sampling, Meter()
-    actors = make_actors(
-        policy=inputs.policy,
-        reward_model=inputs.reward,
-        optimizer=ppo.optimizer,
-        value_optimizer=ppo.value_optimizer,
-        steps=1,
-        temperature=sampling.temperature,
-        meter=meter,
-        generation=update.generation,
-        shared_trunk=ppo.shared_trunk,
-        lora=update.lora,
-    )
+    start, drawing = Start(inputs.policy, update.lora), Drawing(sampling, update.generation)
+    actors = make_actors(start, inputs.reward, ppo.optimizers(updates=1), drawing, meter)
     seeds = count()
 
     def work() -> Round:

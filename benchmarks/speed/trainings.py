@@ -33,6 +33,7 @@ from benchmarks.speed.trl.trainings import (
 )
 from shared.data.pairs import read_pairs
 from shared.stages import Stages, read_json
+from shared.training.finished import read_log
 
 PHASES = {"reward": "reward models", "direct": "direct methods, references too", "ppo": "PPO"}
 
@@ -128,7 +129,7 @@ class KlashSide:
 
 def finished_training(folder: Path) -> FinishedTraining:
     """A training's steps, of PPO those on its minibatches, and its seconds in its own process."""
-    steps = sum(row.get("ppo/minibatches", 1) for row in read_json(folder / "log.json"))
+    steps = sum(row.get("ppo/minibatches", 1) for row in read_log(folder))
     return FinishedTraining(folder, int(steps), read_json(folder / "cost.json")["wall_s"])
 
 

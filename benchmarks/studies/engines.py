@@ -20,7 +20,8 @@ from benchmarks.results.folders import EvaluationRows
 from benchmarks.run import progress
 from shared.config import InputError
 from shared.generation.start import TRANSFORMERS, GenerationConfig
-from shared.stages import Stages, output_folder, read_json, write_json
+from shared.stages import Stages, output_folder, write_json
+from shared.training.finished import read_log
 
 GOLD, KL = 0.03, 0.10  # what counts as the same
 ENGINES = {"transformers": TRANSFORMERS, "vllm": GenerationConfig(engine="vllm")}
@@ -62,9 +63,9 @@ def engines(
                 label = f"{arm}, {name}, seed {number}"
                 inputs = seed.reward, None, number, model, "final", label
                 folders[name].append(evaluate_model(experiment, run, common, *inputs))
-                logs += [model / "log.json"] if name == "vllm" else []
+                logs += [model] if name == "vllm" else []
     rows = {name: EvaluationRows(found) for name, found in folders.items()}
-    mismatch = max(row["generation/logprob_difference_max"] for f in logs for row in read_json(f))
+    mismatch = max(row["generation/logprob_difference_max"] for f in logs for row in read_log(f))
     return compare_ends(rows, seeds, mismatch, out)
 
 

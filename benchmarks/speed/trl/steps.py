@@ -15,7 +15,7 @@ from transformers import PrinterCallback, TrainerCallback
 
 from benchmarks.speed.cases import LOSS_OF_WORK, Case
 from benchmarks.speed.sides import Round, Turns, seconds_since
-from dpo.reference import read_mismatched, unpaired_rows
+from dpo.reference import read_mismatched
 from shared.data.pairs import Pair, read_pairs
 from shared.models.load import load_tokenizer
 from shared.training.fit import OptimizerConfig
@@ -146,7 +146,8 @@ def labelled_rows(pairs: list[Pair], partner: list[int]) -> list[dict[str, Any]]
 
     TRL itself would take the one before in the batch, of the same prompt every other time.
     """
-    prompts, completions = unpaired_rows(pairs)
+    prompts = [pair.prompt_ids for pair in pairs] * 2
+    completions = [pair.chosen_ids for pair in pairs] + [pair.rejected_ids for pair in pairs]
     return [
         {
             "prompt_ids": prompts[row],

@@ -41,8 +41,8 @@ from benchmarks.speed.sides import seconds_since
 from benchmarks.speed.trl.ppo import import_trl_ppo, loaded, trl_settings
 from benchmarks.speed.trl.steps import common_settings, joined_rows, labelled_rows, of_token_ids
 from dpo.losses import UNPAIRED
-from dpo.reference import mismatch, unpaired_rows
-from dpo.train import LEARNING_RATE, DirectConfig, with_setting
+from dpo.reference import mismatch
+from dpo.train import DirectConfig, split_setting
 from rlhf.ppo import PPOConfig, prompt_stream
 from rlhf.reward import RewardConfig, normalise
 from rlhf.rollout import value_model
@@ -101,7 +101,7 @@ def make_data(folder: Path, preferences: Path, seed: int) -> None:
     from datasets import Dataset
 
     pairs = read_pairs(preferences / "train.jsonl")
-    partner = mismatch([tuple(prompt) for prompt in unpaired_rows(pairs)[0]], seed)
+    partner = mismatch([tuple(pair.prompt_ids) for pair in pairs] * 2, seed)
     unpaired = labelled_rows(pairs, partner)
     (order,) = batches(len(unpaired), len(unpaired), 1, seed)
     rows = {
@@ -150,10 +150,10 @@ def trl_train_direct(
     from trl.trainer.kto_config import KTOConfig
     from trl.trainer.kto_trainer import KTOTrainer
 
-    start, direct = perf_counter(), with_setting(direct, setting)
+    start, (hyperparameters, direct) = perf_counter(), split_setting(setting, direct)
     settings = common_settings(folder, direct.optimizer, direct.batch_size, direct.epochs)
     settings |= {"seed": seed, "logging_strategy": "no", "precompute_ref_log_probs": True}
-    settings |= {name: value for name, value in setting.items() if name != LEARNING_RATE}
+    settings |= hyperparameters
     if loss in UNPAIRED:
         settings["per_device_train_batch_size"] = 2 * direct.batch_size  # completions
         config = KTOConfig(**settings, train_sampling_strategy="sequential")

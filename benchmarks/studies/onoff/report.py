@@ -12,6 +12,7 @@ from benchmarks.pipeline.experiment import Experiment
 from benchmarks.results.folders import EvaluationRows
 from benchmarks.studies.onoff.switches import Comparison, largest_differences
 from shared.stages import read_json
+from shared.training.finished import read_log
 
 CLOSE, GOLD, KL = 1e-4, 0.03, 0.10  # what counts as the same
 LOGPROBS = ("pairs", "reference", "samples")  # of a probe
@@ -87,7 +88,7 @@ def compare(
 
 def loss_difference(on: Path, off: Path) -> float:
     """Of the first step's losses."""
-    first, other = (read_json(folder / "log.json")[0] for folder in (on, off))
+    first, other = (read_log(folder)[0] for folder in (on, off))
     names = [name for name in FIRST_LOSSES if name in first] or ["loss"]
     return max(abs(first[name] - other[name]) for name in names)
 

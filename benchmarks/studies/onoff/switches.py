@@ -14,14 +14,14 @@ from typing import Any, NamedTuple
 import torch
 from safetensors.torch import load_file, save_file
 
-from dpo.train import Dataset, DirectConfig, train_direct
+from dpo.train import DirectConfig, DirectData, Objective, train_direct
 from rlhf.ppo import PPOConfig, train_ppo
 from rlhf.reward import train_reward
 from rlhf.rollout import as_rows
 from shared.data.preferences import make_preferences
 from shared.generation.engine import Sampling
 from shared.generation.hf import HFEngine
-from shared.models.load import load_policy, special_ids
+from shared.models.load import load_policy, load_tokenizer, special_ids
 from shared.models.logprobs import token_logprobs
 from shared.models.ops import ALL, Shortcuts, using
 from shared.models.sequences import collate
@@ -128,15 +128,21 @@ def switched(folder: Path, variant: str, stage: str, **inputs: Any) -> None:
         WORKS[stage](folder, **inputs)
 
 
+@dataclass(frozen=True)
+class Probed:
+    """A policy and the pairs that it is read on; `start` is where it began, which is the reference."""
+
+    policy: Path
+    checkpoint: str
+    start: Path
+    data: DirectData
+
+
 @torch.no_grad()
 def probe(
     folder: Path,
     variant: str,
-    policy: Path,
-    checkpoint: str,
-    start: Path,
-    preferences: Path,
-    reference: Path,
+    probed: Probed,
     direct: DirectConfig,
     ppo: PPOConfig,
     sampling: Sampling,
@@ -147,16 +153,16 @@ def probe(
     reference (`reference`), and of each token of samples, as PPO takes them (`samples`).
     """
     with in_force(variant):
-        data = Dataset(start, preferences, reference, None, "dpo", {"beta": 1.0}, direct.limit)
-        model, ids = load_policy(policy / checkpoint).eval(), special_ids(data.tokenizer)
-        count, half = min(PAIRS, len(data.pairs)), len(data.pairs)
-        width = max(map(len, data.completions))
-        pairs, refs = torch.zeros(2 * half, width), torch.zeros(2 * half)
-        for group in data.groups([*range(count), *range(half, half + count)]):
-            micro = data.micro(group, len(group) // 2, None)
-            found = token_logprobs(model, micro.sequences)
-            pairs[group, : found.shape[1]], refs[group] = found, micro.ref_logps
-        prompts = [p for p in data.prompts[:PROMPTS] for _ in range(SAMPLES)]
+        ids = special_ids(load_tokenizer(probed.start))
+        objective = Objective(probed.data, ids.pad, "dpo", {"beta": 1.0}, direct.limit)
+        model = load_policy(probed.policy / probed.checkpoint).eval()
+        rows, width = objective.rows, max(map(len, objective.rows.completions))
+        pairs, refs = torch.zeros(2 * rows.count, width), torch.zeros(2 * rows.count)
+        for part in objective.micro_batches(range(min(PAIRS, rows.count))):
+            found = token_logprobs(model, part.sequences)
+            pairs[part.rows, : found.shape[1]] = found
+            refs[part.rows] = objective.ref_logps[part.rows]
+        prompts = [p for p in rows.prompts[:PROMPTS] for _ in range(SAMPLES)]
         drawn = HFEngine(model, ids).generate(prompts, sampling)
         batch = collate(prompts, drawn.ids, ids.pad)
         taken = token_logprobs(model, batch, sampling.temperature)
