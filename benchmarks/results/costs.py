@@ -6,13 +6,13 @@ from typing import Any
 import numpy as np
 
 from benchmarks.evaluation.statistics import interquartile_range
-from benchmarks.pipeline.arms import Trained
+from benchmarks.pipeline.compare import ArmRun
 from benchmarks.results.folders import Array, Rows
 from benchmarks.results.schema import Cost, FilterEpoch, Stability
 from shared.stages import read_json
 
 
-def cost_of(final: list[Trained], labels: int, rate: float, timed: tuple[int, ...]) -> Cost:
+def cost_of(final: list[ArmRun], labels: int, rate: float, timed: tuple[int, ...]) -> Cost:
     """What one arm at its setting spends, averaged over seeds; nothing for SFT.
 
     Seconds and memory are those of the seeds in `timed`, which had the machine to themselves.
@@ -38,7 +38,7 @@ def cost_of(final: list[Trained], labels: int, rate: float, timed: tuple[int, ..
     )
 
 
-def _spent(run: Trained) -> dict[str, Any]:
+def _spent(run: ArmRun) -> dict[str, Any]:
     """Sums over the run's own stages, and the most memory and models that one of them held."""
     costs = {f.name.rsplit("-", 1)[0]: read_json(f / "cost.json") for f in run.stages}
     phases: dict[str, float] = {}
@@ -58,7 +58,7 @@ def _mean(spent: list[dict[str, Any]], key: str) -> float:
     return float(np.mean([one[key] for one in spent]))
 
 
-def stability_of(runs: list[Trained], final: list[Trained]) -> Stability:
+def stability_of(runs: list[ArmRun], final: list[ArmRun]) -> Stability:
     """Failures, spread and spikes of one arm's `runs`; `final` are those at its setting."""
 
     def gold(folder: Path) -> float:
@@ -84,7 +84,7 @@ def stability_of(runs: list[Trained], final: list[Trained]) -> Stability:
     )
 
 
-def filtering_of(final: list[Trained]) -> list[FilterEpoch]:
+def filtering_of(final: list[ArmRun]) -> list[FilterEpoch]:
     """What filtered DPO kept before each epoch."""
     logs = [read_json(run.model / "filtering.json") for run in final if run.model]
     return [

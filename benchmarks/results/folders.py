@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from benchmarks.pipeline.compare import Compared
+from benchmarks.pipeline.compare import HeadToHead
 from shared.stages import read_json, read_jsonl
 
 Array = NDArray[np.float64]
@@ -43,7 +43,7 @@ class Rows:
         return np.array(values, dtype=np.float64).mean(-1, keepdims=True)
 
 
-def side_by_side(compared: Compared, seed: int, count: int) -> dict[str, Any]:
+def side_by_side(compared: HeadToHead, seed: int, count: int) -> dict[str, Any]:
     """The first test prompts, each answered by every method (`samples.json`)."""
     folders = {"sft": compared.seeds[seed].sft_rows}
     for name, runs in compared.runs.items():
@@ -64,7 +64,7 @@ def side_by_side(compared: Compared, seed: int, count: int) -> dict[str, Any]:
     }
 
 
-def training_curves(compared: Compared, points: int = 100) -> dict[str, Any]:
+def training_curves(compared: HeadToHead, points: int = 100) -> dict[str, Any]:
     """Training logs at the tuned settings, by method, seed and metric (`curves.json`)."""
     folders = {("reward", s.seed): s.reward for s in compared.seeds.values()}
     for name, runs in compared.runs.items():

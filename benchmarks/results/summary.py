@@ -34,8 +34,7 @@ from benchmarks.evaluation.statistics import (
     seed_interval,
     verdict,
 )
-from benchmarks.pipeline.arms import Trained
-from benchmarks.pipeline.compare import Compared, timed_seeds
+from benchmarks.pipeline.compare import ArmRun, HeadToHead, timed_seeds
 from benchmarks.pipeline.experiment import Experiment
 from benchmarks.results.costs import cost_of, filtering_of, stability_of
 from benchmarks.results.folders import Array, Rows, side_by_side, training_curves
@@ -48,7 +47,7 @@ from shared.stages import read_json, write_json
 NOTHING = Estimate(mean=None)
 
 
-def summarise(folder: Path, experiment: Experiment, compared: Compared) -> None:
+def summarise(folder: Path, experiment: Experiment, compared: HeadToHead) -> None:
     """Stage: `results.json` with its schema, and what the report shows beside it."""
     rate = matmul_rate()
     machine = {**environment(rate), **engine_version(experiment.generation)}
@@ -63,7 +62,7 @@ def summarise(folder: Path, experiment: Experiment, compared: Compared) -> None:
 class Summary:
     """What the methods of one experiment are read against, and the numbers of each."""
 
-    def __init__(self, experiment: Experiment, compared: Compared, matmul_rate: float):
+    def __init__(self, experiment: Experiment, compared: HeadToHead, matmul_rate: float):
         self.experiment, self.compared, self.rate = experiment, compared, matmul_rate
         self.sft = Rows([s.sft_rows for s in compared.seeds.values()])
         samples = compared.common.frontier_samples
@@ -108,7 +107,7 @@ class Summary:
             comparisons=self._comparisons(list(self.compared.runs)),
         )
 
-    def _final(self, name: str) -> list[Trained]:
+    def _final(self, name: str) -> list[ArmRun]:
         tuned = self.compared.tuned[name]
         return [run for run in self.compared.runs[name] if run.setting == tuned]
 
@@ -126,7 +125,7 @@ class Summary:
         return frontier(table, min_ess=self.min_ess, max_gold=self.max_gold)
 
     def _method(
-        self, name: str, kind: str, setting: dict[str, float], rows: Rows, runs: list[Trained]
+        self, name: str, kind: str, setting: dict[str, float], rows: Rows, runs: list[ArmRun]
     ) -> Method:
         e, sft, gold = self.experiment, self.sft, rows.mean("gold")
         chosen, bound = kind == "best-of-n", "kl" not in rows
@@ -188,11 +187,11 @@ class Summary:
         columns = zip(gold[:, 0].tolist(), kl[:, 0].tolist(), strict=True)
         return seed_interval([world.regret(beta, g, k) for g, k in columns])
 
-    def _displacement(self, final: list[Trained]) -> Estimate:
+    def _displacement(self, final: list[ArmRun]) -> Estimate:
         files = [run.rows[1.0] / "displacement.json" for run in final if run.model]
         return seed_interval([read_json(f)["chosen"] for f in files]) if files else NOTHING
 
-    def _points(self, name: str, runs: list[Trained], seed: int) -> tuple[list[float], list[Array]]:
+    def _points(self, name: str, runs: list[ArmRun], seed: int) -> tuple[list[float], list[Array]]:
         """One seed's curve: SFT at KL 0, then every evaluated checkpoint and setting."""
         index = list(self.compared.seeds).index(seed)
         kls, golds = [0.0], [self.sft.mean("gold")[index]]
@@ -205,7 +204,7 @@ class Summary:
                 golds.append(rows.mean("gold")[0])
         return kls, golds
 
-    def _matched(self, name: str, runs: list[Trained]) -> dict[str, Estimate | None]:
+    def _matched(self, name: str, runs: list[ArmRun]) -> dict[str, Estimate | None]:
         """Gold at each preset KL, interpolated per seed and prompt; None if a seed stays below."""
         if not runs:
             return {}
@@ -229,7 +228,7 @@ class Summary:
         values = [matched_kl(kls, column.tolist(), level) for column in columns]
         return None if values[0] is None else np.array(values, dtype=np.float64)
 
-    def _sweep(self, name: str, runs: list[Trained]) -> list[Setting]:
+    def _sweep(self, name: str, runs: list[ArmRun]) -> list[Setting]:
         if not runs:
             return []
         tuned, settings = self.compared.tuned[name], self.experiment.arms[name].settings
@@ -251,7 +250,7 @@ class Summary:
                 )
         return found
 
-    def _curve_point(self, share: float, runs: list[Trained]) -> CurvePoint:
+    def _curve_point(self, share: float, runs: list[ArmRun]) -> CurvePoint:
         rows = Rows([run.rows[share] for run in runs])
         if "kl" in rows:
             kl = crossed_interval(rows.mean("kl"))

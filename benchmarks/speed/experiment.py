@@ -24,13 +24,7 @@ from tempfile import TemporaryDirectory
 
 import numpy as np
 
-from benchmarks.pipeline.arms import (
-    Common,
-    evaluate_model,
-    prepare_common,
-    prepare_preferences,
-    setting_text,
-)
+from benchmarks.pipeline.arms import CommonStages, Pipeline, Policy, setting_text
 from benchmarks.pipeline.compare import tuning_seeds
 from benchmarks.pipeline.experiment import Arm, Experiment, load_experiment
 from benchmarks.pipeline.places import side_by_side, stage_context
@@ -40,7 +34,8 @@ from benchmarks.speed.trl.ppo import TRL, install_trl
 from benchmarks.speed.trl.trainings import PAIR_LOSSES, Trained, import_ppo, import_trl, trl_process
 from dpo.losses import UNPAIRED
 from shared.config import Config
-from shared.stages import Stages, output_folder, read_jsonl, write_json
+from shared.stages import Stages, output_folder, write_json
+from shared.tasks.task import Split
 
 NO_GUARD = 1e9
 
@@ -105,23 +100,25 @@ def compare(experiment: Experiment, library: Path | None, folder: Path) -> Compa
         ppo = library and open_.enter_context(trl_process(threads, import_ppo, library))
         workers = experiment.workers, experiment.threads
         beside = open_.enter_context(side_by_side(stages, *workers))
-        common, preferences = prepare(experiment, beside)
+        pipeline = Pipeline(experiment, beside)
+        common, preferences = prepare(pipeline)
         sides = {
-            "klash": Ours(experiment, beside, common),
+            "klash": Ours(pipeline, common),
             "trl": Theirs(experiment, common, preferences, folder / "trl", trl, ppo or trl),
         }
-        return in_turn(experiment, beside, common, sides)
+        return in_turn(pipeline, common, sides)
 
 
-def prepare(experiment: Experiment, stages: Stages) -> tuple[Common, dict[int, Path]]:
+def prepare(pipeline: Pipeline) -> tuple[CommonStages, dict[int, Path]]:
     """(the SFT model with samples of it, preferences of each seed): before the clock starts."""
-    common = prepare_common(experiment, stages.run)
-    make = partial(prepare_preferences, experiment, stages.run, common.sft)
-    return common, dict(zip(experiment.seeds, stages.each(make, experiment.seeds), strict=True))
+    common, seeds = pipeline.prepare_common(), pipeline.experiment.seeds
+    make = partial(pipeline.prepare_preferences, common.sft)
+    return common, dict(zip(seeds, pipeline.stages.each(make, seeds), strict=True))
 
 
-def in_turn(experiment: Experiment, stages: Stages, common: Common, sides: Sides) -> Compared:
+def in_turn(pipeline: Pipeline, common: CommonStages, sides: Sides) -> Compared:
     """Reward models, first seeds, other seeds: each ours and then TRL's; and what came of them."""
+    experiment = pipeline.experiment
     models = [f"reward model, seed {seed}" for seed in experiment.seeds]
     check_steps(models, *(side.prepare() for side in sides.values()))
     tuning = [
@@ -131,7 +128,7 @@ def in_turn(experiment: Experiment, stages: Stages, common: Common, sides: Sides
         for seed in tuning_seeds(experiment, arm)
     ]
     check_steps(tuning, *(side.train(tuning) for side in sides.values()))
-    gold = partial(golds, experiment, stages, common)
+    gold = partial(golds, pipeline, common)
     best = {
         name: choose(experiment, tuning, gold(f"{name}: ", side.tally.policies, "validation"))
         for name, side in sides.items()
@@ -173,22 +170,20 @@ def check_steps(
 
 
 def golds(
-    experiment: Experiment,
-    stages: Stages,
-    common: Common,
+    pipeline: Pipeline,
+    common: CommonStages,
     name: str,
     policies: Sequence[tuple[Training, Path]],
-    split: str,
+    split: Split,
 ) -> list[float]:
     """Mean gold of each policy on prompts of `split`, read with `klash compare`'s meter."""
 
     def gold(at: tuple[Training, Path]) -> float:
         training, folder = at
-        given = None, None, training.seed, folder, "final", f"{name}{training}, {split}"
-        rows = evaluate_model(experiment, stages.run, common, *given, split)
-        return float(np.mean([row["gold"] for row in read_jsonl(rows / "rows.jsonl")]))
+        policy = Policy(f"{name}{training}, {split}", folder, training.seed)
+        return pipeline.mean_gold(pipeline.evaluate(common, policy, split=split))
 
-    return stages.each(gold, policies)
+    return pipeline.stages.each(gold, policies)
 
 
 def choose(

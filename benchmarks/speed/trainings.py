@@ -12,16 +12,7 @@ from pathlib import Path
 from time import perf_counter
 from typing import NamedTuple
 
-from benchmarks.pipeline.arms import (
-    Common,
-    Seed,
-    prepare_preferences,
-    prepare_reference,
-    prepare_reward,
-    prepare_seed,
-    setting_text,
-    train,
-)
+from benchmarks.pipeline.arms import CommonStages, Pipeline, SeedStages, Trial, setting_text
 from benchmarks.pipeline.experiment import Experiment
 from benchmarks.speed.trl.trainings import (
     Trained,
@@ -32,7 +23,7 @@ from benchmarks.speed.trl.trainings import (
     trl_setting,
 )
 from shared.data.pairs import read_pairs
-from shared.stages import Stages, read_json
+from shared.stages import read_json
 
 PHASES = {"reward": "reward models", "direct": "direct methods, references too", "ppo": "PPO"}
 
@@ -71,51 +62,50 @@ class Tally:
 class Ours:
     """Stages, as many at a time as there are workers."""
 
-    experiment: Experiment
-    stages: Stages
-    common: Common
+    pipeline: Pipeline
+    common: CommonStages
     tally: Tally = field(default_factory=Tally)
-    seeds: dict[int, Seed] = field(default_factory=dict)
+    seeds: dict[int, SeedStages] = field(default_factory=dict)
 
     def prepare(self) -> list[Trained]:
         """Reward models and reference log-probabilities of all seeds."""
-        experiment, run, common = self.experiment, self.stages.run, self.common
+        pipeline, common = self.pipeline, self.common
+        seeds, each = pipeline.experiment.seeds, pipeline.stages.each
 
         def reward(seed: int) -> tuple[Path, ...]:
-            start = common.sft, common.scale_samples
-            return prepare_reward(experiment, run, *start, seed)[1:]
+            preferences = pipeline.prepare_preferences(common.sft, seed)
+            return (pipeline.prepare_reward(common, preferences, seed),)
 
         def reference(seed: int) -> tuple[Path, ...]:
-            preferences = prepare_preferences(experiment, run, common.sft, seed)
-            found = prepare_reference(experiment, run, common.sft, preferences, seed)
+            data = common.sft, pipeline.prepare_preferences(common.sft, seed), seed
+            found = pipeline.prepare_reference(*data), pipeline.prepare_mismatched(*data)
             return tuple(folder for folder in found if folder)
 
-        parts = [partial(work, seed) for work in (reward, reference) for seed in experiment.seeds]
+        parts = [partial(work, seed) for work in (reward, reference) for seed in seeds]
         start = perf_counter()
-        folders = self.stages.each(lambda part: part(), parts)
+        folders = each(lambda part: part(), parts)
         self.tally.seconds += perf_counter() - start
-        rewards = [of_stage(folder) for (folder,) in folders[: len(experiment.seeds)]]
+        rewards = [of_stage(folder) for (folder,) in folders[: len(seeds)]]
         for trained in rewards:
             self.tally.add("reward", trained)
-        for folder in chain(*folders[len(experiment.seeds) :]):
+        for folder in chain(*folders[len(seeds) :]):
             self.tally.phases["direct"] += read_json(folder / "cost.json")["wall_s"]
         # What is left of a seed's stages evaluates, and is not timed
-        rest = self.stages.each(partial(prepare_seed, experiment, run, common), experiment.seeds)
-        self.seeds = dict(zip(experiment.seeds, rest, strict=True))
+        rest = each(partial(pipeline.prepare_seed, common), seeds)
+        self.seeds = dict(zip(seeds, rest, strict=True))
         return rewards
 
     def train(self, trainings: Sequence[Training]) -> list[Trained]:
         def one(at: Training) -> Path:
-            seed, arm = self.seeds[at.seed], self.experiment.arms[at.arm]
-            given = self.stages.run, self.common, seed, at.arm, arm, at.setting
-            return train(self.experiment, *given)[0]
+            trial = Trial(at.arm, at.setting, self.seeds[at.seed])
+            return self.pipeline.train(self.common, trial)
 
         start = perf_counter()
-        folders = self.stages.each(one, trainings)
+        folders = self.pipeline.stages.each(one, trainings)
         self.tally.seconds += perf_counter() - start
         found = [of_stage(folder) for folder in folders]
         for at, trained in zip(trainings, found, strict=True):
-            self.tally.add(self.experiment.arms[at.arm].kind, trained)
+            self.tally.add(self.pipeline.experiment.arms[at.arm].kind, trained)
             self.tally.policies.append((at, trained.folder))
         return found
 
@@ -131,7 +121,7 @@ class Theirs:
     """TRL's trainers, one after another."""
 
     experiment: Experiment
-    common: Common
+    common: CommonStages
     preferences: dict[int, Path]
     folder: Path
     trl: Executor

@@ -1,14 +1,15 @@
 """Which engine samples: the one place that chooses."""
 
 import importlib.metadata
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field, model_validator
 from transformers import PreTrainedModel
 
 from shared.config import Config
-from shared.generation.engine import Dtype, Engine
+from shared.generation.engine import Dtype, Engine, Sampling
 from shared.generation.hf import HFEngine
 from shared.models.load import SpecialIds
 
@@ -41,6 +42,18 @@ class GenerationConfig(Config):
 
 
 TRANSFORMERS = GenerationConfig()
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """How completions are drawn: at what temperature, to what length, from which seed, by whom."""
+
+    sampling: Sampling
+    generation: GenerationConfig = TRANSFORMERS
+
+    def at(self, **changes: Any) -> "Drawing":
+        """The same with fields of the sampling changed, such as `seed` or `temperature`."""
+        return replace(self, sampling=self.sampling.model_copy(update=changes))
 
 
 def engine_version(generation: GenerationConfig) -> dict[str, str]:
