@@ -8,7 +8,7 @@ from typing import Any
 
 import tyro
 
-from benchmarks.commands.head_to_head import compare, report
+from benchmarks.commands.head_to_head import compare, plan, report
 from benchmarks.commands.tools import doctor, serve, speed, studies, study
 from benchmarks.entry import exit_codes, split_overrides
 from shared.config import InputError
@@ -17,6 +17,7 @@ Command = Callable[..., Any]
 COMMANDS: dict[str, Command] = {
     "compare": compare,
     "doctor": doctor,
+    "plan": plan,
     "report": report,
     "serve": serve,
     "speed": speed,
