@@ -22,12 +22,13 @@ def main() -> None:
 
 def commands() -> dict[str, Command]:
     """The commands by name; importing them takes seconds."""
-    from benchmarks.commands.head_to_head import compare, report
+    from benchmarks.commands.head_to_head import compare, plan, report
     from benchmarks.commands.tools import doctor, serve, speed, study
 
     return {
         "compare": compare,
         "doctor": doctor,
+        "plan": plan,
         "report": report,
         "serve": serve,
         "speed": speed,

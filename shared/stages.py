@@ -3,12 +3,11 @@
 A stage's folder is named by a hash of what went into it: its name, its part of the configuration,
 the identities of the stages it reads, and the code it runs. Equal work is thus done once, by any
 experiment, and a change of any input makes a new folder. The folder appears in one rename, after
-its manifest (the SHA-256 of every file) is on disk: a killed run leaves nothing half done.
+its manifest (what went in, and the SHA-256 of every file) is on disk: a killed run leaves nothing
+half done.
 """
 
-import ast
 import hashlib
-import importlib.util
 import json
 import os
 import shutil
@@ -16,17 +15,17 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, is_dataclass
-from functools import cache
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 from pydantic import BaseModel
 
+from shared.code import code_of
 from shared.config import InputError
 
 A = TypeVar("A")
 B = TypeVar("B")
-PACKAGES = ("shared", "rlhf", "dpo", "benchmarks")
+Work = Callable[..., None]
 
 
 class Missing(Exception):
@@ -37,22 +36,89 @@ class Paused(Exception):
     """Work stopped where it can go on: the stage's folder waits, as it is, for the next attempt."""
 
 
+class OnlyWith(NamedTuple):
+    """A value of the context that counts for stages whose code reaches into `folder`, no others."""
+
+    folder: str
+    value: Any
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One piece of work: `work(folder, **inputs)` fills its folder.
+
+    `origin` is what went into it as plain values (`inputs`, `code`, `context`): its address.
+    """
+
+    name: str
+    work: Work
+    inputs: dict[str, Any]
+    origin: dict[str, Any]
+
+    @property
+    def key(self) -> str:
+        """`name-<hash>`: changes with any input, the context, and any code that `work` reaches."""
+        return f"{self.name}-{_digest([self.name, self.origin])[:16]}"
+
+
+def stage_of(name: str, work: Work, inputs: dict[str, Any], context: dict[str, Any]) -> Stage:
+    """The stage that does `work` on `inputs`, here and now."""
+    code = code_of(work.__module__)
+    counts = {
+        key: value.value if isinstance(value, OnlyWith) else value
+        for key, value in context.items()
+        if not isinstance(value, OnlyWith) or any(f.startswith(f"{value.folder}/") for f in code)
+    }
+    origin = {"inputs": _plain(inputs), "code": code, "context": _plain(counts)}
+    return Stage(name, work, inputs, origin)
+
+
+def stage_key(
+    name: str, work: Work, inputs: dict[str, Any], context: dict[str, Any] | None = None
+) -> str:
+    """The name of a stage's folder."""
+    return stage_of(name, work, inputs, context or {}).key
+
+
+def fill_stage(folder: Path, stage: Stage) -> float:
+    """Set a damaged `folder` aside, and let the stage's work fill it; seconds."""
+    with suppress(FileNotFoundError):  # not there, or another process was first
+        folder.rename(folder.with_name(f".damaged-{folder.name}-{time.time_ns()}"))
+    start = time.perf_counter()
+    with _appears_whole(folder) as unfinished:
+        stage.work(unfinished, **stage.inputs)
+        write_manifest(unfinished, {"stage": stage.name, **stage.origin})
+    return time.perf_counter() - start
+
+
+class Runner(Protocol):
+    """What gives stages' folders: done here, in other processes, or only planned."""
+
+    def run(self, name: str, work: Work, *, label: str = "", **inputs: Any) -> Path:
+        """The folder of stage `name`, filled by `work(folder, **inputs)`; `label` is for people."""
+        ...
+
+    def each(self, function: Callable[[A], B], items: Iterable[A]) -> list[B]:
+        """`function` of each item: the items are independent, so that their order is free."""
+        ...
+
+
 @dataclass
 class Stages:
-    """The store of finished stages below `root`; `report(name, state, seconds)` hears of each.
+    """The store of finished stages below `root`; `report(label, state, seconds)` hears of each.
 
     `context` is hashed into every stage: what may change results besides inputs and code, such as
-    the versions of libraries and the number of threads. Without `fill`, Missing is raised where a
-    stage would have to be run.
+    the versions of libraries and the number of threads. `fill` does a stage's work and returns its
+    seconds; where it is None, Missing is raised instead. Folders in `checked` were found intact.
     """
 
     root: Path
     report: Callable[[str, str, float], None]
     context: dict[str, Any] = field(default_factory=dict)
-    fill: bool = True
-    _checked: set[Path] = field(default_factory=set)
+    fill: Callable[[Path, Stage], float] | None = fill_stage
+    checked: set[Path] = field(default_factory=set)
 
-    def run(self, name: str, work: Callable[..., None], *, label: str = "", **inputs: Any) -> Path:
+    def run(self, name: str, work: Work, *, label: str = "", **inputs: Any) -> Path:
         """The folder of stage `name`; `work(folder, **inputs)` fills it if no finished one exists.
 
         `inputs` are plain values, configuration models and folders of earlier stages: what is
@@ -60,77 +126,26 @@ class Stages:
         An error in `work` leaves no folder, but one that is Paused finds in its folder, the next
         time, what it had written.
         """
-        folder = self.root / stage_key(name, work, inputs, self.context)
-        if folder not in self._checked:
+        stage = stage_of(name, work, inputs, self.context)
+        folder = self.root / stage.key
+        if folder not in self.checked:
             if intact(folder):
                 self.report(label or name, "cached", 0.0)
-            elif not self.fill:
+            elif self.fill is None:
                 raise Missing(label or name)
             else:
                 self.report(label or name, "running", 0.0)
-                seconds = self.fill_one(folder, name, work, inputs)
-                self.report(label or name, "done", seconds)
-            self._checked.add(folder)
+                self.report(label or name, "done", self.fill(folder, stage))
+            self.checked.add(folder)
         return folder
 
-    def fill_one(
-        self, folder: Path, name: str, work: Callable[..., None], inputs: dict[str, Any]
-    ) -> float:
-        """Do the work of one stage here and now; seconds."""
-        return fill_stage(folder, name, work, inputs)
-
     def each(self, function: Callable[[A], B], items: Iterable[A]) -> list[B]:
-        """`function` of each item: the items are independent, so that their order is free."""
+        """`function` of each item, in order."""
         return [function(item) for item in items]
 
 
-def fill_stage(folder: Path, name: str, work: Callable[..., None], inputs: dict[str, Any]) -> float:
-    """Set a damaged `folder` aside, and let `work` fill it; seconds."""
-    with suppress(FileNotFoundError):  # not there, or another process was first
-        folder.rename(folder.with_name(f".damaged-{folder.name}-{time.time_ns()}"))
-    start = time.perf_counter()
-    with _appears_whole(folder) as unfinished:
-        work(unfinished, **inputs)
-        write_manifest(unfinished, {"stage": name, "inputs": _plain(inputs)})
-    return time.perf_counter() - start
-
-
-def stage_key(
-    name: str,
-    work: Callable[..., Any],
-    inputs: dict[str, Any],
-    context: dict[str, Any] | None = None,
-) -> str:
-    """`name-<hash>`: changes with any input, the `context`, and any code that `work` reaches."""
-    about = [name, _plain(inputs), code_hash(work.__module__), context or {}]
-    return f"{name}-{_digest(about)[:16]}"
-
-
-@cache
-def code_hash(module: str) -> str:
-    """Hash of the syntax (not the comments) of `module` and of all project modules it imports.
-
-    Templates, style sheets and C beside a module belong to it.
-    """
-    found, queue = {}, [module]
-    while queue:
-        current = queue.pop()
-        if current in found:
-            continue
-        package, _, _ = current.rpartition(".")
-        parent = importlib.util.find_spec(package) if package else None
-        if parent is not None and parent.submodule_search_locations is None:
-            continue  # `current` is a name in a module, not a module
-        spec = importlib.util.find_spec(current)
-        if spec is None or spec.origin is None:
-            continue
-        tree = ast.parse(Path(spec.origin).read_text(encoding="utf-8"))
-        found[current] = hashlib.sha256(ast.dump(tree).encode()).hexdigest()
-        for beside in Path(spec.origin).parent.iterdir():
-            if beside.suffix in (".html", ".css", ".c", ".h"):
-                found[str(beside.name)] = _sha256(beside)
-        queue.extend(_project_imports(tree))
-    return _digest(found)
+def silent(label: str, state: str, seconds: float) -> None:
+    """Reports nothing."""
 
 
 def output_folder(folder: Path) -> Path:
@@ -164,26 +179,37 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n")[:-1]]
 
 
-def write_manifest(folder: Path, about: dict[str, Any]) -> None:
+def write_manifest(folder: Path, origin: dict[str, Any]) -> None:
     """`manifest.json`: what the stage was, the SHA-256 of its files, and a digest of all that."""
-    about = {**about, "files": {str(p.relative_to(folder)): _sha256(p) for p in _files(folder)}}
-    write_json(folder / "manifest.json", {**about, "digest": _digest(about)})
+    files = {str(p.relative_to(folder)): _sha256(p) for p in _files(folder)}
+    manifest = {**origin, "files": files}
+    write_json(folder / "manifest.json", {**manifest, "digest": _digest(manifest)})
     for path in [*_files(folder), folder]:
         descriptor = os.open(path, os.O_RDONLY)
         os.fsync(descriptor)
         os.close(descriptor)
 
 
-def intact(folder: Path) -> bool:
-    """Whether a stage's folder is whole: its manifest is sound and every file has its hash."""
+def read_manifest(folder: Path) -> dict[str, Any] | None:
+    """A stage's manifest as it was written; None if it is missing or damaged."""
     try:
         manifest = read_json(folder / "manifest.json")
     except (FileNotFoundError, NotADirectoryError, ValueError):  # ValueError: not JSON, not UTF-8
-        return False
+        return None
     if not isinstance(manifest, dict) or manifest.pop("digest", None) != _digest(manifest):
+        return None
+    return manifest
+
+
+def intact(folder: Path, files: Iterable[str] | None = None) -> bool:
+    """Whether a stage's manifest is sound and its files (or just `files`) have their hashes."""
+    manifest = read_manifest(folder)
+    if manifest is None:
         return False
-    files = manifest["files"]
-    return all((folder / f).is_file() and _sha256(folder / f) == h for f, h in files.items())
+    hashes = manifest["files"]
+    return all(
+        (folder / f).is_file() and _sha256(folder / f) == hashes.get(f) for f in files or hashes
+    )
 
 
 @contextmanager
@@ -242,16 +268,6 @@ def _plain(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_plain(v) for v in value]
     return value
-
-
-def _project_imports(tree: ast.AST) -> list[str]:
-    names: list[str] = []
-    for node in ast.walk(tree):
-        if isinstance(node, ast.ImportFrom) and node.module:
-            names += [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
-        elif isinstance(node, ast.Import):
-            names.extend(alias.name for alias in node.names)
-    return [name for name in names if name.split(".")[0] in PACKAGES]
 
 
 def _files(folder: Path) -> list[Path]:

@@ -4,8 +4,9 @@ from pathlib import Path
 
 from benchmarks.entry import Argument, Overrides
 from benchmarks.pipeline.experiment import load_experiment
+from benchmarks.pipeline.reasons import plan_text
 from benchmarks.report.build import build_report
-from benchmarks.run import run_experiment
+from benchmarks.run import plan_experiment, run_experiment
 from shared.config import InputError
 
 
@@ -27,6 +28,23 @@ def compare(
     """
     run = run_experiment(load_experiment(file, overrides, quick), runs)
     print(f"report: {run / 'report' / 'index.html'}")
+
+
+def plan(
+    file: Argument[str] = "reviews",
+    /,
+    quick: bool = False,
+    runs: Path = Path("runs"),
+    overrides: Overrides = (),
+) -> None:
+    """What `klash compare` would do: which stages are there, which will run, and why.
+
+    Args:
+        file: an experiment's TOML file, or the name of one that comes with Klash.
+        quick: the experiment's smaller form.
+        runs: the folder of all runs and of the stages they share.
+    """
+    print(plan_text(plan_experiment(load_experiment(file, overrides, quick), runs)))
 
 
 def report(run: Argument[Path], /) -> None:

@@ -9,15 +9,15 @@ from pydantic import Field
 from safetensors import SafetensorError
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from benchmarks.pipeline.arms import prepare_reward, prepare_start
+from benchmarks.pipeline.arms import Pipeline
 from benchmarks.pipeline.experiment import Experiment, experiment_file, load_experiment
 from benchmarks.pipeline.places import quiet_libraries, set_up_process, stage_context
-from benchmarks.run import progress
+from benchmarks.pipeline.plan import plan_of, progress
 from shared.config import Config, InputError, load, read_toml
 from shared.data.files import Row, encode, read_pair_file
 from shared.data.pairs import Pair, read_pairs
 from shared.generation.engine import Sampling
-from shared.stages import Stages
+from shared.stages import Runner, Stages
 
 
 class DoctorConfig(Config):
@@ -72,13 +72,17 @@ def admit(file: str, runs: Path, overrides: Sequence[str], quick: bool) -> Patie
 
 def of_experiment(experiment: Experiment, runs: Path) -> Patient:
     """SFT model, pairs and reward model of an experiment's first seed; made if not there yet."""
+
+    def prepare(runner: Runner) -> tuple[Path, Path, Path]:
+        pipeline, seed = Pipeline(experiment, runner), experiment.seeds[0]
+        start = pipeline.prepare_sft()
+        preferences = pipeline.prepare_preferences(start.sft, seed)
+        return start.sft, preferences, pipeline.prepare_reward(start, preferences, seed)
+
     set_up_process(experiment.threads)
-    with progress(total=4) as say:
-        run = Stages(runs / ".stages", say, stage_context()).run
-        sft, scale_samples = prepare_start(experiment, run)
-        preferences, reward = prepare_reward(
-            experiment, run, sft, scale_samples, experiment.seeds[0]
-        )
+    plan = plan_of(runs / ".stages", stage_context(), prepare)
+    with progress(plan) as say:
+        sft, preferences, reward = prepare(Stages(plan.root, say, plan.context))
     return Patient(
         policy=sft,
         tokenizer=AutoTokenizer.from_pretrained(sft),

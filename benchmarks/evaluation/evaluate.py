@@ -1,5 +1,6 @@
 """Held-out generations -> one row per prompt: the one meter that every method is read with."""
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,8 @@ from benchmarks.evaluation.optimum import best_of_n_logps
 from rlhf.best_of_n import best_of_n
 from shared.data.pairs import read_pairs
 from shared.data.samples import read_samples
-from shared.generation.engine import Completions, Sampling
-from shared.generation.start import TRANSFORMERS, GenerationConfig, make_engine
+from shared.generation.engine import Completions
+from shared.generation.start import Drawing, make_engine
 from shared.kl import exact_kl, k1, k3, masked_sum
 from shared.models import ops
 from shared.models.cost import Meter
@@ -24,6 +25,25 @@ from shared.tasks.registry import TaskConfig, make_task
 from shared.tasks.task import Split, Task
 
 
+@dataclass(frozen=True)
+class Prompts:
+    """The first `count` prompts of a split, each answered `samples` times; `seed` is the task's.
+
+    `listing` is the stage that lists all completions of these prompts, if the task is finite.
+    """
+
+    task: TaskConfig
+    split: Split
+    count: int
+    samples: int
+    seed: int
+    listing: Path | None = None
+
+    def texts(self) -> list[str]:
+        """The prompts, each once."""
+        return make_task(self.task).prompts(self.split, self.count, self.seed)
+
+
 def evaluate(
     folder: Path,
     policy: Path,
@@ -31,90 +51,72 @@ def evaluate(
     ref: Path,
     reward_model: Path | None,
     preferences: Path | None,
-    task: TaskConfig,
-    split: Split,
-    prompts: int,
-    samples: int,
-    sampling: Sampling,
-    prompt_seed: int,
-    seed: int,
-    listed: Path | None,
-    generation: GenerationConfig = TRANSFORMERS,
+    prompts: Prompts,
+    drawing: Drawing,
 ) -> None:
     """Stage: `rows.jsonl`, and `displacement.json` where there are held-out `preferences`.
 
     Completions are sampled at temperature 1; a greedy one lies beside them. Where all completions
-    are `listed`, each row holds the expectations over them too, as `exact`.
+    are listed, each row holds the expectations over them too, as `exact`.
     """
-    tokenizer, source = load_tokenizer(ref), make_task(task)
+    tokenizer, source = load_tokenizer(ref), make_task(prompts.task)
     model, ref_model = load_policy(policy / checkpoint).eval(), load_policy(ref).eval()
-    engine = make_engine(generation, model, special_ids(tokenizer), policy / checkpoint)
-    texts = source.prompts(split, prompts, prompt_seed)
+    special = special_ids(tokenizer)
+    engine = make_engine(drawing.generation, model, special, policy / checkpoint)
+    texts, samples = prompts.texts(), prompts.samples
     ids = [tokenizer(text).input_ids for text in texts]
     many = [p for p in ids for _ in range(samples)]
-    drawn = engine.generate(many, sampling.model_copy(update={"temperature": 1.0, "seed": seed}))
+    drawn = engine.generate(many, drawing.at(temperature=1.0).sampling)
     columns = measure(source, tokenizer, reward_model, texts, ids, drawn, samples)
-    kl = measure_kl(model, ref_model, many, drawn.ids, special_ids(tokenizer).pad)
-    columns.update(kl)
-    greedy = engine.generate(ids, sampling.model_copy(update={"temperature": 0.0}))
+    columns.update(measure_kl(model, ref_model, many, drawn.ids, special.pad))
+    greedy = engine.generate(ids, drawing.at(temperature=0.0).sampling)
     greedy_texts = tokenizer.batch_decode(greedy.ids, skip_special_tokens=True)
     rows = _rows(texts, columns, samples)
     greedy_gold = source.gold(texts, greedy_texts).tolist()
     for row, text, gold in zip(rows, greedy_texts, greedy_gold, strict=True):
         row.update(greedy=text, greedy_gold=gold)
-    if listed is not None:
-        world = World(listed)
-        logps = world.logps(policy / checkpoint, sampling)
+    if prompts.listing is not None:
+        world = World(prompts.listing)
+        logps = world.logps(policy / checkpoint, drawing.sampling)
         scores = world.scores(reward_model) if reward_model else None
-        add_exact(rows, world.expectations(logps, scores, special_ids(tokenizer).eos))
+        add_exact(rows, world.expectations(logps, scores, special.eos))
     write_jsonl(folder / "rows.jsonl", rows)
     if preferences is not None:
-        displacement = _displacement(model, ref_model, preferences, special_ids(tokenizer).pad)
+        displacement = _displacement(model, ref_model, preferences, special.pad)
         write_json(folder / "displacement.json", displacement)
 
 
 def evaluate_best_of_n(
-    folder: Path,
-    ref: Path,
-    reward_model: Path,
-    n: int,
-    task: TaskConfig,
-    split: Split,
-    prompts: int,
-    samples: int,
-    sampling: Sampling,
-    prompt_seed: int,
-    seed: int,
-    listed: Path | None,
-    generation: GenerationConfig = TRANSFORMERS,
+    folder: Path, ref: Path, reward_model: Path, n: int, prompts: Prompts, drawing: Drawing
 ) -> None:
     """Stage: `rows.jsonl` of the reward model's favourites among `n` reference samples. No KL,
-    unless all completions are `listed`: then it is exact, ties included.
+    unless all completions are listed: then it is exact, ties included.
 
     Its cost is that of answering the test prompts: this arm pays when it is used."""
-    tokenizer, source, meter = load_tokenizer(ref), make_task(task), Meter()
+    tokenizer, source, meter = load_tokenizer(ref), make_task(prompts.task), Meter()
     model, scorer = load_policy(ref).eval(), Scorer(reward_model)
-    engine = make_engine(generation, model, special_ids(tokenizer), ref)
+    special = special_ids(tokenizer)
+    engine = make_engine(drawing.generation, model, special, ref)
     meter.models_held = 2
-    texts = source.prompts(split, prompts, prompt_seed)
+    texts, samples = prompts.texts(), prompts.samples
     ids = [tokenizer(text).input_ids for text in texts]
     many = [p for p in ids for _ in range(samples)]
-    draw = sampling.model_copy(update={"temperature": 1.0, "seed": seed})
     with meter.phase("generate and score"):
-        favourites = best_of_n(engine, scorer, many, n, draw)
+        sampling = drawing.at(temperature=1.0).sampling
+        favourites = best_of_n(engine, scorer, many, n, sampling)
     write_json(folder / "cost.json", meter.summary())
     columns = measure(source, tokenizer, reward_model, texts, ids, favourites, samples)
     rows = _rows(texts, columns, samples)
-    if listed is not None:
-        world = World(listed)
+    if prompts.listing is not None:
+        world = World(prompts.listing)
         scores = world.scores(reward_model)
         logps = best_of_n_logps(world.log_ref, scores, n)
-        add_exact(rows, world.expectations(logps, scores, special_ids(tokenizer).eos))
+        add_exact(rows, world.expectations(logps, scores, special.eos))
     write_jsonl(folder / "rows.jsonl", rows)
 
 
 def add_exact(rows: list[dict[str, Any]], exact: list[dict[str, float]]) -> None:
-    """Put a finite task's expectations beside each prompt's samples, as `exact`."""
+    """Add a finite task's expectations to each prompt's row, as `exact`."""
     for row, expectations in zip(rows, exact, strict=True):
         row["exact"] = expectations
 

@@ -1,14 +1,12 @@
-"""What a head-to-head is made of: every line here that starts with `run(` is a stage.
+"""What a head-to-head is made of: every `self.run(` here is a stage, skipped where it is there."""
 
-A stage is skipped when its folder is there already.
-"""
-
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.evaluation.evaluate import evaluate, evaluate_best_of_n, score_samples
+import numpy as np
+
+from benchmarks.evaluation.evaluate import Prompts, evaluate, evaluate_best_of_n, score_samples
 from benchmarks.pipeline.experiment import Arm, Experiment
 from dpo.filtered import train_filtered
 from dpo.losses import UNPAIRED
@@ -18,280 +16,316 @@ from rlhf.ppo import train_ppo
 from rlhf.reward import examine_reward, train_reward
 from shared.data.preferences import make_preferences, make_reward_test
 from shared.data.samples import list_reference, sample_reference
-from shared.stages import read_json
+from shared.generation.start import Drawing
+from shared.stages import Runner, Work, read_json, read_jsonl
+from shared.tasks.task import Split
 from shared.training.sft import train_sft
-
-Run = Callable[..., Path]
 
 
 @dataclass(frozen=True)
-class Common:
-    """What all seeds share: the SFT model, which is also the reference, and samples of it."""
+class SftStages:
+    """The SFT model, which is also the reference, and its samples that set the scale of scores."""
 
     sft: Path
-    scale_samples: Path  # on which reward models are centred and scaled
+    scale_samples: Path
+
+
+@dataclass(frozen=True)
+class CommonStages(SftStages):
+    """What all seeds share."""
+
     frontier_samples: Path  # of a finite task: all completions
     reward_test: Path
 
 
 @dataclass(frozen=True)
-class Seed:
-    """What all arms of one seed share."""
+class SeedData:
+    """What the arms of one seed train on."""
 
     seed: int
     preferences: Path
     reward: Path
-    reward_scores: Path  # of the reward model on held-out pairs
-    limit_scores: Path  # of the reward model on the frontier's samples
     reference: Path
     mismatched: Path | None  # where some arm is unpaired
+
+
+@dataclass(frozen=True)
+class SeedStages(SeedData):
+    """What all arms of one seed share."""
+
+    reward_scores: Path  # of the reward model on held-out pairs
+    limit_scores: Path  # of the reward model on the frontier's samples
     sft_rows: Path
 
 
 @dataclass(frozen=True)
-class Trained:
-    """One arm at one setting and seed: `model` is None for best-of-n. Rows by share of training."""
+class Trial:
+    """One arm at one setting on one seed's data."""
 
+    arm: str
     setting: dict[str, float]
+    data: SeedData
+
+    def text(self, point: str = "") -> str:
+        """`dpo beta=0.2, seed 1`; `point` is where on the way, such as ` at 50%`."""
+        return f"{self.arm} {setting_text(self.setting)}{point}, seed {self.data.seed}"
+
+
+@dataclass(frozen=True)
+class Policy:
+    """A policy to evaluate: on screen it is called `label`, `seed` is that of its completions."""
+
+    label: str
+    folder: Path
     seed: int
-    model: Path | None
-    rows: dict[float, Path]  # share of training -> evaluation folder; 1.0 is the end
-    stages: tuple[Path, ...]  # whose cost is this arm's own
+    checkpoint: str = "final"
 
 
-def drawing(experiment: Experiment) -> dict[str, Any]:
-    """What every stage that samples is told: at what temperature and length, with which engine."""
-    return {"sampling": experiment.sampling, "generation": experiment.generation}
+@dataclass(frozen=True)
+class Pipeline:
+    """The stages of one experiment: `stages` says where they are done."""
 
+    experiment: Experiment
+    stages: Runner
 
-def prepare_start(experiment: Experiment, run: Run) -> tuple[Path, Path]:
-    """(the SFT model, samples of it on which reward models are centred and scaled)."""
-    e, seed = experiment.evaluation, experiment.task_seed
-    sft = run(
-        "sft", train_sft,
-        task=experiment.task, model=experiment.model, sft=experiment.sft, seed=seed,
-    )  # fmt: skip
-    return sft, run(
-        "reference-samples", sample_reference, label="samples for score scale",
-        task=experiment.task, policy=sft, seed=seed, **drawing(experiment),
-        split="validation", prompts=e.scale_prompts, per_prompt=e.scale_samples,
-    )  # fmt: skip
+    def run(self, name: str, work: Work, *, label: str = "", **inputs: Any) -> Path:
+        """The folder of one stage."""
+        return self.stages.run(name, work, label=label, **inputs)
 
+    @property
+    def drawing(self) -> Drawing:
+        """How every stage that samples does it."""
+        return Drawing(self.experiment.sampling, self.experiment.generation)
 
-def prepare_common(experiment: Experiment, run: Run) -> Common:
-    """SFT, and the samples that scales, frontier and reward-model tests are read from."""
-    e = experiment.evaluation
-    sft, scale_samples = prepare_start(experiment, run)
-    of_sft = {"task": experiment.task, "policy": sft, "seed": experiment.task_seed}
-    drawn = {**of_sft, **drawing(experiment)}
-    return Common(
-        sft=sft,
-        scale_samples=scale_samples,
-        frontier_samples=run(
-            "listing", list_reference, label="all completions", **of_sft,
-            sampling=experiment.sampling,
-        ) if experiment.task.finite else run(
-            "reference-samples", sample_reference, label="samples for frontier", **drawn,
-            split="test", prompts=e.near_prompts, per_prompt=e.frontier_samples,
-        ),
-        reward_test=run("reward-test", make_reward_test, **drawn, pairs=e.reward_pairs),
-    )  # fmt: skip
+    def prepare_sft(self) -> SftStages:
+        """The SFT model, and the samples that reward models are centred and scaled on."""
+        e = self.experiment
+        sft = self.run("sft", train_sft, task=e.task, model=e.model, sft=e.sft, seed=e.task_seed)
+        numbers = e.evaluation.scale_prompts, e.evaluation.scale_samples
+        return SftStages(sft, self._sample(sft, "samples for score scale", "validation", *numbers))
 
-
-def prepare_preferences(experiment: Experiment, run: Run, sft: Path, seed: int) -> Path:
-    """The labelled pairs of one seed."""
-    return run(
-        "preferences", make_preferences, label=f"preferences, seed {seed}",
-        task=experiment.task, policy=sft, data=experiment.preferences, seed=seed,
-        **drawing(experiment),
-    )  # fmt: skip
-
-
-def prepare_reward(
-    experiment: Experiment, run: Run, sft: Path, scale_samples: Path, seed: int
-) -> tuple[Path, Path]:
-    """(preferences, reward model) of one seed."""
-    preferences = prepare_preferences(experiment, run, sft, seed)
-    return preferences, run(
-        "reward", train_reward, label=f"reward model, seed {seed}",
-        policy=sft, preferences=preferences, references=scale_samples,
-        reward=experiment.reward, seed=seed,
-    )  # fmt: skip
-
-
-def prepare_reference(
-    experiment: Experiment, run: Run, sft: Path, preferences: Path, seed: int
-) -> tuple[Path, Path | None]:
-    """(reference log-probabilities, mismatched completions if an arm is unpaired) of one seed."""
-    precision = experiment.direct.optimizer.precision
-    reference = run(
-        "reference", score_reference, label=f"reference log-probabilities, seed {seed}",
-        policy=sft, preferences=preferences, precision=precision,
-    )  # fmt: skip
-    return reference, run(
-        "mismatched", score_mismatched, label=f"mismatched completions, seed {seed}",
-        policy=sft, preferences=preferences, seed=seed, precision=precision,
-    ) if unpaired(experiment) else None  # fmt: skip
-
-
-def prepare_data(
-    experiment: Experiment, run: Run, sft: Path, scale_samples: Path, seed: int
-) -> tuple[Path, Path, Path, Path | None]:
-    """(preferences, reward model, `prepare_reference`) of one seed: what reads no other samples."""
-    preferences, reward = prepare_reward(experiment, run, sft, scale_samples, seed)
-    return preferences, reward, *prepare_reference(experiment, run, sft, preferences, seed)
-
-
-def prepare_seed(experiment: Experiment, run: Run, common: Common, seed: int) -> Seed:
-    """Preferences, reward model and reference log-probabilities of one seed."""
-    sft, task = common.sft, experiment.task
-    data = prepare_data(experiment, run, sft, common.scale_samples, seed)
-    preferences, reward, reference, mismatched = data
-    return Seed(
-        seed=seed,
-        preferences=preferences,
-        reward=reward,
-        reward_scores=run(
-            "reward-scores", examine_reward, label=f"reward model examined, seed {seed}",
-            reward_model=reward, pairs=common.reward_test, task=task,
-        ),
-        limit_scores=run(
-            "limit-scores", score_samples, label=f"reward model's limit, seed {seed}",
-            reward_model=reward, samples=common.frontier_samples,
-            per_prompt=None if task.finite else experiment.evaluation.limit_samples,
-        ),
-        reference=reference,
-        mismatched=mismatched,
-        sft_rows=evaluate_model(
-            experiment, run, common, reward, preferences, seed, sft, ".", f"sft, seed {seed}"
-        ),
-    )  # fmt: skip
-
-
-def unpaired(experiment: Experiment) -> bool:
-    """Whether some arm's loss reads completions on their own."""
-    return any(arm.kind == "direct" and arm.loss in UNPAIRED for arm in experiment.arms.values())
-
-
-def train(
-    experiment: Experiment,
-    run: Run,
-    common: Common,
-    seed: Seed,
-    name: str,
-    arm: Arm,
-    setting: dict[str, float],
-) -> tuple[Path, tuple[Path, ...]]:
-    """(folder of the trained policy, stages whose cost is its own)."""
-    inputs = {
-        "policy": common.sft,
-        "seed": seed.seed,
-        "checkpoints": experiment.evaluation.checkpoints,
-        "lora": experiment.lora,
-        "label": f"{name} {setting_text(setting)}, seed {seed.seed}",
-    }
-    if arm.kind == "ppo":
-        folder = run(
-            "ppo", train_ppo, **inputs, reward_model=None if arm.gold else seed.reward,
-            task=experiment.task, ppo=experiment.ppo, kl_coef=setting["kl_coef"],
-            **drawing(experiment),
-        )  # fmt: skip
-        return folder, ((folder,) if arm.gold else (seed.reward, folder))
-    data = {
-        "preferences": seed.preferences,
-        "reference": seed.reference,
-        "setting": setting,
-        "direct": experiment.direct,
-    }
-    if arm.kind == "filtered":
-        filtering = experiment.filtering.model_copy(update={"random": arm.random})
-        folder = run(
-            "filtered", train_filtered, **inputs, **data, reward_model=seed.reward,
-            filtering=filtering, **drawing(experiment),
-        )  # fmt: skip
-        return folder, (seed.reward, seed.reference, folder)
-    mismatched = seed.mismatched if arm.loss in UNPAIRED else None
-    folder = run("direct", train_direct, **inputs, **data, mismatched=mismatched, loss=arm.loss)
-    return folder, (seed.reference, *([mismatched] if mismatched else []), folder)
-
-
-def evaluate_arm(
-    experiment: Experiment,
-    run: Run,
-    timed: Run,
-    common: Common,
-    seed: Seed,
-    name: str,
-    arm: Arm,
-    setting: dict[str, float],
-) -> Trained:
-    """Train `arm` if need be, and read its checkpoints and its end on test prompts.
-
-    `timed` runs what counts as the arm's own cost, `run` the rest.
-    """
-    if arm.kind == "best-of-n":
-        rows = evaluate_n(experiment, timed, common, seed, setting, "test")
-        return Trained(setting, seed.seed, None, {1.0: rows}, (seed.reward, rows))
-    folder, stages = train(experiment, timed, common, seed, name, arm, setting)
-    rows = {}
-    for checkpoint, share in read_json(folder / "checkpoints.json").items():
-        label = f"{name} {setting_text(setting)} at {share:.0%}, seed {seed.seed}"
-        pairs = seed.preferences if share == 1.0 else None
-        rows[share] = evaluate_model(
-            experiment, run, common, seed.reward, pairs, seed.seed, folder, checkpoint, label
+    def prepare_common(self) -> CommonStages:
+        """SFT, and the samples that scales, frontier and reward-model tests are read from."""
+        e, start = self.experiment, self.prepare_sft()
+        of_sft = {"task": e.task, "policy": start.sft, "seed": e.task_seed, "sampling": e.sampling}
+        if e.task.finite:
+            frontier = self.run("listing", list_reference, label="all completions", **of_sft)
+        else:
+            numbers = e.evaluation.near_prompts, e.evaluation.frontier_samples
+            frontier = self._sample(start.sft, "samples for frontier", "test", *numbers)
+        test = self.run(
+            "reward-test",
+            make_reward_test,
+            **of_sft,
+            generation=e.generation,
+            pairs=e.evaluation.reward_pairs,
         )
-    return Trained(setting, seed.seed, folder, rows, stages)
+        return CommonStages(start.sft, start.scale_samples, frontier, test)
+
+    def _sample(self, sft: Path, label: str, split: Split, prompts: int, per_prompt: int) -> Path:
+        e = self.experiment
+        return self.run(
+            "reference-samples",
+            sample_reference,
+            label=label,
+            task=e.task,
+            policy=sft,
+            seed=e.task_seed,
+            sampling=e.sampling,
+            generation=e.generation,
+            split=split,
+            prompts=prompts,
+            per_prompt=per_prompt,
+        )
+
+    def prepare_preferences(self, sft: Path, seed: int) -> Path:
+        """The labelled pairs of one seed."""
+        e = self.experiment
+        return self.run(
+            "preferences",
+            make_preferences,
+            label=f"preferences, seed {seed}",
+            task=e.task,
+            policy=sft,
+            data=e.preferences,
+            seed=seed,
+            sampling=e.sampling,
+            generation=e.generation,
+        )
+
+    def prepare_reward(self, start: SftStages, preferences: Path, seed: int) -> Path:
+        """The reward model of one seed."""
+        return self.run(
+            "reward",
+            train_reward,
+            label=f"reward model, seed {seed}",
+            policy=start.sft,
+            preferences=preferences,
+            references=start.scale_samples,
+            reward=self.experiment.reward,
+            seed=seed,
+        )
+
+    def prepare_reference(self, sft: Path, preferences: Path, seed: int) -> Path:
+        """The reference's log-probabilities of one seed's pairs."""
+        return self.run(
+            "reference",
+            score_reference,
+            label=f"reference log-probabilities, seed {seed}",
+            policy=sft,
+            preferences=preferences,
+            precision=self.experiment.direct.optimizer.precision,
+        )
+
+    def prepare_mismatched(self, sft: Path, preferences: Path, seed: int) -> Path | None:
+        """One seed's completions after other prompts, where some arm's loss is unpaired."""
+        arms = self.experiment.arms.values()
+        if not any(arm.kind == "direct" and arm.loss in UNPAIRED for arm in arms):
+            return None
+        return self.run(
+            "mismatched",
+            score_mismatched,
+            label=f"mismatched completions, seed {seed}",
+            policy=sft,
+            preferences=preferences,
+            seed=seed,
+            precision=self.experiment.direct.optimizer.precision,
+        )
+
+    def prepare_data(self, start: SftStages, seed: int) -> SeedData:
+        """Preferences, reward model and reference log-probabilities of one seed."""
+        preferences = self.prepare_preferences(start.sft, seed)
+        reward = self.prepare_reward(start, preferences, seed)
+        reference = self.prepare_reference(start.sft, preferences, seed)
+        mismatched = self.prepare_mismatched(start.sft, preferences, seed)
+        return SeedData(seed, preferences, reward, reference, mismatched)
+
+    def prepare_seed(self, common: CommonStages, seed: int) -> SeedStages:
+        """The data of one seed, and what its reward model and its SFT model are worth."""
+        e, data = self.experiment, self.prepare_data(common, seed)
+        sft = Policy(f"sft, seed {seed}", common.sft, seed, checkpoint=".")
+        return SeedStages(
+            seed=seed,
+            preferences=data.preferences,
+            reward=data.reward,
+            reference=data.reference,
+            mismatched=data.mismatched,
+            reward_scores=self.examine_reward(common, data.reward, seed),
+            limit_scores=self.run(
+                "limit-scores",
+                score_samples,
+                label=f"reward model's limit, seed {seed}",
+                reward_model=data.reward,
+                samples=common.frontier_samples,
+                per_prompt=None if e.task.finite else e.evaluation.limit_samples,
+            ),
+            sft_rows=self.evaluate(common, sft, data.reward, data.preferences),
+        )
+
+    def examine_reward(self, common: CommonStages, reward: Path, seed: int) -> Path:
+        """A reward model's scores of held-out pairs."""
+        label = f"reward model examined, seed {seed}"
+        inputs = {"reward_model": reward, "pairs": common.reward_test, "task": self.experiment.task}
+        return self.run("reward-scores", examine_reward, label=label, **inputs)
+
+    def train(self, common: CommonStages, trial: Trial, label: str = "") -> Path:
+        """The folder of a trial's policy; best-of-n has none."""
+        e, data, arm = self.experiment, trial.data, self.experiment.arms[trial.arm]
+        start: dict[str, Any] = {
+            "label": label or trial.text(),
+            "policy": common.sft,
+            "seed": data.seed,
+            "lora": e.lora,
+            "checkpoints": e.evaluation.checkpoints,
+        }
+        drawn = {"sampling": e.sampling, "generation": e.generation}
+        pairs = {
+            "preferences": data.preferences,
+            "reference": data.reference,
+            "setting": trial.setting,
+            "direct": e.direct,
+        }
+        if arm.kind == "ppo":
+            reward, coef = None if arm.gold else data.reward, trial.setting["kl_coef"]
+            judged = {"reward_model": reward, "task": e.task}
+            return self.run("ppo", train_ppo, **start, **drawn, **judged, ppo=e.ppo, kl_coef=coef)
+        if arm.kind == "filtered":
+            filtering = e.filtering.model_copy(update={"random": arm.random})
+            rule = {"reward_model": data.reward, "filtering": filtering}
+            return self.run("filtered", train_filtered, **start, **drawn, **pairs, **rule)
+        method = {"loss": arm.loss, "mismatched": data.mismatched if arm.loss in UNPAIRED else None}
+        return self.run("direct", train_direct, **start, **pairs, **method)
+
+    def evaluate(
+        self,
+        common: CommonStages,
+        policy: Policy,
+        reward: Path | None = None,
+        preferences: Path | None = None,
+        split: Split = "test",
+    ) -> Path:
+        """The folder with `rows.jsonl` of one policy: on test prompts, or on validation prompts.
+
+        With `preferences` it is the end of a training, which is read with more samples.
+        """
+        ends = split == "test" and preferences is not None
+        return self.run(
+            "evaluation",
+            evaluate,
+            label=f"evaluate {policy.label}",
+            policy=policy.folder,
+            checkpoint=policy.checkpoint,
+            ref=common.sft,
+            reward_model=reward,
+            preferences=preferences,
+            prompts=self._prompts(common, split, ends),
+            drawing=self.drawing.at(seed=policy.seed),
+        )
+
+    def evaluate_best_of_n(self, common: CommonStages, trial: Trial, split: Split) -> Path:
+        """The folder with `rows.jsonl` of best-of-n."""
+        n, seed = trial.setting["n"], trial.data.seed
+        return self.run(
+            "best-of-n",
+            evaluate_best_of_n,
+            label=f"best of {n:g} on {split} prompts, seed {seed}",
+            ref=common.sft,
+            reward_model=trial.data.reward,
+            n=int(n),
+            prompts=self._prompts(common, split, split == "test"),
+            drawing=self.drawing.at(seed=seed),
+        )
+
+    def _prompts(self, common: CommonStages, split: Split, ends: bool) -> Prompts:
+        e, listed = self.experiment, self.experiment.task.finite and split == "test"
+        return Prompts(
+            task=e.task,
+            split=split,
+            count=e.evaluation.prompts if split == "test" else e.evaluation.validation_prompts,
+            samples=e.evaluation.samples if ends else e.evaluation.checkpoint_samples,
+            seed=e.task_seed,
+            listing=common.frontier_samples if listed else None,
+        )
+
+    def checkpoints(self, trial: Trial, model: Path) -> dict[str, float]:
+        """{folder in `model`: share of the training done}; the end is 1."""
+        return read_json(model / "checkpoints.json")
+
+    def mean_gold(self, rows: Path) -> float:
+        """Of all completions that a policy was evaluated on."""
+        return float(np.mean([row["gold"] for row in read_jsonl(rows / "rows.jsonl")]))
 
 
-def evaluate_model(
-    experiment: Experiment,
-    run: Run,
-    common: Common,
-    reward: Path | None,
-    preferences: Path | None,
-    seed: int,
-    model: Path,
-    checkpoint: str,
-    label: str,
-    split: str = "test",
-) -> Path:
-    """The folder with `rows.jsonl` of one policy: on test prompts, or on validation prompts."""
-    e = experiment.evaluation
-    whole = split == "test" and preferences is not None
-    return run(
-        "evaluation", evaluate, label=f"evaluate {label}",
-        policy=model, checkpoint=checkpoint, ref=common.sft, reward_model=reward,
-        preferences=preferences, task=experiment.task, split=split,
-        prompts=e.prompts if split == "test" else e.validation_prompts,
-        samples=e.samples if whole else e.checkpoint_samples,
-        **drawing(experiment), prompt_seed=experiment.task_seed, seed=seed,
-        listed=_listed(experiment, common, split),
-    )  # fmt: skip
-
-
-def evaluate_n(
-    experiment: Experiment,
-    run: Run,
-    common: Common,
-    seed: Seed,
-    setting: dict[str, float],
-    split: str,
-) -> Path:
-    """The folder with `rows.jsonl` of best-of-n."""
-    e = experiment.evaluation
-    return run(
-        "best-of-n", evaluate_best_of_n,
-        label=f"best of {setting['n']:g} on {split} prompts, seed {seed.seed}",
-        ref=common.sft, reward_model=seed.reward, n=int(setting["n"]), task=experiment.task,
-        split=split, prompts=e.prompts if split == "test" else e.validation_prompts,
-        samples=e.samples if split == "test" else e.checkpoint_samples,
-        **drawing(experiment), prompt_seed=experiment.task_seed, seed=seed.seed,
-        listed=_listed(experiment, common, split),
-    )  # fmt: skip
-
-
-def _listed(experiment: Experiment, common: Common, split: str) -> Path | None:
-    return common.frontier_samples if experiment.task.finite and split == "test" else None
+def paid_stages(arm: Arm, data: SeedData, end: Path) -> tuple[Path, ...]:
+    """The stages whose cost is an arm's own; `end` trained it, or answered as best-of-n."""
+    if arm.kind == "best-of-n":
+        return data.reward, end
+    if arm.kind == "ppo":
+        return (end,) if arm.gold else (data.reward, end)
+    if arm.kind == "filtered":
+        return data.reward, data.reference, end
+    mismatched = data.mismatched if arm.loss in UNPAIRED else None
+    return (data.reference, *([mismatched] if mismatched else []), end)
 
 
 def setting_text(setting: dict[str, float]) -> str:

@@ -8,156 +8,183 @@ What each step runs is in `benchmarks.pipeline.arms`; here is in which order, an
 
 from dataclasses import dataclass
 from functools import partial
-from typing import NamedTuple
+from pathlib import Path
 
 import numpy as np
 
 from benchmarks.pipeline.arms import (
-    Common,
-    Run,
-    Seed,
-    Trained,
-    evaluate_arm,
-    evaluate_model,
-    evaluate_n,
-    prepare_common,
-    prepare_data,
-    prepare_seed,
-    prepare_start,
-    setting_text,
-    train,
+    CommonStages,
+    Pipeline,
+    Policy,
+    SeedStages,
+    Trial,
+    paid_stages,
 )
 from benchmarks.pipeline.experiment import Arm, Experiment
-from shared.stages import Stages, read_jsonl
 
 
 @dataclass(frozen=True)
-class Compared:
-    """All folders of a finished head-to-head."""
+class Pipelines:
+    """One experiment's stages. Those of a timed seed, whose seconds the report gives, run alone."""
 
-    common: Common
-    seeds: dict[int, Seed]
-    tuned: dict[str, dict[str, float]]
-    validation: dict[str, list[float | None]]  # mean validation gold of each setting
-    runs: dict[str, list[Trained]]
+    shared: Pipeline
+    timed: Pipeline
+    timed_seeds: tuple[int, ...]
+
+    @property
+    def experiment(self) -> Experiment:
+        return self.shared.experiment
+
+    def of(self, seed: int) -> Pipeline:
+        """Where models of `seed` are made."""
+        return self.timed if seed in self.timed_seeds else self.shared
 
 
-class ArmDone(NamedTuple):
-    """One arm's part of `Compared`."""
+@dataclass(frozen=True)
+class Prepared:
+    """What arms train on and are evaluated with."""
+
+    common: CommonStages
+    seeds: dict[int, SeedStages]
+
+
+@dataclass(frozen=True)
+class ArmRun:
+    """One arm at one setting and seed: `model` is None for best-of-n. Rows by share of training."""
+
+    setting: dict[str, float]
+    seed: int
+    model: Path | None
+    rows: dict[float, Path]  # share of training -> evaluation folder; 1.0 is the end
+    stages: tuple[Path, ...]  # whose cost is this arm's own
+
+
+@dataclass(frozen=True)
+class FinishedArm:
+    """The chosen setting, the mean validation gold of each setting, and what ran."""
 
     tuned: dict[str, float]
     validation: list[float | None]
-    runs: list[Trained]
+    runs: list[ArmRun]
 
 
 @dataclass(frozen=True)
-class Places:
-    """Where stages run: those of a seed whose seconds are told have the machine to themselves."""
+class HeadToHead:
+    """All folders of a finished head-to-head; what belongs to one arm is by its name."""
 
-    stages: Stages
-    alone: Stages
-    timed: tuple[int, ...]
-
-    def of(self, seed: int) -> Run:
-        """Where models of `seed` are made."""
-        return (self.alone if seed in self.timed else self.stages).run
+    common: CommonStages
+    seeds: dict[int, SeedStages]
+    tuned: dict[str, dict[str, float]]
+    validation: dict[str, list[float | None]]
+    runs: dict[str, list[ArmRun]]
 
 
-def compare(
-    experiment: Experiment, places: Places, only: tuple[int, ...] | None = None
-) -> Compared:
+def compare(pipelines: Pipelines, only: tuple[int, ...] | None = None) -> HeadToHead:
     """Run whatever is not there yet, of all seeds or of `only` some.
 
     Settings are chosen on validation prompts of the first seeds, never on test prompts.
     """
-    stages, wanted = places.stages, experiment.seeds if only is None else only
-    needed = [s for s in experiment.seeds if s in {*wanted, *first_seeds(experiment)}]
-    start = prepare_start(experiment, stages.run)
-    parts = [partial(prepare_data, experiment, places.of(s), *start, s) for s in needed]
-    stages.each(lambda part: part(), [partial(prepare_common, experiment, stages.run), *parts])
-    common = prepare_common(experiment, stages.run)
-    prepared = stages.each(lambda s: prepare_seed(experiment, places.of(s), common, s), needed)
-    seeds = dict(zip(needed, prepared, strict=True))
-
-    finish = partial(finish_arm, experiment, places, common, seeds, wanted)
-    done = dict(zip(experiment.arms, stages.each(finish, experiment.arms), strict=True))
-    return Compared(
-        common,
-        seeds,
-        {name: arm.tuned for name, arm in done.items()},
-        {name: arm.validation for name, arm in done.items()},
-        {name: arm.runs for name, arm in done.items()},
+    experiment = pipelines.experiment
+    wanted = experiment.seeds if only is None else only
+    prepared = prepare(pipelines, wanted)
+    finish = partial(finish_arm, pipelines, prepared, wanted)
+    done = pipelines.shared.stages.each(finish, experiment.arms)
+    arms = dict(zip(experiment.arms, done, strict=True))
+    return HeadToHead(
+        common=prepared.common,
+        seeds=prepared.seeds,
+        tuned={name: arm.tuned for name, arm in arms.items()},
+        validation={name: arm.validation for name, arm in arms.items()},
+        runs={name: arm.runs for name, arm in arms.items()},
     )
 
 
+def prepare(pipelines: Pipelines, wanted: tuple[int, ...]) -> Prepared:
+    """SFT, then each seed's data, for the `wanted` seeds and those that settings are chosen on."""
+    shared, experiment = pipelines.shared, pipelines.experiment
+    needed = [s for s in experiment.seeds if s in {*wanted, *first_seeds(experiment)}]
+    sft = shared.prepare_sft()
+    data = [partial(pipelines.of(seed).prepare_data, sft, seed) for seed in needed]
+    shared.stages.each(lambda part: part(), [shared.prepare_common, *data])
+    common = shared.prepare_common()
+    seeds = shared.stages.each(lambda s: pipelines.of(s).prepare_seed(common, s), needed)
+    return Prepared(common, dict(zip(needed, seeds, strict=True)))
+
+
 def finish_arm(
-    experiment: Experiment,
-    places: Places,
-    common: Common,
-    seeds: dict[int, Seed],
-    wanted: tuple[int, ...],
-    name: str,
-) -> ArmDone:
+    pipelines: Pipelines, prepared: Prepared, wanted: tuple[int, ...], name: str
+) -> FinishedArm:
     """Choose one arm's setting, and train and evaluate it on the `wanted` seeds."""
-    arm = experiment.arms[name]
-    best, scores = tune(experiment, places, common, seeds, name, arm)
-    runs = [
-        (setting, seed)
+    arm, tuned = pipelines.experiment.arms[name], tune(pipelines, prepared, name)
+    trials = [
+        Trial(name, setting, prepared.seeds[seed])
         for setting in arm.settings
         for seed in wanted
-        if setting == best or seed in tuning_seeds(experiment, arm)
+        if setting == tuned.setting or seed in tuning_seeds(pipelines.experiment, arm)
     ]
-
-    def evaluated(at: tuple[dict[str, float], int]) -> Trained:
-        setting, seed = at
-        run, timed = places.stages.run, places.of(seed)
-        return evaluate_arm(experiment, run, timed, common, seeds[seed], name, arm, setting)
-
-    return ArmDone(best, scores, places.stages.each(evaluated, runs))
+    evaluate = partial(evaluate_trial, pipelines, prepared.common)
+    runs = pipelines.shared.stages.each(evaluate, trials)
+    return FinishedArm(tuned.setting, tuned.validation, runs)
 
 
-def tune(
-    experiment: Experiment,
-    places: Places,
-    common: Common,
-    seeds: dict[int, Seed],
-    name: str,
-    arm: Arm,
-) -> tuple[dict[str, float], list[float | None]]:
-    """(the best setting, mean gold of each on validation prompts): None if there is no choice."""
+@dataclass(frozen=True)
+class Tuned:
+    """The best setting, and the mean validation gold of each: None where there is no choice."""
 
-    def gold(at: tuple[dict[str, float], int]) -> float:
-        setting, seed = at
+    setting: dict[str, float]
+    validation: list[float | None]
+
+
+def tune(pipelines: Pipelines, prepared: Prepared, name: str) -> Tuned:
+    """Choose one arm's setting."""
+    experiment, shared = pipelines.experiment, pipelines.shared
+    arm = experiment.arms[name]
+
+    def gold(trial: Trial) -> float:
         if arm.kind == "best-of-n":
-            run = places.stages.run
-            rows = evaluate_n(experiment, run, common, seeds[seed], setting, "validation")
+            rows = shared.evaluate_best_of_n(prepared.common, trial, "validation")
         else:
-            model = train(experiment, places.of(seed), common, seeds[seed], name, arm, setting)[0]
-            rows = evaluate_model(
-                experiment, places.stages.run, common, None, None, seed, model, "final",
-                f"{name} {setting_text(setting)}, seed {seed}", "validation",
-            )  # fmt: skip
-        return float(np.mean([row["gold"] for row in read_jsonl(rows / "rows.jsonl")]))
+            model = pipelines.of(trial.data.seed).train(prepared.common, trial)
+            policy = Policy(trial.text(), model, trial.data.seed)
+            rows = shared.evaluate(prepared.common, policy, split="validation")
+        return shared.mean_gold(rows)
 
-    trials = [(setting, seed) for setting in arm.settings for seed in tuning_seeds(experiment, arm)]
+    seeds = [prepared.seeds[seed] for seed in tuning_seeds(experiment, arm)]
+    trials = [Trial(name, setting, seed) for setting in arm.settings for seed in seeds]
     if not trials:
-        return arm.settings[0], [None] * len(arm.settings)
-    golds = places.stages.each(gold, trials)
+        return Tuned(arm.settings[0], [None] * len(arm.settings))
+    golds = shared.stages.each(gold, trials)
     scores = np.array(golds).reshape(len(arm.settings), -1).mean(1)
-    return arm.settings[int(scores.argmax())], scores.tolist()
+    return Tuned(arm.settings[int(scores.argmax())], scores.tolist())
 
 
-def train_alone(experiment: Experiment, places: Places, seed: int) -> None:
+def evaluate_trial(pipelines: Pipelines, common: CommonStages, trial: Trial) -> ArmRun:
+    """Train a policy if need be, and read its checkpoints and its end on test prompts."""
+    shared, training, data = pipelines.shared, pipelines.of(trial.data.seed), trial.data
+    arm = pipelines.experiment.arms[trial.arm]
+    if arm.kind == "best-of-n":
+        model, end = None, training.evaluate_best_of_n(common, trial, "test")
+        rows = {1.0: end}
+    else:
+        model = end = training.train(common, trial)
+        rows = {}
+        for checkpoint, share in shared.checkpoints(trial, model).items():
+            policy = Policy(trial.text(f" at {share:.0%}"), model, data.seed, checkpoint)
+            pairs = data.preferences if share == 1.0 else None
+            rows[share] = shared.evaluate(common, policy, data.reward, pairs)
+    return ArmRun(trial.setting, data.seed, model, rows, paid_stages(arm, data, end))
+
+
+def train_alone(pipelines: Pipelines, seed: int) -> None:
     """What the report gives seconds of: each arm at its setting, of one seed, one after another."""
-    common = prepare_common(experiment, places.stages.run)
-    needed = [s for s in experiment.seeds if s in {*first_seeds(experiment), seed}]
-    seeds = {s: prepare_seed(experiment, places.of(s), common, s) for s in needed}
-    for name, arm in experiment.arms.items():
-        best, _ = tune(experiment, places, common, seeds, name, arm)
+    prepared = prepare(pipelines, (seed,))
+    for name, arm in pipelines.experiment.arms.items():
+        setting = tune(pipelines, prepared, name).setting
+        trial = Trial(name, setting, prepared.seeds[seed])
         if arm.kind == "best-of-n":
-            evaluate_n(experiment, places.of(seed), common, seeds[seed], best, "test")
+            pipelines.of(seed).evaluate_best_of_n(prepared.common, trial, "test")
         else:
-            train(experiment, places.of(seed), common, seeds[seed], name, arm, best)
+            pipelines.of(seed).train(prepared.common, trial)
 
 
 def first_seeds(experiment: Experiment) -> tuple[int, ...]:
@@ -171,6 +198,6 @@ def tuning_seeds(experiment: Experiment, arm: Arm) -> tuple[int, ...]:
 
 
 def timed_seeds(experiment: Experiment) -> tuple[int, ...]:
-    """Seeds whose training is timed, with nothing beside it: the last, or all if all are alike."""
+    """Seeds whose training is timed, with nothing else under way: the last, or all if all are."""
     alike = experiment.workers == 1 and experiment.timed_threads in (None, experiment.threads)
     return experiment.seeds if alike else experiment.seeds[-1:]

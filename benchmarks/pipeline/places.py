@@ -10,7 +10,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
-from dataclasses import dataclass, field, fields
+from dataclasses import replace
 from pathlib import Path
 from threading import Lock, Thread
 from typing import Any, TypeVar
@@ -21,7 +21,7 @@ from transformers.utils import logging as transformers_logging
 from shared.generation.start import TRANSFORMERS, GenerationConfig, engine_version
 from shared.models.cost import versions
 from shared.models.ops import computed_by
-from shared.stages import Stages, fill_stage, stage_key
+from shared.stages import OnlyWith, Runner, Stage, Stages, Work, fill_stage, stage_key
 
 A = TypeVar("A")
 B = TypeVar("B")
@@ -60,56 +60,56 @@ def quiet_libraries() -> None:
 
 def stage_context(generation: GenerationConfig = TRANSFORMERS) -> dict[str, Any]:
     """What changes results besides configuration and code: part of every stage's address."""
-    here = {"threads": torch.get_num_threads(), "computed": computed_by()}
+    here = {
+        "threads": torch.get_num_threads(),
+        "computed": OnlyWith("shared/models/ops", computed_by()),
+    }
     return {**versions(), **engine_version(generation), **here}
 
 
-@dataclass
-class OnThreads(Stages):
-    """Stages that run here with `threads` threads, however many this process has."""
+def with_threads(context: dict[str, Any], threads: int) -> dict[str, Any]:
+    """The context of stages that run with another number of threads."""
+    return {**context, "threads": threads}
 
-    threads: int = field(kw_only=True)
 
-    def __post_init__(self) -> None:
-        self.context = {**self.context, "threads": self.threads}
+def on_threads(stages: Stages, threads: int) -> Stages:
+    """`stages` that run here with `threads` threads, however many this process has."""
 
-    def fill_one(
-        self, folder: Path, name: str, work: Callable[..., None], inputs: dict[str, Any]
-    ) -> float:
+    def fill(folder: Path, stage: Stage) -> float:
         before = torch.get_num_threads()
-        torch.set_num_threads(self.threads)
+        torch.set_num_threads(threads)
         try:
-            return super().fill_one(folder, name, work, inputs)
+            return fill_stage(folder, stage)
         finally:
             torch.set_num_threads(before)
 
+    return replace(stages, context=with_threads(stages.context, threads), fill=fill)
 
-@dataclass
-class SideBySide(Stages):
+
+class SideBySide:
     """Stages that run in processes of their own, several at a time.
 
-    Each process has as many threads as one without others beside it, so that results are the same
+    Each process has as many threads as one that runs without others, so that results are the same
     to the bit. If one of `each` items fails, the others are finished before its error is raised.
     """
 
-    pool: Executor = field(kw_only=True)
-    _filling: defaultdict[str, Lock] = field(default_factory=lambda: defaultdict(Lock))
-    _alone: Lock = field(default_factory=Lock)
+    def __init__(self, stages: Stages, processes: Executor):
+        def fill(folder: Path, stage: Stage) -> float:
+            """In the next process that is free."""
+            with no_interrupts():  # the process that it may start inherits this
+                future = processes.submit(fill_stage, folder, stage)
+            return future.result()
 
-    def run(self, name: str, work: Callable[..., None], *, label: str = "", **inputs: Any) -> Path:
+        self.stages = replace(stages, fill=fill)
+        self.filling: defaultdict[str, Lock] = defaultdict(Lock)
+        self.parsing = Lock()
+
+    def run(self, name: str, work: Work, *, label: str = "", **inputs: Any) -> Path:
         """See `Stages.run`: who comes second for a stage waits until the first one has it."""
-        with self._alone:  # Python 3.11 parses code, which the key needs, in one thread at a time
-            filling = self._filling[stage_key(name, work, inputs, self.context)]
+        with self.parsing:  # Python 3.11 parses code, which the key needs, in one thread at a time
+            filling = self.filling[stage_key(name, work, inputs, self.stages.context)]
         with filling:
-            return super().run(name, work, label=label, **inputs)
-
-    def fill_one(
-        self, folder: Path, name: str, work: Callable[..., None], inputs: dict[str, Any]
-    ) -> float:
-        """In the next process that is free."""
-        with no_interrupts():  # the process that it may start inherits this
-            future = self.pool.submit(fill_stage, folder, name, work, inputs)
-        return future.result()
+            return self.stages.run(name, work, label=label, **inputs)
 
     def each(self, function: Callable[[A], B], items: Iterable[A]) -> list[B]:
         """In threads, which wait for the processes."""
@@ -122,11 +122,13 @@ class SideBySide(Stages):
 def side_by_side(stages: Stages, workers: int, threads: int) -> Iterator[SideBySide]:
     """`stages` with `workers` processes of `threads` threads; they start when there is work."""
     context = multiprocessing.get_context("spawn")
-    start = context, start_worker, (os.getpid(), threads)
-    with sleeping_threads(), ProcessPoolExecutor(workers, *start) as pool:
-        about = {f.name: getattr(stages, f.name) for f in fields(Stages)}
+    start = (os.getpid(), threads)
+    with (
+        sleeping_threads(),
+        ProcessPoolExecutor(workers, context, start_worker, start) as processes,
+    ):
         try:
-            yield SideBySide(**about, pool=pool)
+            yield SideBySide(stages, processes)
         except KeyboardInterrupt:  # else leaving the pool waits for what its processes do
             for process in multiprocessing.active_children():
                 process.terminate()
@@ -141,6 +143,16 @@ def no_interrupts() -> Iterator[None]:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+@contextlib.contextmanager
+def with_workers(stages: Stages, workers: int, threads: int) -> Iterator[Runner]:
+    """`stages` that run `workers` at a time: here if that is one."""
+    if workers == 1:
+        yield stages
+        return
+    with side_by_side(stages, workers, threads) as together:
+        yield together
 
 
 def start_worker(parent: int, threads: int) -> None:

@@ -6,14 +6,14 @@ from typing import Any
 import numpy as np
 
 from benchmarks.evaluation.statistics import interquartile_range
-from benchmarks.pipeline.arms import Trained
+from benchmarks.pipeline.compare import ArmRun
 from benchmarks.results.folders import Array, EvaluationRows
 from benchmarks.results.schema import Cost, FilterEpoch, Stability
 from shared.stages import read_json
 from shared.training.finished import read_log
 
 
-def cost_of(tuned: list[Trained], labels: int, matmul_rate: float, timed: tuple[int, ...]) -> Cost:
+def cost_of(tuned: list[ArmRun], labels: int, matmul_rate: float, timed: tuple[int, ...]) -> Cost:
     """What one arm's runs at its setting spend, averaged over seeds; nothing for SFT.
 
     Seconds and memory are those of the seeds in `timed`, which had the machine to themselves.
@@ -46,7 +46,7 @@ def cost_of(tuned: list[Trained], labels: int, matmul_rate: float, timed: tuple[
     )
 
 
-def _spent(run: Trained) -> dict[str, Any]:
+def _spent(run: ArmRun) -> dict[str, Any]:
     """Sums over the run's own stages, and the most memory and models that one of them held."""
     costs = {f.name.rsplit("-", 1)[0]: read_json(f / "cost.json") for f in run.stages}
     phases: dict[str, float] = {}
@@ -66,7 +66,7 @@ def _average(runs: list[dict[str, Any]], key: str) -> float:
     return float(np.mean([run[key] for run in runs]))
 
 
-def stability_of(runs: list[Trained], tuned: list[Trained]) -> Stability:
+def stability_of(runs: list[ArmRun], tuned: list[ArmRun]) -> Stability:
     """Failures, spread and spikes of one arm's `runs`; `tuned` are those at its setting."""
 
     def gold(folder: Path) -> float:
@@ -92,7 +92,7 @@ def stability_of(runs: list[Trained], tuned: list[Trained]) -> Stability:
     )
 
 
-def filtering_of(tuned: list[Trained]) -> list[FilterEpoch]:
+def filtering_of(tuned: list[ArmRun]) -> list[FilterEpoch]:
     """What filtered DPO kept before each epoch."""
     logs = [read_json(run.model / "filtering.json") for run in tuned if run.model]
     return [

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from benchmarks.pipeline.compare import Compared
+from benchmarks.pipeline.compare import HeadToHead
 from shared.stages import read_jsonl
 from shared.training.finished import read_log
 
@@ -44,7 +44,7 @@ class EvaluationRows:
         return np.array(values, dtype=np.float64).mean(-1, keepdims=True)
 
 
-def answers_by_method(compared: Compared, seed: int, count: int) -> dict[str, Any]:
+def answers_by_method(compared: HeadToHead, seed: int, count: int) -> dict[str, Any]:
     """The first test prompts, each answered by every method (`samples.json`)."""
     folders = {"sft": compared.seeds[seed].sft_rows}
     for name, runs in compared.runs.items():
@@ -65,7 +65,7 @@ def answers_by_method(compared: Compared, seed: int, count: int) -> dict[str, An
     }
 
 
-def training_curves(compared: Compared, points: int = 100) -> dict[str, Any]:
+def training_curves(compared: HeadToHead, points: int = 100) -> dict[str, Any]:
     """Training logs at the tuned settings, by method, seed and metric (`curves.json`)."""
     folders = {("reward", s.seed): s.reward for s in compared.seeds.values()}
     for name, runs in compared.runs.items():

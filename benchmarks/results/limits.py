@@ -15,7 +15,7 @@ from benchmarks.evaluation.frontier import (
     tilt_table,
 )
 from benchmarks.evaluation.statistics import Estimate
-from benchmarks.pipeline.compare import Compared
+from benchmarks.pipeline.compare import HeadToHead
 from benchmarks.results.folders import Array
 from shared.data.samples import read_log_ref, read_samples
 from shared.stages import read_json
@@ -49,7 +49,7 @@ class Limits:
         return margin_interval(gold, kl, self.table, min_ess=self.min_ess, max_gold=self.max_gold)
 
 
-def read_limits(compared: Compared, finite: bool) -> Limits:
+def read_limits(compared: HeadToHead, finite: bool) -> Limits:
     """From samples of the reference; for a `finite` task, from the listing of all completions."""
     samples = compared.common.frontier_samples
     gold = np.array([s.gold for s in read_samples(samples)])

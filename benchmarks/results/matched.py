@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from benchmarks.evaluation.metrics import best_of_n_kl, matched_kl
-from benchmarks.pipeline.arms import Trained
+from benchmarks.pipeline.compare import ArmRun
 from benchmarks.results.folders import Array, EvaluationRows
 
 
@@ -24,7 +24,7 @@ class KLCurve:
         return None if values[0] is None else np.array(values, dtype=np.float64)
 
 
-def kl_curve(runs: Sequence[Trained], sft_gold: Array) -> KLCurve:
+def kl_curve(runs: Sequence[ArmRun], sft_gold: Array) -> KLCurve:
     """The curve of one seed's `runs`; `sft_gold` (prompts,) is that seed's."""
     kl, gold = [0.0], [sft_gold]
     for run in runs:

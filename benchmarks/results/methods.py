@@ -12,8 +12,7 @@ from benchmarks.evaluation.statistics import (
     paired_difference,
     seed_interval,
 )
-from benchmarks.pipeline.arms import Trained
-from benchmarks.pipeline.compare import Compared, timed_seeds
+from benchmarks.pipeline.compare import ArmRun, HeadToHead, timed_seeds
 from benchmarks.pipeline.experiment import Experiment
 from benchmarks.results.costs import cost_of, filtering_of, stability_of
 from benchmarks.results.folders import Array, EvaluationRows
@@ -32,15 +31,15 @@ class MethodRuns:
     name: str
     kind: str
     setting: dict[str, float]
-    runs: list[Trained]  # empty for SFT
-    tuned: list[Trained]
+    runs: list[ArmRun]  # empty for SFT
+    tuned: list[ArmRun]
     rows: EvaluationRows
     gold: Array  # (seeds, prompts)
     kl: Array  # likewise
     kl_is_bound: bool
 
 
-def sft_runs(compared: Compared) -> MethodRuns:
+def sft_runs(compared: HeadToHead) -> MethodRuns:
     """SFT as a method that has no runs of its own."""
     rows = EvaluationRows([seed.sft_rows for seed in compared.seeds.values()])
     return MethodRuns(
@@ -56,7 +55,7 @@ def sft_runs(compared: Compared) -> MethodRuns:
     )
 
 
-def runs_of(experiment: Experiment, compared: Compared, name: str) -> MethodRuns:
+def runs_of(experiment: Experiment, compared: HeadToHead, name: str) -> MethodRuns:
     """What was run for the arm called `name`."""
     setting = compared.tuned[name]
     tuned = [run for run in compared.runs[name] if run.setting == setting]
@@ -76,7 +75,7 @@ def runs_of(experiment: Experiment, compared: Compared, name: str) -> MethodRuns
 
 
 def matched_golds(
-    experiment: Experiment, compared: Compared, method: MethodRuns, sft: MethodRuns
+    experiment: Experiment, compared: HeadToHead, method: MethodRuns, sft: MethodRuns
 ) -> dict[float, Array | None]:
     """Gold (seeds, prompts) at each preset KL; None if a seed stays below it. Empty for SFT."""
     if not method.runs:
@@ -90,7 +89,7 @@ def matched_golds(
 
 def method_results(
     experiment: Experiment,
-    compared: Compared,
+    compared: HeadToHead,
     limits: Limits,
     method: MethodRuns,
     sft: MethodRuns,
@@ -144,7 +143,7 @@ def method_results(
     )
 
 
-def _regret(experiment: Experiment, compared: Compared, method: MethodRuns) -> Estimate:
+def _regret(experiment: Experiment, compared: HeadToHead, method: MethodRuns) -> Estimate:
     """Of a finite task's policy to the optimum of gold - beta KL, beta the setting's own."""
     beta = method.setting.get("beta", method.setting.get("kl_coef"))
     if not experiment.task.finite or beta is None:
@@ -154,12 +153,12 @@ def _regret(experiment: Experiment, compared: Compared, method: MethodRuns) -> E
     return seed_interval([world.regret(beta, gold, kl) for gold, kl in by_seed])
 
 
-def _mean_displacement(tuned: list[Trained]) -> Estimate:
+def _mean_displacement(tuned: list[ArmRun]) -> Estimate:
     files = [run.rows[1.0] / "displacement.json" for run in tuned if run.model]
     return seed_interval([read_json(file)["chosen"] for file in files]) if files else UNDEFINED
 
 
-def _sweep(experiment: Experiment, compared: Compared, method: MethodRuns) -> list[Setting]:
+def _sweep(experiment: Experiment, compared: HeadToHead, method: MethodRuns) -> list[Setting]:
     """Every setting that was run, with the checkpoints that all its runs have."""
     if not method.runs:
         return []
@@ -184,7 +183,7 @@ def _sweep(experiment: Experiment, compared: Compared, method: MethodRuns) -> li
     return found
 
 
-def _curve_point(share: float, runs: list[Trained]) -> CurvePoint:
+def _curve_point(share: float, runs: list[ArmRun]) -> CurvePoint:
     rows = EvaluationRows([run.rows[share] for run in runs])
     if "kl" in rows:
         kl = crossed_interval(rows.mean("kl"))

@@ -4,13 +4,13 @@ import numpy as np
 
 from benchmarks.evaluation.metrics import accuracy_from_gold, bayes_accuracy, calibration, pearson
 from benchmarks.evaluation.statistics import seed_interval
-from benchmarks.pipeline.compare import Compared
+from benchmarks.pipeline.compare import HeadToHead
 from benchmarks.results.folders import Array
 from benchmarks.results.schema import RewardModel
 from shared.stages import read_json
 
 
-def reward_model_quality(compared: Compared) -> RewardModel:
+def reward_model_quality(compared: HeadToHead) -> RewardModel:
     """All seeds' reward models on the same held-out pairs."""
     files = [read_json(seed.reward_scores / "scores.json") for seed in compared.seeds.values()]
     scores = [{key: np.array(values) for key, values in file.items()} for file in files]

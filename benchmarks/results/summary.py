@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.evaluation.statistics import Estimate, describe_difference, paired_difference
-from benchmarks.pipeline.compare import Compared
+from benchmarks.pipeline.compare import HeadToHead
 from benchmarks.pipeline.experiment import Experiment
 from benchmarks.results.folders import Array, answers_by_method, training_curves
 from benchmarks.results.limits import read_limits
@@ -20,7 +20,7 @@ FRONTIER_POINTS = 60
 SHOWN_PROMPTS = 12  # whose answers the report shows
 
 
-def summarise(folder: Path, experiment: Experiment, compared: Compared) -> None:
+def summarise(folder: Path, experiment: Experiment, compared: HeadToHead) -> None:
     """Stage: `results.json` with its schema, and the other files that the report reads."""
     rate = matmul_rate()
     machine = {**environment(rate), **engine_version(experiment.generation)}
@@ -34,7 +34,7 @@ def summarise(folder: Path, experiment: Experiment, compared: Compared) -> None:
 
 
 def results_of(
-    experiment: Experiment, compared: Compared, matmul_rate: float, machine: dict[str, Any]
+    experiment: Experiment, compared: HeadToHead, matmul_rate: float, machine: dict[str, Any]
 ) -> Results:
     """All numbers of one head-to-head; `matmul_rate` in FLOP/s, `machine` describes it."""
     limits, sft = read_limits(compared, experiment.task.finite), sft_runs(compared)

@@ -24,13 +24,7 @@ from tempfile import TemporaryDirectory
 
 import numpy as np
 
-from benchmarks.pipeline.arms import (
-    Common,
-    evaluate_model,
-    prepare_common,
-    prepare_preferences,
-    setting_text,
-)
+from benchmarks.pipeline.arms import CommonStages, Pipeline, Policy, setting_text
 from benchmarks.pipeline.compare import tuning_seeds
 from benchmarks.pipeline.experiment import Arm, Experiment, load_experiment
 from benchmarks.pipeline.places import side_by_side, stage_context
@@ -53,7 +47,8 @@ from benchmarks.speed.trl.trainings import (
 )
 from dpo.losses import UNPAIRED
 from shared.config import Config
-from shared.stages import Stages, output_folder, read_jsonl, write_json
+from shared.stages import Stages, output_folder, write_json
+from shared.tasks.task import Split
 
 NO_GUARD = 1e9
 
@@ -119,25 +114,25 @@ def compare_trainings(
         trl = open_.enter_context(trl_process(threads, import_trl))
         ppo = library and open_.enter_context(trl_process(threads, import_ppo, library))
         parallel = open_.enter_context(side_by_side(stages, experiment.workers, experiment.threads))
-        common, preferences = prepare_inputs(experiment, parallel)
+        pipeline = Pipeline(experiment, parallel)
+        common, preferences = prepare_inputs(pipeline)
         sides = {
-            "klash": KlashSide(experiment, parallel, common),
+            "klash": KlashSide(pipeline, common),
             "trl": TrlSide(experiment, common, preferences, folder / "trl", trl, ppo or trl),
         }
-        return run_both_sides(experiment, parallel, common, sides)
+        return run_both_sides(pipeline, common, sides)
 
 
-def prepare_inputs(experiment: Experiment, stages: Stages) -> tuple[Common, dict[int, Path]]:
+def prepare_inputs(pipeline: Pipeline) -> tuple[CommonStages, dict[int, Path]]:
     """(the SFT model with samples of it, preferences of each seed): before the clock starts."""
-    common = prepare_common(experiment, stages.run)
-    make = partial(prepare_preferences, experiment, stages.run, common.sft)
-    return common, dict(zip(experiment.seeds, stages.each(make, experiment.seeds), strict=True))
+    common, seeds = pipeline.prepare_common(), pipeline.experiment.seeds
+    make = partial(pipeline.prepare_preferences, common.sft)
+    return common, dict(zip(seeds, pipeline.stages.each(make, seeds), strict=True))
 
 
-def run_both_sides(
-    experiment: Experiment, stages: Stages, common: Common, sides: Sides
-) -> ExperimentSpeed:
+def run_both_sides(pipeline: Pipeline, common: CommonStages, sides: Sides) -> ExperimentSpeed:
     """Reward models, first seeds, other seeds: each ours and then TRL's; and what came of them."""
+    experiment = pipeline.experiment
     models = [f"reward model, seed {seed}" for seed in experiment.seeds]
     check_steps(models, *(side.prepare() for side in sides.values()))
     tuning = [
@@ -147,7 +142,7 @@ def run_both_sides(
         for seed in tuning_seeds(experiment, arm)
     ]
     check_steps(tuning, *(side.train(tuning) for side in sides.values()))
-    gold = partial(mean_golds, experiment, stages, common)
+    gold = partial(mean_golds, pipeline, common)
     best = {
         name: best_settings(
             experiment, tuning, gold(f"{name}: ", side.tally.policies, "validation")
@@ -191,32 +186,20 @@ def check_steps(
 
 
 def mean_golds(
-    experiment: Experiment,
-    stages: Stages,
-    common: Common,
+    pipeline: Pipeline,
+    common: CommonStages,
     name: str,
     policies: Sequence[tuple[PolicyTraining, Path]],
-    split: str,
+    split: Split,
 ) -> list[float]:
     """Mean gold of each policy on prompts of `split`, read with `klash compare`'s meter."""
 
     def gold(at: tuple[PolicyTraining, Path]) -> float:
         training, folder = at
-        rows = evaluate_model(
-            experiment,
-            stages.run,
-            common,
-            reward=None,
-            preferences=None,
-            seed=training.seed,
-            model=folder,
-            checkpoint="final",
-            label=f"{name}{training}, {split}",
-            split=split,
-        )
-        return float(np.mean([row["gold"] for row in read_jsonl(rows / "rows.jsonl")]))
+        policy = Policy(f"{name}{training}, {split}", folder, training.seed)
+        return pipeline.mean_gold(pipeline.evaluate(common, policy, split=split))
 
-    return stages.each(gold, policies)
+    return pipeline.stages.each(gold, policies)
 
 
 def best_settings(

@@ -12,16 +12,7 @@ from pathlib import Path
 from time import perf_counter
 from typing import NamedTuple
 
-from benchmarks.pipeline.arms import (
-    Common,
-    Seed,
-    prepare_preferences,
-    prepare_reference,
-    prepare_reward,
-    prepare_seed,
-    setting_text,
-    train,
-)
+from benchmarks.pipeline.arms import CommonStages, Pipeline, SeedStages, Trial, setting_text
 from benchmarks.pipeline.experiment import Experiment
 from benchmarks.speed.trl.trainings import (
     FinishedTraining,
@@ -32,7 +23,7 @@ from benchmarks.speed.trl.trainings import (
     trl_train_reward,
 )
 from shared.data.pairs import read_pairs
-from shared.stages import Stages, read_json
+from shared.stages import read_json
 from shared.training.finished import read_log
 
 PHASES = {"reward": "reward models", "direct": "direct methods, references too", "ppo": "PPO"}
@@ -72,57 +63,50 @@ class Tally:
 class KlashSide:
     """Stages, as many at a time as there are workers."""
 
-    experiment: Experiment
-    stages: Stages
-    common: Common
+    pipeline: Pipeline
+    common: CommonStages
     tally: Tally = field(default_factory=Tally)
-    seeds: dict[int, Seed] = field(default_factory=dict)
+    seeds: dict[int, SeedStages] = field(default_factory=dict)
 
     def prepare(self) -> list[FinishedTraining]:
         """Reward models and reference log-probabilities of all seeds."""
-        experiment, run, common = self.experiment, self.stages.run, self.common
+        pipeline, common = self.pipeline, self.common
+        seeds, each = pipeline.experiment.seeds, pipeline.stages.each
 
         def reward(seed: int) -> tuple[Path, ...]:
-            return prepare_reward(experiment, run, common.sft, common.scale_samples, seed)[1:]
+            preferences = pipeline.prepare_preferences(common.sft, seed)
+            return (pipeline.prepare_reward(common, preferences, seed),)
 
         def reference(seed: int) -> tuple[Path, ...]:
-            preferences = prepare_preferences(experiment, run, common.sft, seed)
-            found = prepare_reference(experiment, run, common.sft, preferences, seed)
+            data = common.sft, pipeline.prepare_preferences(common.sft, seed), seed
+            found = pipeline.prepare_reference(*data), pipeline.prepare_mismatched(*data)
             return tuple(folder for folder in found if folder)
 
-        parts = [partial(work, seed) for work in (reward, reference) for seed in experiment.seeds]
+        parts = [partial(work, seed) for work in (reward, reference) for seed in seeds]
         start = perf_counter()
-        folders = self.stages.each(lambda part: part(), parts)
+        folders = each(lambda part: part(), parts)
         self.tally.seconds += perf_counter() - start
-        rewards = [finished_training(folder) for (folder,) in folders[: len(experiment.seeds)]]
+        rewards = [finished_training(folder) for (folder,) in folders[: len(seeds)]]
         for trained in rewards:
             self.tally.add("reward", trained)
-        for folder in chain(*folders[len(experiment.seeds) :]):
+        for folder in chain(*folders[len(seeds) :]):
             self.tally.phases["direct"] += read_json(folder / "cost.json")["wall_s"]
         # What is left of a seed's stages evaluates, and is not timed
-        rest = self.stages.each(partial(prepare_seed, experiment, run, common), experiment.seeds)
-        self.seeds = dict(zip(experiment.seeds, rest, strict=True))
+        rest = each(partial(pipeline.prepare_seed, common), seeds)
+        self.seeds = dict(zip(seeds, rest, strict=True))
         return rewards
 
     def train(self, trainings: Sequence[PolicyTraining]) -> list[FinishedTraining]:
         def train_one(training: PolicyTraining) -> Path:
-            folder, _ = train(
-                self.experiment,
-                self.stages.run,
-                self.common,
-                self.seeds[training.seed],
-                name=training.arm,
-                arm=self.experiment.arms[training.arm],
-                setting=training.setting,
-            )
-            return folder
+            trial = Trial(training.arm, training.setting, self.seeds[training.seed])
+            return self.pipeline.train(self.common, trial)
 
         start = perf_counter()
-        folders = self.stages.each(train_one, trainings)
+        folders = self.pipeline.stages.each(train_one, trainings)
         self.tally.seconds += perf_counter() - start
         found = [finished_training(folder) for folder in folders]
         for training, trained in zip(trainings, found, strict=True):
-            self.tally.add(self.experiment.arms[training.arm].kind, trained)
+            self.tally.add(self.pipeline.experiment.arms[training.arm].kind, trained)
             self.tally.policies.append((training, trained.folder))
         return found
 
@@ -138,7 +122,7 @@ class TrlSide:
     """TRL's trainers, one after another."""
 
     experiment: Experiment
-    common: Common
+    common: CommonStages
     preferences: dict[int, Path]
     folder: Path
     trl: Executor

@@ -7,20 +7,22 @@ with the same meter on the same test prompts, and compared in pairs of seeds. Wr
 and engines.md. Exit code 1 if gold differs by more than 0.03 or KL by more than 10 % on average.
 """
 
+from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
 from benchmarks.entry import Argument
 from benchmarks.evaluation.statistics import Estimate, paired_difference
-from benchmarks.pipeline.arms import evaluate_model, prepare_common, prepare_seed, train
-from benchmarks.pipeline.experiment import load_experiment
+from benchmarks.pipeline.arms import Pipeline, Policy, Trial, setting_text
+from benchmarks.pipeline.experiment import Experiment, load_experiment
 from benchmarks.pipeline.places import set_up_process, stage_context
+from benchmarks.pipeline.plan import plan_of, progress
 from benchmarks.results.folders import EvaluationRows
-from benchmarks.run import progress
 from shared.config import InputError
 from shared.generation.start import TRANSFORMERS, GenerationConfig
-from shared.stages import Stages, output_folder, write_json
+from shared.stages import Runner, Stages, output_folder, write_json
 from shared.training.finished import read_log
 
 GOLD, KL = 0.03, 0.10  # what counts as the same
@@ -49,24 +51,40 @@ def engines(
         raise InputError(f"no arm {arm!r} in {file}: {sorted(experiment.arms)}")
     output_folder(out)
     set_up_process(experiment.threads)
-    method, setting = experiment.arms[arm], experiment.arms[arm].settings[0]
-    folders: dict[str, list[Path]] = {name: [] for name in ENGINES}
-    logs: list[Path] = []
-    with progress(4 + len(seeds) * (7 + 2 * len(ENGINES))) as say:
-        run = Stages(runs / ".stages", say, stage_context(ENGINES["vllm"])).run
-        common = prepare_common(experiment, run)
-        for number in seeds:
-            seed = prepare_seed(experiment, run, common, number)
-            for name, generation in ENGINES.items():
-                drawn = experiment.model_copy(update={"generation": generation})
-                model, _ = train(drawn, run, common, seed, f"{arm}, {name}", method, setting)
-                label = f"{arm}, {name}, seed {number}"
-                inputs = seed.reward, None, number, model, "final", label
-                folders[name].append(evaluate_model(experiment, run, common, *inputs))
-                logs += [model] if name == "vllm" else []
-    rows = {name: EvaluationRows(found) for name, found in folders.items()}
-    mismatch = max(row["generation/logprob_difference_max"] for f in logs for row in read_log(f))
+    work = partial(train_all, experiment, arm, seeds)
+    plan = plan_of(runs / ".stages", stage_context(ENGINES["vllm"]), work)
+    with progress(plan) as say:
+        ends = work(Stages(plan.root, say, plan.context))
+    rows = {name: EvaluationRows([end.rows for end in found]) for name, found in ends.items()}
+    logs = [read_log(end.model) for end in ends["vllm"]]
+    mismatch = max(row["generation/logprob_difference_max"] for log in logs for row in log)
     return compare_ends(rows, seeds, mismatch, out)
+
+
+class End(NamedTuple):
+    """A trained policy, and what it was read with."""
+
+    model: Path
+    rows: Path
+
+
+def train_all(
+    experiment: Experiment, arm: str, seeds: tuple[int, ...], runner: Runner
+) -> dict[str, list[End]]:
+    """`arm` at its first setting with each engine, an end a seed."""
+    plain, setting = Pipeline(experiment, runner), experiment.arms[arm].settings[0]
+    ends: dict[str, list[End]] = {name: [] for name in ENGINES}
+    common = plain.prepare_common()
+    for number in seeds:
+        seed = plain.prepare_seed(common, number)
+        for name, generation in ENGINES.items():
+            drawn = experiment.model_copy(update={"generation": generation})
+            pipeline, trial = Pipeline(drawn, runner), Trial(arm, setting, seed)
+            label = f"{arm}, {name} {setting_text(setting)}, seed {number}"
+            model = pipeline.train(common, trial, label)
+            policy = Policy(f"{arm}, {name}, seed {number}", model, number)
+            ends[name].append(End(model, plain.evaluate(common, policy, seed.reward)))
+    return ends
 
 
 def compare_ends(

@@ -20,14 +20,14 @@ from matplotlib.ticker import FuncFormatter, NullLocator
 from benchmarks.entry import Argument, Overrides
 from benchmarks.evaluation.exact import World
 from benchmarks.evaluation.statistics import Estimate, seed_interval
-from benchmarks.pipeline.arms import prepare_common
+from benchmarks.pipeline.arms import Pipeline
 from benchmarks.pipeline.experiment import Arm, Experiment, load_experiment
 from benchmarks.pipeline.places import stage_context
 from benchmarks.report.style import MUTED, draw, look
 from benchmarks.results.schema import Method, Results
 from benchmarks.run import run_experiment
 from shared.config import InputError
-from shared.stages import Stages, output_folder, read_json, write_json
+from shared.stages import Stages, output_folder, read_json, silent, write_json
 
 PAIRS = (100, 1_000, 10_000, 100_000)
 BETAS = (0.2, 0.5, 1.0)
@@ -110,8 +110,8 @@ def with_beta(arm: Arm, beta: float) -> Arm:
 
 def listed_world(experiment: Experiment, runs: Path) -> World:
     """All completions under the reference, from the finished run's stage."""
-    stages = Stages(runs / ".stages", lambda *_: None, stage_context(), fill=False)
-    return World(prepare_common(experiment, stages.run).frontier_samples)
+    stages = Stages(runs / ".stages", silent, stage_context(), fill=None)
+    return World(Pipeline(experiment, stages).prepare_common().frontier_samples)
 
 
 def picture(points: list[Point], fixed_beta: float, fixed_pairs: int):

@@ -5,12 +5,9 @@ folder, and everything runs, slower. No other module knows of it. What makes pas
 changing a result can be switched off here, for the study that measures just that (`using`).
 """
 
-import hashlib
-import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache
 from typing import Any, TypeGuard
 
 import torch
@@ -58,24 +55,11 @@ def using(shortcuts: Shortcuts) -> Iterator[None]:
         _active = before
 
 
-def computed_by() -> dict[str, str]:
-    """What runs these operations here, and the text of what is in C: results differ in their last
-    digits with either. Part of the address of each stage that computes on tensors.
-    """
+def computed_by() -> str:
+    """What runs these operations here: results differ in their last digits with it."""
     if native is None or native.library() is None:
-        return {"operations": "PyTorch"}
-    faster = ", products" if native.products_are_faster() else ""
-    return {"operations": f"C{faster}", "text": _text_of_c()}
-
-
-@cache
-def _text_of_c() -> str:
-    """A digest of the sources in C without comments and white space."""
-    assert native is not None
-    files = sorted(p for p in native.SOURCES[0].parent.iterdir() if p.suffix in (".c", ".h"))
-    text = "".join(p.read_text(encoding="utf-8") for p in files)
-    code = re.sub(r"\s+", " ", re.sub(r"/\*.*?\*/", " ", text, flags=re.DOTALL))
-    return hashlib.sha256(code.encode()).hexdigest()[:16]
+        return "PyTorch"
+    return "C, products" if native.products_are_faster() else "C"
 
 
 def _in_c(*tensors: Tensor) -> bool:

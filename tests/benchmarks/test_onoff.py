@@ -11,12 +11,12 @@ from scipy import stats
 from torch import Tensor
 
 import dpo.train
-from benchmarks.pipeline.arms import Common
+from benchmarks.pipeline.arms import CommonStages
 from benchmarks.pipeline.experiment import load_experiment
 from benchmarks.studies.onoff.report import (
-    Done,
     Job,
-    Seed,
+    JobStages,
+    StudiedSeed,
     arms_of,
     compare,
     end,
@@ -24,7 +24,7 @@ from benchmarks.studies.onoff.report import (
     markdown,
     verdict,
 )
-from benchmarks.studies.onoff.study import jobs_of, onoff, run_seed, under
+from benchmarks.studies.onoff.study import UnderVariant, jobs_of, onoff, run_seed
 from benchmarks.studies.onoff.switches import (
     COMPARISONS,
     DEFAULT,
@@ -92,7 +92,7 @@ def test_gradients_are_autograds_where_that_is_switched(
     written: bool,
     products: bool,
 ):
-    if ops.computed_by()["operations"] == "PyTorch":
+    if ops.computed_by() == "PyTorch":
         pytest.skip("no C compiler")
     monkeypatch.setattr("shared.cpu.kernels.products_are_faster", lambda: True)
     with in_force(variant):
@@ -352,9 +352,9 @@ def test_what_counts_as_the_same(
     assert tuple(verdict(first, probes, ends).values()) == expected
 
 
-def made_up(folder: Path, number: int, arm: str, gold: float, loss: float) -> Done:
+def made_up(folder: Path, number: int, arm: str, gold: float, loss: float) -> JobStages:
     losses = folder / f"{arm}-{number}-{gold}"
-    done = Done(losses, losses)
+    done = JobStages(losses, losses)
     if arm == "reward":
         losses.mkdir(parents=True)
         scores = {"score_a": [1.0, gold], "score_b": [0.0, 0.0], "p_a_wins": [0.75, 0.75]}
@@ -384,7 +384,7 @@ def study(folder: Path, gold_off: float, loss_off: float, name: str = "packed pa
         on = probe_of(folder / f"on{n}", -1.0, [[4]], [[-1.0]])
         off = probe_of(folder / f"off{n}", -1.0 - 2**-20, [[4]], [[-1.0]])
         sft = rows_of(folder / f"sft{n}", [[0.125]] * 2, [[0.0]] * 2)
-        seeds.append(Seed(sft, done, {comparison.on: [on, on], comparison.off: [on, off]}))
+        seeds.append(StudiedSeed(sft, done, {comparison.on: [on, on], comparison.off: [on, off]}))
     return compare(experiment, [comparison], seeds)
 
 
@@ -439,17 +439,25 @@ def test_every_training_is_needed_and_runs_once():
     assert arms_of(EXPERIMENT, NAMED["all together"]) == ["dpo", "kto", "ppo", "reward"]
 
 
+class Nowhere:
+    """A runner whose stages are not done."""
+
+    def each(self, function: Any, items: Any) -> list[Any]:
+        return [function(item) for item in items]
+
+
 def test_pairs_are_shared_but_where_sampling_is_switched():
     ran: list[tuple[Any, ...]] = []
 
-    def run(name: str, work: Any, *, label: str = "", **inputs: Any) -> Path:
-        ran.append((name, inputs.get("variant")))
-        assert label == f", {variant}"
-        return Path(name)
+    class Recorder(Nowhere):
+        def run(self, name: str, work: Any, *, label: str = "", **inputs: Any) -> Path:
+            ran.append((name, inputs.get("variant")))
+            assert label == f", {variant}"
+            return Path(name)
 
     for variant in (DEFAULT, "padded", "each row"):
         for name in ("sft", "preferences", "ppo"):
-            under(variant, run)(name, print)
+            UnderVariant(variant, Recorder()).run(name, print)
     assert ran == [
         ("sft", None), ("preferences", None), ("ppo", DEFAULT),
         ("sft", None), ("preferences", None), ("ppo", "padded"),
@@ -461,20 +469,17 @@ def test_everything_that_is_compared_starts_from_the_same_models():
     """Pairs are an arm's own where sampling is switched; PPO's reward model is one for all."""
     trained: dict[tuple[str, str], dict[str, Any]] = {}
 
-    class Recorder:
+    class Recorder(Nowhere):
         def run(self, name: str, work: Any, *, label: str = "", **inputs: Any) -> Path:
             variant = str(inputs.get("variant", ""))
             if name in ("ppo", "direct"):
                 trained[name, variant] = inputs
             return Path(f"{name} {variant}")
 
-        def each(self, function: Any, items: Any) -> list[Any]:
-            return [function(item) for item in items]
-
     variants = DEFAULT, "padded", "all off"
-    common = Common(*map(Path, ("sft", "scale", "frontier", "test")))
+    common = CommonStages(*map(Path, ("sft", "scale", "frontier", "test")))
     jobs = [Job(v, arm) for v in variants for arm in ("dpo", "ppo", "reward")]
-    seed = run_seed(dict.fromkeys(variants, EXPERIMENT), Recorder(), common, jobs, 0)  # pyright: ignore
+    seed = run_seed(dict.fromkeys(variants, EXPERIMENT), jobs, common, Recorder(), 0)
     ppo, direct = ([trained[kind, v] for v in variants] for kind in ("ppo", "direct"))
     assert {inputs["policy"] for inputs in ppo + direct} == {Path("sft")}
     assert {inputs["reward_model"] for inputs in ppo} == {Path(f"reward {DEFAULT}")}

@@ -10,6 +10,7 @@ import torch
 from checks import TINY, close, weights
 from transformers import AutoModelForCausalLM
 
+from benchmarks.pipeline.arms import Pipeline
 from benchmarks.pipeline.experiment import Arm, Experiment, load_experiment
 from benchmarks.speed import experiment as speed
 from benchmarks.speed.experiment import (
@@ -42,7 +43,7 @@ from shared.data.samples import sample_reference
 from shared.generation.engine import Sampling
 from shared.models.load import Scorer
 from shared.models.sequences import collate
-from shared.stages import Stages, read_json
+from shared.stages import Stages, read_json, silent
 from shared.tasks.registry import TaskConfig
 from shared.training.fit import OptimizerConfig
 
@@ -225,13 +226,14 @@ class Here(Executor):
 
 def test_the_optimiser_steps_of_both_sides_are_those_counted_by_hand(tmp_path: Path):
     """64 pairs in batches of 24 are 3 steps an epoch: reward models 1 epoch, the others 2."""
-    experiment, stages = tiny(tmp_path, DPO + KTO), Stages(tmp_path / "stages", lambda *_: None)
-    common, preferences = prepare_inputs(experiment, stages)
+    experiment, stages = tiny(tmp_path, DPO + KTO), Stages(tmp_path / "stages", silent)
+    pipeline = Pipeline(experiment, stages)
+    common, preferences = prepare_inputs(pipeline)
     sides = {
-        "klash": KlashSide(experiment, stages, common),
+        "klash": KlashSide(pipeline, common),
         "trl": TrlSide(experiment, common, preferences, tmp_path / "trl", Here(), Here()),
     }
-    found = run_both_sides(experiment, stages, common, sides)
+    found = run_both_sides(pipeline, common, sides)
     rewards, dpo, kto = 2, 2 + 1, 2  # of two seeds; DPO's two settings on the first one
     for side in sides.values():
         assert side.tally.trainings == rewards + dpo + kto
@@ -267,7 +269,7 @@ class Told:
 def told(experiment: Experiment, ours: int, theirs: int, monkeypatch: pytest.MonkeyPatch):
     """What is said of sides that took 2 and 6 seconds; on TRL's, the higher beta is better."""
 
-    def mean_golds(_e, _stages, _common, name, policies, _split) -> list[float]:
+    def mean_golds(_pipeline, _common, name, policies, _split) -> list[float]:
         sign = 1 if name.startswith("trl") else -1
         return [sign * training.setting["beta"] + training.seed for training, _ in policies]
 
@@ -277,7 +279,8 @@ def told(experiment: Experiment, ours: int, theirs: int, monkeypatch: pytest.Mon
         "klash": Told(Tally(seconds=2.0, phases=dict(phases)), ours),
         "trl": Told(Tally(seconds=6.0, phases=dict(phases)), theirs),
     }
-    return run_both_sides(experiment, None, None, sides), sides  # pyright: ignore[reportArgumentType]
+    pipeline = Pipeline(experiment, Stages(Path("none"), silent))
+    return run_both_sides(pipeline, None, sides), sides  # pyright: ignore[reportArgumentType]
 
 
 def test_each_side_goes_on_with_its_own_best_setting(

@@ -5,6 +5,7 @@ import math
 import time
 from collections import Counter
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,7 @@ from benchmarks.speed.growth import (
 from benchmarks.speed.sides import Choice, Round, Work
 from shared.data.pairs import read_pairs
 from shared.models.load import ModelConfig, load_policy
-from shared.stages import Stages, write_json
+from shared.stages import Stage, Stages, fill_stage, write_json
 
 MEGABYTE = 2**20
 SMALL = ModelConfig(hidden_size=32, layers=1, intermediate_size=32)
@@ -164,12 +165,11 @@ def test_a_training_is_done_anew_in_every_turn(
     done: Counter[str] = Counter()
     peaks = iter([100] * 10 + [900] + [100] * 100)  # the most is held in the middle
 
-    class Watched(Stages):
-        def fill_one(self, folder: Path, name: str, *rest: Any) -> float:
-            done[name] += 1
-            return super().fill_one(folder, name, *rest)
+    def fill(folder: Path, stage: Stage) -> float:
+        done[stage.name] += 1
+        return fill_stage(folder, stage)
 
-    monkeypatch.setattr(growing, "Stages", Watched)
+    monkeypatch.setattr(growing, "Stages", partial(Stages, fill=fill))
     monkeypatch.setattr(growing, "peak_memory_bytes", lambda: next(peaks))
     training = GrowthTraining(pairs=4, arms=ARMS[:2], seeds=2)
     work = growing.full_training(policy_folder, tmp_path, training)

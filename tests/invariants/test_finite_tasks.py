@@ -12,7 +12,7 @@ import torch
 from checks import SMALL_WORLD, close
 from torch import Tensor
 
-from benchmarks.evaluation.evaluate import evaluate
+from benchmarks.evaluation.evaluate import Prompts, evaluate
 from benchmarks.evaluation.exact import World
 from benchmarks.evaluation.optimum import kl, objective, optimal_logps
 from benchmarks.pipeline.experiment import Experiment, load_experiment
@@ -27,6 +27,7 @@ from shared.data.preferences import PreferenceConfig, make_preferences
 from shared.data.samples import list_reference
 from shared.generation.engine import Sampling
 from shared.generation.hf import HFEngine
+from shared.generation.start import Drawing
 from shared.models.load import (
     ModelConfig,
     load_policy,
@@ -70,9 +71,8 @@ def listed(tmp_path_factory: pytest.TempPathFactory, models: tuple[Path, ...]) -
 def read(folder: Path, models: tuple[Path, ...], listed: Path | None, samples: int) -> list:
     """Evaluation rows of the second policy."""
     ref, policy, reward = models
-    evaluate(
-        folder, policy, ".", ref, reward, None, TASK, "test", 4, samples, SAMPLING, 0, 1, listed
-    )
+    prompts = Prompts(TASK, "test", count=4, samples=samples, seed=0, listing=listed)
+    evaluate(folder, policy, ".", ref, reward, None, prompts, Drawing(SAMPLING).at(seed=1))
     return read_jsonl(folder / "rows.jsonl")
 
 

@@ -1,7 +1,6 @@
 """What must hold whatever the method: the field's known traps that no module's own tests meet."""
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -10,9 +9,10 @@ from checks import close, weights
 from pydantic import ValidationError
 from transformers import PreTrainedTokenizerBase
 
-from benchmarks.evaluation.evaluate import evaluate
-from benchmarks.pipeline.arms import prepare_common, prepare_seed
+from benchmarks.evaluation.evaluate import Prompts, evaluate
+from benchmarks.pipeline.arms import Pipeline
 from benchmarks.pipeline.experiment import load_experiment
+from benchmarks.pipeline.plan import Plan
 from dpo.losses import LogRatios, rdpo_loss
 from dpo.train import Dataset, DirectConfig
 from rlhf.ppo import PPOConfig, prompt_stream, train_ppo, update_models
@@ -20,11 +20,12 @@ from rlhf.rollout import Actors, make_actors, rollout_numbers, score_rollout
 from shared.data.pairs import read_pairs
 from shared.generation.engine import Sampling
 from shared.generation.hf import HFEngine
+from shared.generation.start import Drawing
 from shared.models.cost import Meter
 from shared.models.load import load_policy, load_scalar_model, save, special_ids
 from shared.models.logprobs import sequence_logps
 from shared.models.sequences import collate
-from shared.stages import read_json, read_jsonl, stage_key
+from shared.stages import read_json, read_jsonl
 from shared.tasks.exact import Exact, ExactConfig
 from shared.tasks.registry import TaskConfig, make_task
 from shared.training.fit import OptimizerConfig, Trainee
@@ -152,9 +153,9 @@ def test_evaluation_samples_at_temperature_1_whatever_training_samples_at(
     for temperature in (1.0, 0.3):
         folder = tmp_path / str(temperature)
         folder.mkdir()
-        sampling = SAMPLING.model_copy(update={"temperature": temperature})
-        given = policy_folder, ".", policy_folder, None, None, task_config, "test", 4, 2, sampling
-        evaluate(folder, *given, 0, 0, None)
+        prompts = Prompts(task_config, "test", count=4, samples=2, seed=0)
+        drawing = Drawing(SAMPLING).at(temperature=temperature, seed=0)
+        evaluate(folder, policy_folder, ".", policy_folder, None, None, prompts, drawing)
         found.append(read_jsonl(folder / "rows.jsonl"))
     assert found[0] == found[1]
 
@@ -245,14 +246,10 @@ def test_a_kto_step_of_one_row_or_of_one_label_reads_the_baseline_of_another_pro
 def addresses(*overrides: str) -> dict[str, str]:
     """Where the stages that all arms of seed 0 share would lie, by their labels; none is run."""
     experiment = load_experiment("reviews", list(overrides), quick=False)
-    found: dict[str, str] = {}
-
-    def run(name: str, work: Any, *, label: str = "", **inputs: Any) -> Path:
-        found[label or name] = stage_key(name, work, inputs)
-        return Path(found[label or name])
-
-    prepare_seed(experiment, run, prepare_common(experiment, run), 0)
-    return found
+    plan = Plan(Path("stages"), {})
+    pipeline = Pipeline(experiment, plan)
+    pipeline.prepare_seed(pipeline.prepare_common(), 0)
+    return {stage.label: folder.name for folder, stage in plan.stages.items()}
 
 
 REFERENCE = "reference log-probabilities, seed 0"

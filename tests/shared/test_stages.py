@@ -21,13 +21,13 @@ import pytest
 import torch
 
 import shared
-from benchmarks.pipeline.places import OnThreads
+from benchmarks.pipeline.places import on_threads
+from shared.code import code_of
 from shared.config import Config
 from shared.stages import (
     Missing,
     Paused,
     Stages,
-    code_hash,
     read_json,
     read_jsonl,
     stage_key,
@@ -108,7 +108,7 @@ def test_the_second_run_does_no_work_and_says_so(store: Store):
 
 
 def test_a_store_that_may_not_fill_says_what_is_missing(store: Store):
-    closed = Stages(store.root, store._hear, fill=False)
+    closed = Stages(store.root, store._hear, fill=None)
     with pytest.raises(Missing, match="the second"):
         closed.run("fill", fill, label="the second", seed=2)
     assert not store.root.exists()
@@ -126,10 +126,10 @@ def test_one_run_tells_of_a_stage_once(tmp_path: Path):
 def test_stages_may_run_with_threads_of_their_own(tmp_path: Path):
     """Which their address tells; afterwards the process has as many as before."""
     here = Stages(tmp_path, lambda *_: None, {"threads": 1, "torch": "2"})
-    alone = OnThreads(here.root, here.report, here.context, threads=2)
+    alone = on_threads(here, 2)
     folders = [stages.run("count", count_threads) for stages in (alone, here)]
     assert [read_json(folder / "threads.json") for folder in folders] == [2, 1]
-    as_two = Stages(tmp_path, lambda *_: None, {"threads": 2, "torch": "2"}, fill=False)
+    as_two = Stages(tmp_path, lambda *_: None, {"threads": 2, "torch": "2"}, fill=None)
     assert as_two.run("count", count_threads) == folders[0]
     with pytest.raises(ArithmeticError, match="with 2 threads"):
         alone.run("fail", count_and_fail)
@@ -252,10 +252,10 @@ class Project:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(textwrap.dedent(text), encoding="utf-8")
 
-    def hash(self, module: str = "shared.probe_top") -> str:
+    def hash(self, module: str = "shared.probe_top") -> dict[str, str]:
         importlib.invalidate_caches()
-        code_hash.cache_clear()  # one process reads its code once
-        return code_hash(module)
+        code_of.cache_clear()  # one process reads its code once
+        return code_of(module)
 
 
 @pytest.fixture
@@ -266,7 +266,7 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Project
     probe.write("probe_mid", "import shared.probe_low\ndef f(): return 1\n")
     probe.write("probe_low", "y = 2\n")
     yield probe
-    code_hash.cache_clear()
+    code_of.cache_clear()
 
 
 def test_a_changed_module_changes_the_hash(project: Project):

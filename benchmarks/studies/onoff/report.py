@@ -27,18 +27,18 @@ class Job(NamedTuple):
     arm: str
 
 
-class Done(NamedTuple):
+class JobStages(NamedTuple):
     """The stage that trained, and the one that read its end."""
 
     trained: Path
     end: Path
 
 
-class Seed(NamedTuple):
-    """All of one seed."""
+class StudiedSeed(NamedTuple):
+    """All jobs of one seed."""
 
     sft_rows: Path
-    done: dict[Job, Done]
+    done: dict[Job, JobStages]
     probes: dict[str, list[Path]]  # of a variant: at SFT's weights and at a trained policy's
 
 
@@ -49,7 +49,7 @@ def arms_of(experiment: Experiment, comparison: Comparison) -> list[str]:
 
 
 def compare(
-    experiment: Experiment, comparisons: Sequence[Comparison], seeds: list[Seed]
+    experiment: Experiment, comparisons: Sequence[Comparison], seeds: list[StudiedSeed]
 ) -> dict[str, Any]:
     """What onoff.json holds: first steps, ends, and whether they are the same."""
     sft = EvaluationRows([seed.sft_rows for seed in seeds])

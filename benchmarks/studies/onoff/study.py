@@ -12,26 +12,26 @@ Not here: stages side by side, which are the same to the bit as one after the ot
 """
 
 import shlex
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from benchmarks.entry import Argument, Overrides
-from benchmarks.pipeline.arms import (
-    Common,
-    evaluate_model,
-    prepare_common,
-    prepare_reward,
-    prepare_seed,
-    unpaired,
-)
-from benchmarks.pipeline.arms import train as train_arm
+from benchmarks.pipeline.arms import CommonStages, Pipeline, Policy, Trial
 from benchmarks.pipeline.experiment import Experiment, load_experiment
-from benchmarks.pipeline.places import set_up_process, side_by_side, stage_context
-from benchmarks.run import progress
-from benchmarks.studies.onoff.report import REWARD, Done, Job, Seed, arms_of, compare, markdown
+from benchmarks.pipeline.places import set_up_process, stage_context, with_workers
+from benchmarks.pipeline.plan import plan_of, progress
+from benchmarks.studies.onoff.report import (
+    REWARD,
+    Job,
+    JobStages,
+    StudiedSeed,
+    arms_of,
+    compare,
+    markdown,
+)
 from benchmarks.studies.onoff.switches import (
     COMPARISONS,
     DEFAULT,
@@ -41,11 +41,11 @@ from benchmarks.studies.onoff.switches import (
     probe,
     switched,
 )
-from rlhf.reward import examine_reward
 from shared.config import InputError
-from shared.stages import Stages, output_folder, write_json
+from shared.stages import Runner, Stages, Work, output_folder, write_json
 
-Run = Callable[..., Path]
+A = TypeVar("A")
+B = TypeVar("B")
 Experiments = dict[str, Experiment]  # one a variant: some are configuration keys
 
 
@@ -94,81 +94,93 @@ def jobs_of(experiment: Experiment, comparisons: Sequence[Comparison]) -> list[J
     return sorted(dict.fromkeys(jobs), key=lambda job: job.variant != DEFAULT)
 
 
-def run_all(experiments: Experiments, comparisons: Sequence[Comparison], runs: Path) -> list[Seed]:
+def run_all(
+    experiments: Experiments, comparisons: Sequence[Comparison], runs: Path
+) -> list[StudiedSeed]:
     """Run whatever is not there yet, the stages side by side."""
     experiment = experiments[DEFAULT]
-    jobs = jobs_of(experiment, comparisons)
     set_up_process(experiment.threads)
-    with progress(stage_count(experiments, jobs)) as say:
-        stages = Stages(runs / ".stages", say, stage_context())
-        workers = experiment.workers, experiment.threads
-        beside = side_by_side(stages, *workers) if experiment.workers > 1 else nullcontext(stages)
-        with beside as stages:
-            common = prepare_common(experiment, stages.run)
-            one = partial(run_seed, experiments, stages, common, jobs)
-            return stages.each(one, experiment.seeds)
+    work = partial(run_seeds, experiments, jobs_of(experiment, comparisons))
+    plan = plan_of(runs / ".stages", stage_context(), work)
+    with progress(plan) as say:
+        stages = Stages(plan.root, say, plan.context)
+        with with_workers(stages, experiment.workers, experiment.threads) as runner:
+            return work(runner)
 
 
-def stage_count(experiments: Experiments, jobs: list[Job]) -> int:
-    """How many stages the study goes through, cached ones included."""
-    experiment = experiments[DEFAULT]
-    prepared = {side for side in experiments if side == DEFAULT or VARIANTS[side].resampled}
-    further = [job for job in jobs if job.arm != REWARD or job.variant not in prepared]
-    each = len(prepared) * (6 + unpaired(experiment)) + 2 * len(further) + 2 * len(experiments)
-    return 4 + len(experiment.seeds) * each
+def run_seeds(experiments: Experiments, jobs: list[Job], runner: Runner) -> list[StudiedSeed]:
+    """All jobs of all seeds."""
+    common = Pipeline(experiments[DEFAULT], runner).prepare_common()
+    one = partial(run_seed, experiments, jobs, common, runner)
+    return runner.each(one, experiments[DEFAULT].seeds)
 
 
 def run_seed(
-    experiments: Experiments, stages: Stages, common: Common, jobs: list[Job], number: int
-) -> Seed:
+    experiments: Experiments, jobs: list[Job], common: CommonStages, runner: Runner, number: int
+) -> StudiedSeed:
     """All jobs of one seed, and the probes of their variants."""
-    run, plain = stages.run, experiments[DEFAULT]
-    shared = prepare_seed(plain, under(DEFAULT, run), common, number)
+    plain = Pipeline(experiments[DEFAULT], runner)
+    under = {v: Pipeline(e, UnderVariant(v, runner)) for v, e in experiments.items()}
+    shared = under[DEFAULT].prepare_seed(common, number)
 
-    def finish(job: Job) -> Done:
-        experiment, switch = experiments[job.variant], under(job.variant, run)
+    def finish(job: Job) -> JobStages:
+        pipeline, resampled = under[job.variant], VARIANTS[job.variant].resampled
         if job.arm == REWARD:
-            made = prepare_reward(experiment, switch, common.sft, common.scale_samples, number)[1]
-            about = {"pairs": common.reward_test, "task": plain.task}
-            label = f"reward model examined, seed {number}"
-            about |= {"reward_model": made, "label": label}
-            return Done(made, switch("reward-scores", examine_reward, **about))
-        arm = experiment.arms[job.arm]
-        own = VARIANTS[job.variant].resampled and arm.kind == "direct"
-        seed = prepare_seed(experiment, switch, common, number) if own else shared
-        made = train_arm(experiment, switch, common, seed, job.arm, arm, arm.settings[0])[0]
-        label = f"{job.arm}, seed {number}, {job.variant}"
-        inputs = common, None, None, number, made, "final", label
-        return Done(made, evaluate_model(plain, run, *inputs))
+            preferences = pipeline.prepare_preferences(common.sft, number)
+            made = pipeline.prepare_reward(common, preferences, number)
+            return JobStages(made, pipeline.examine_reward(common, made, number))
+        arm = pipeline.experiment.arms[job.arm]
+        own = resampled and arm.kind == "direct"
+        data = pipeline.prepare_seed(common, number) if own else shared
+        made = pipeline.train(common, Trial(job.arm, arm.settings[0], data))
+        policy = Policy(f"{job.arm}, seed {number}, {job.variant}", made, number)
+        return JobStages(made, plain.evaluate(common, policy))
 
-    done = dict(zip(jobs, stages.each(finish, jobs), strict=True))
+    done = dict(zip(jobs, runner.each(finish, jobs), strict=True))
     trained = next(d.trained for job, d in done.items() if job.arm != REWARD)
-    places = (common.sft, ".", "SFT"), (trained, "final", "a trained policy")
 
     def probed(variant: str) -> list[Path]:
-        about = experiments[variant]
+        """At SFT's weights and at a trained policy's."""
+        e = experiments[variant]
         return [
-            run(
-                "probe", probe, label=f"log-probabilities of {name}, seed {number}, {variant}",
-                variant=variant, policy=policy, checkpoint=checkpoint, start=common.sft,
-                preferences=shared.preferences, reference=shared.reference,
-                direct=about.direct, ppo=about.ppo, sampling=about.sampling,
+            runner.run(
+                "probe",
+                probe,
+                label=f"log-probabilities of {name}, seed {number}, {variant}",
+                variant=variant,
+                policy=policy,
+                checkpoint=checkpoint,
+                start=common.sft,
+                preferences=shared.preferences,
+                reference=shared.reference,
+                direct=e.direct,
+                ppo=e.ppo,
+                sampling=e.sampling,
             )
-            for policy, checkpoint, name in places
-        ]  # fmt: skip
+            for policy, checkpoint, name in (
+                (common.sft, ".", "SFT"),
+                (trained, "final", "a trained policy"),
+            )
+        ]
 
-    probes = dict(zip(experiments, stages.each(probed, experiments), strict=True))
-    return Seed(shared.sft_rows, done, probes)
+    probes = dict(zip(experiments, runner.each(probed, experiments), strict=True))
+    return StudiedSeed(shared.sft_rows, done, probes)
 
 
-def under(variant: str, run: Run) -> Run:
-    """`run` with all trainings, and the pairs of a variant that is resampled, under `variant`."""
-    works = {name for name in WORKS if name != "preferences" or VARIANTS[variant].resampled}
+@dataclass(frozen=True)
+class UnderVariant:
+    """Runs all trainings, and the pairs of a variant that is resampled, under `variant`."""
 
-    def switch(name: str, work: Callable[..., None], *, label: str = "", **inputs: Any) -> Path:
-        label = f"{label}, {variant}"
-        if name not in works:
-            return run(name, work, label=label, **inputs)
-        return run(name, switched, label=label, variant=variant, stage=name, **inputs)
+    variant: str
+    runner: Runner
 
-    return switch
+    def run(self, name: str, work: Work, *, label: str = "", **inputs: Any) -> Path:
+        """Whether switched or not, a stage's label names the variant."""
+        label = f"{label}, {self.variant}"
+        if name not in WORKS or (name == "preferences" and not VARIANTS[self.variant].resampled):
+            return self.runner.run(name, work, label=label, **inputs)
+        switch = {"variant": self.variant, "stage": name}
+        return self.runner.run(name, switched, label=label, **switch, **inputs)
+
+    def each(self, function: Callable[[A], B], items: Iterable[A]) -> list[B]:
+        return self.runner.each(function, items)

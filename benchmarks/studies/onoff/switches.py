@@ -130,7 +130,7 @@ def switched(folder: Path, variant: str, stage: str, **inputs: Any) -> None:
 
 @dataclass(frozen=True)
 class Probed:
-    """A policy and the pairs that it is read on; `start` is where it began, which is the reference."""
+    """A policy and the pairs that it is read on; `start`: where it began, the reference."""
 
     policy: Path
     checkpoint: str
