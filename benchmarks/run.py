@@ -9,7 +9,8 @@ from benchmarks.pipeline.arms import Pipeline
 from benchmarks.pipeline.compare import Pipelines, compare, first_seeds, timed_seeds, train_alone
 from benchmarks.pipeline.experiment import Experiment
 from benchmarks.pipeline.places import on_threads, set_up_process, stage_context, with_workers
-from benchmarks.pipeline.plan import Plan, planned_pipelines, progress
+from benchmarks.pipeline.plan import Plan, planned_pipelines
+from benchmarks.pipeline.progress import progress
 from benchmarks.report.build import draw_report
 from benchmarks.results.summary import summarise
 from shared.stages import Stages, output_folder
@@ -24,7 +25,7 @@ def run_experiment(experiment: Experiment, runs: Path) -> Path:
     """
     folder = output_folder(runs / experiment.name)
     plan = plan_experiment(experiment, runs)
-    with progress(plan) as say:
+    with progress(plan.root, plan.labels) as say:
         stages = Stages(plan.root, say, plan.context)
         pipelines = pipelines_of(experiment, stages)
         if pipelines.timed_seeds != experiment.seeds:

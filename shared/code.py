@@ -18,8 +18,8 @@ C_TOKEN = re.compile(
 def code_of(module: str) -> dict[str, str]:
     """{file: hash} of `module`, of all project modules that it imports, and of what lies beside.
 
-    Of Python the syntax counts without docstrings, of C the text without comments and blank lines, of templates and
-    style sheets everything. C, templates and style sheets belong to the modules in their folder.
+    Of Python the syntax counts without docstrings, of C the text without comments and blank lines,
+    of templates and style sheets everything. All three belong to the modules in their folder.
     """
     found, queue = {}, [module]
     while queue:

@@ -12,7 +12,8 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from benchmarks.pipeline.arms import Pipeline
 from benchmarks.pipeline.experiment import Experiment, experiment_file, load_experiment
 from benchmarks.pipeline.places import quiet_libraries, set_up_process, stage_context
-from benchmarks.pipeline.plan import plan_of, progress
+from benchmarks.pipeline.plan import plan_of
+from benchmarks.pipeline.progress import progress
 from shared.config import Config, InputError, load, read_toml
 from shared.data.files import Row, encode, read_pair_file
 from shared.data.pairs import Pair, read_pairs
@@ -81,7 +82,7 @@ def of_experiment(experiment: Experiment, runs: Path) -> Patient:
 
     set_up_process(experiment.threads)
     plan = plan_of(runs / ".stages", stage_context(), prepare)
-    with progress(plan) as say:
+    with progress(plan.root, plan.labels) as say:
         sft, preferences, reward = prepare(Stages(plan.root, say, plan.context))
     return Patient(
         policy=sft,

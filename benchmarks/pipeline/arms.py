@@ -8,15 +8,16 @@ import numpy as np
 
 from benchmarks.evaluation.evaluate import Prompts, evaluate, evaluate_best_of_n, score_samples
 from benchmarks.pipeline.experiment import Arm, Experiment
-from dpo.filtered import train_filtered
+from dpo.filtered import Filter, train_filtered
 from dpo.losses import UNPAIRED
 from dpo.reference import score_mismatched, score_reference
-from dpo.train import train_direct
+from dpo.train import DirectData, train_direct
 from rlhf.ppo import train_ppo
 from rlhf.reward import examine_reward, train_reward
 from shared.data.preferences import make_preferences, make_reward_test
 from shared.data.samples import list_reference, sample_reference
 from shared.generation.start import Drawing
+from shared.models.load import Start
 from shared.stages import Runner, Work, read_json, read_jsonl
 from shared.tasks.task import Split
 from shared.training.sft import train_sft
@@ -107,9 +108,15 @@ class Pipeline:
     def prepare_common(self) -> CommonStages:
         """SFT, and the samples that scales, frontier and reward-model tests are read from."""
         e, start = self.experiment, self.prepare_sft()
-        of_sft = {"task": e.task, "policy": start.sft, "seed": e.task_seed, "sampling": e.sampling}
+        of_sft = {"task": e.task, "policy": start.sft, "seed": e.task_seed}
         if e.task.finite:
-            frontier = self.run("listing", list_reference, label="all completions", **of_sft)
+            frontier = self.run(
+                "listing",
+                list_reference,
+                label="all completions",
+                **of_sft,
+                sampling=e.sampling,
+            )
         else:
             numbers = e.evaluation.near_prompts, e.evaluation.frontier_samples
             frontier = self._sample(start.sft, "samples for frontier", "test", *numbers)
@@ -117,7 +124,7 @@ class Pipeline:
             "reward-test",
             make_reward_test,
             **of_sft,
-            generation=e.generation,
+            drawing=self.drawing,
             pairs=e.evaluation.reward_pairs,
         )
         return CommonStages(start.sft, start.scale_samples, frontier, test)
@@ -131,8 +138,7 @@ class Pipeline:
             task=e.task,
             policy=sft,
             seed=e.task_seed,
-            sampling=e.sampling,
-            generation=e.generation,
+            drawing=self.drawing,
             split=split,
             prompts=prompts,
             per_prompt=per_prompt,
@@ -149,8 +155,7 @@ class Pipeline:
             policy=sft,
             data=e.preferences,
             seed=seed,
-            sampling=e.sampling,
-            generation=e.generation,
+            drawing=self.drawing,
         )
 
     def prepare_reward(self, start: SftStages, preferences: Path, seed: int) -> Path:
@@ -231,30 +236,35 @@ class Pipeline:
     def train(self, common: CommonStages, trial: Trial, label: str = "") -> Path:
         """The folder of a trial's policy; best-of-n has none."""
         e, data, arm = self.experiment, trial.data, self.experiment.arms[trial.arm]
-        start: dict[str, Any] = {
+        inputs: dict[str, Any] = {
             "label": label or trial.text(),
-            "policy": common.sft,
-            "seed": data.seed,
-            "lora": e.lora,
+            "start": Start(common.sft, e.lora, data.seed),
             "checkpoints": e.evaluation.checkpoints,
         }
-        drawn = {"sampling": e.sampling, "generation": e.generation}
-        pairs = {
-            "preferences": data.preferences,
-            "reference": data.reference,
-            "setting": trial.setting,
-            "direct": e.direct,
-        }
         if arm.kind == "ppo":
-            reward, coef = None if arm.gold else data.reward, trial.setting["kl_coef"]
-            judged = {"reward_model": reward, "task": e.task}
-            return self.run("ppo", train_ppo, **start, **drawn, **judged, ppo=e.ppo, kl_coef=coef)
+            return self.run(
+                "ppo",
+                train_ppo,
+                **inputs,
+                reward_model=None if arm.gold else data.reward,
+                task=e.task,
+                ppo=e.ppo,
+                kl_coef=trial.setting["kl_coef"],
+                drawing=self.drawing,
+            )
+        inputs |= {"setting": trial.setting, "direct": e.direct}
         if arm.kind == "filtered":
-            filtering = e.filtering.model_copy(update={"random": arm.random})
-            rule = {"reward_model": data.reward, "filtering": filtering}
-            return self.run("filtered", train_filtered, **start, **drawn, **pairs, **rule)
-        method = {"loss": arm.loss, "mismatched": data.mismatched if arm.loss in UNPAIRED else None}
-        return self.run("direct", train_direct, **start, **pairs, **method)
+            rule = e.filtering.model_copy(update={"random": arm.random})
+            return self.run(
+                "filtered",
+                train_filtered,
+                **inputs,
+                data=DirectData(data.preferences, data.reference),
+                filtering=Filter(data.reward, rule, self.drawing),
+            )
+        mismatched = data.mismatched if arm.loss in UNPAIRED else None
+        pairs = DirectData(data.preferences, data.reference, mismatched)
+        return self.run("direct", train_direct, **inputs, data=pairs, loss=arm.loss)
 
     def evaluate(
         self,

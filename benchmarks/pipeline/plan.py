@@ -6,15 +6,10 @@ stages, validation gold and checkpoints; what is not there yet is stood in for b
 configuration says, each arm's first setting in place of its best.
 """
 
-import contextlib
-import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
-
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from benchmarks.pipeline.arms import Pipeline, Trial
 from benchmarks.pipeline.compare import Pipelines, timed_seeds
@@ -50,6 +45,11 @@ class Plan:
     def to_run(self) -> list[PlannedStage]:
         """Those that are not there yet."""
         return [stage for stage in self.stages.values() if not stage.there]
+
+    @property
+    def labels(self) -> dict[str, str]:
+        """What each stage is called on screen, by its key."""
+        return {folder.name: stage.label for folder, stage in self.stages.items()}
 
     def run(self, name: str, work: Work, *, label: str = "", **inputs: Any) -> Path:
         """The folder that the stage has or will have."""
@@ -122,33 +122,3 @@ def plan_of(root: Path, context: dict[str, Any], work: Callable[[Runner], Any]) 
     plan = Plan(root, context)
     work(plan)
     return plan
-
-
-@contextlib.contextmanager
-def progress(plan: Plan) -> Iterator[Callable[[str, str, float], None]]:
-    """A bar with the time left on a terminal, a plain line a stage elsewhere; each stage once."""
-    seen: set[str] = set()
-    total = len(plan.stages)
-    if not sys.stdout.isatty():
-
-        def say(label: str, state: str, seconds: float) -> None:
-            if state == "running" or label in seen:
-                return
-            seen.add(label)
-            spent = f" in {seconds:.1f} s" if state == "done" else ""
-            print(f"[{len(seen)}/{total}] {label}: {state}{spent}", flush=True)
-
-        yield say
-        return
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
-    with Progress(*columns, TimeRemainingColumn(), console=Console()) as bar:
-        task = bar.add_task("start", total=total)
-
-        def show(label: str, state: str, seconds: float) -> None:
-            if state == "running":
-                bar.update(task, description=label)
-            elif label not in seen:
-                seen.add(label)
-                bar.advance(task)
-
-        yield show

@@ -81,5 +81,6 @@ def training_curves(compared: HeadToHead, points: int = 100) -> dict[str, Any]:
         curves.setdefault(name, {})[str(seed)] = {
             metric: [[i + 1, log[i][metric]] for i in range(0, len(log), stride)]
             for metric in log[0]
+            if metric not in ("step", "of")
         }
     return curves

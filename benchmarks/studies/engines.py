@@ -18,7 +18,8 @@ from benchmarks.evaluation.statistics import Estimate, paired_difference
 from benchmarks.pipeline.arms import Pipeline, Policy, Trial, setting_text
 from benchmarks.pipeline.experiment import Experiment, load_experiment
 from benchmarks.pipeline.places import set_up_process, stage_context
-from benchmarks.pipeline.plan import plan_of, progress
+from benchmarks.pipeline.plan import plan_of
+from benchmarks.pipeline.progress import progress
 from benchmarks.results.folders import EvaluationRows
 from shared.config import InputError
 from shared.generation.start import TRANSFORMERS, GenerationConfig
@@ -53,7 +54,7 @@ def engines(
     set_up_process(experiment.threads)
     work = partial(train_all, experiment, arm, seeds)
     plan = plan_of(runs / ".stages", stage_context(ENGINES["vllm"]), work)
-    with progress(plan) as say:
+    with progress(plan.root, plan.labels) as say:
         ends = work(Stages(plan.root, say, plan.context))
     rows = {name: EvaluationRows([end.rows for end in found]) for name, found in ends.items()}
     logs = [read_log(end.model) for end in ends["vllm"]]

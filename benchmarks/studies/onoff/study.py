@@ -22,7 +22,8 @@ from benchmarks.entry import Argument, Overrides
 from benchmarks.pipeline.arms import CommonStages, Pipeline, Policy, Trial
 from benchmarks.pipeline.experiment import Experiment, load_experiment
 from benchmarks.pipeline.places import set_up_process, stage_context, with_workers
-from benchmarks.pipeline.plan import plan_of, progress
+from benchmarks.pipeline.plan import plan_of
+from benchmarks.pipeline.progress import progress
 from benchmarks.studies.onoff.report import (
     REWARD,
     Job,
@@ -38,9 +39,11 @@ from benchmarks.studies.onoff.switches import (
     VARIANTS,
     WORKS,
     Comparison,
+    Probed,
     probe,
     switched,
 )
+from dpo.train import DirectData
 from shared.config import InputError
 from shared.stages import Runner, Stages, Work, output_folder, write_json
 
@@ -102,7 +105,7 @@ def run_all(
     set_up_process(experiment.threads)
     work = partial(run_seeds, experiments, jobs_of(experiment, comparisons))
     plan = plan_of(runs / ".stages", stage_context(), work)
-    with progress(plan) as say:
+    with progress(plan.root, plan.labels) as say:
         stages = Stages(plan.root, say, plan.context)
         with with_workers(stages, experiment.workers, experiment.threads) as runner:
             return work(runner)
@@ -141,18 +144,14 @@ def run_seed(
 
     def probed(variant: str) -> list[Path]:
         """At SFT's weights and at a trained policy's."""
-        e = experiments[variant]
+        e, data = experiments[variant], DirectData(shared.preferences, shared.reference)
         return [
             runner.run(
                 "probe",
                 probe,
                 label=f"log-probabilities of {name}, seed {number}, {variant}",
                 variant=variant,
-                policy=policy,
-                checkpoint=checkpoint,
-                start=common.sft,
-                preferences=shared.preferences,
-                reference=shared.reference,
+                probed=Probed(policy, checkpoint, common.sft, data),
                 direct=e.direct,
                 ppo=e.ppo,
                 sampling=e.sampling,
