@@ -16,7 +16,7 @@ C_TOKEN = re.compile(
 
 @cache
 def code_of(module: str) -> dict[str, str]:
-    """{file: hash} of `module`, of all project modules that it imports, and of what lies beside.
+    """{file: hash} of `module`, of all project modules that it imports, and of what lies near.
 
     Of Python the syntax counts without docstrings, of C the text without comments and blank lines,
     of templates and style sheets everything. All three belong to the modules in their folder.

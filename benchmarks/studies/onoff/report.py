@@ -146,8 +146,8 @@ def markdown(found: dict[str, Any]) -> str:
     for row in rows:
         losses = [_small(row["first_loss"].get(arm)) for arm in arms]
         gaps = [_small(row["logprobs"][name]) for name in LOGPROBS]
-        about = [_name(row), row["off"], *losses, *gaps, _yes(row["starts_alike"])]
-        lines.append(f"| {' | '.join(about)} |")
+        cells = [_name(row), row["off"], *losses, *gaps, _yes(row["starts_alike"])]
+        lines.append(f"| {' | '.join(cells)} |")
     lines += [
         "",
         "Ends: on test prompts, mean [95 % interval] over paired seeds; KL to the reference, its",
@@ -160,8 +160,8 @@ def markdown(found: dict[str, Any]) -> str:
     for row in rows:
         for arm, e in row["ends"].items():
             gold, kl = _text(e["gold_difference"], "+.3f"), _text(e["kl_share"], "+.1%")
-            about = [_name(row), arm, f"{e['gold']:.3f}", gold, f"{e['kl']:.2f}", kl]
-            lines.append(f"| {' | '.join([*about, _yes(alike(e))])} |")
+            cells = [_name(row), arm, f"{e['gold']:.3f}", gold, f"{e['kl']:.2f}", kl]
+            lines.append(f"| {' | '.join([*cells, _yes(alike(e))])} |")
     lines += [
         "",
         "Reward models: how often they are right on pairs of other prompts, on - off. Those with",
@@ -185,8 +185,8 @@ def _small(value: float | None) -> str:
     return "" if value is None else f"{value:.0e}"
 
 
-def _yes(held: bool) -> str:
-    return "yes" if held else "NO"
+def _yes(holds: bool) -> str:
+    return "yes" if holds else "NO"
 
 
 def _text(estimate: dict[str, Any], form: str) -> str:
