@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from dpo.losses import UNPAIRED
+from dpo.losses import LOSSES, UNPAIRED, LogRatios, expected_loss
 from dpo.reference import (
     mismatch,
     read_mismatched,
@@ -37,7 +37,7 @@ from shared.models.cost import At, forward_flops
 from shared.models.load import Start, frozen, load_policy
 from shared.models.logprobs import sequence_logps
 from shared.models.sequences import SCORING, Limit, collate
-from shared.stages import read_json
+from shared.stages import read_json, write_jsonl
 from shared.training.finished import read_log
 from shared.training.fit import OptimizerConfig, Trainee, prepare
 
@@ -477,6 +477,38 @@ def test_the_micro_batch_size_changes_neither_loss_nor_gradient(
     for log, after in found[1:]:
         assert log == pytest.approx(found[0][0], rel=1e-5, abs=1e-6)
         close(after, found[0][1], 5e-6)  # gradients of products are exact to 4e-6
+
+
+@pytest.mark.parametrize("loss", ["dpo", "kto"])
+def test_each_pair_keeps_its_own_probability_in_any_micro_batch(
+    tmp_path: Path, policy_folder: Path, preferences_folder: Path, reference_folder: Path, loss: str
+):
+    """Labels of 0 to 1 by pair: the expected loss of a whole batch in the pairs' own order."""
+    pairs = read_pairs(preferences_folder / "train.jsonl")
+    p = [i / (N - 1) for i in range(N)]
+    write_jsonl(
+        tmp_path / "train.jsonl",
+        [pair._replace(p=q)._asdict() for pair, q in zip(pairs, p, strict=True)],
+    )
+    data, model = DirectData(tmp_path, reference_folder, reference_folder), moved(policy_folder)
+    prompts, completions = unpaired_rows(tmp_path)
+    with torch.no_grad():
+        logps = sequence_logps(model, collate(prompts, completions, PAD))
+    ratios = logps - read_reference(reference_folder)
+    numbers = [7, 0, 21, 3, 12]
+    for size in (32, 2, 1):
+        objective = Objective(data, PAD, loss, SETTINGS[loss], Limit(2 * size, 10**6))
+        assert not objective.single_rows
+        mismatched = None
+        if loss == "kto":
+            mismatched = objective.mismatched_ratios(model, rows_of(objective, numbers))
+        chosen, rejected = ratios[numbers], ratios[[N + i for i in numbers]]
+        ones = torch.ones(len(numbers))
+        r = LogRatios(chosen, rejected, ones, ones, mismatched)
+        labels = torch.tensor([p[i] for i in numbers])
+        expected = expected_loss(LOSSES[loss], r, labels, **SETTINGS[loss]).mean()
+        log = objective.step(descent(moved(policy_folder)), numbers)
+        assert log["loss"] == pytest.approx(expected.item(), rel=1e-5)
 
 
 def test_ktos_baseline_is_that_of_the_whole_step_and_is_logged(

@@ -15,7 +15,7 @@ from shared.data.preferences import PreferenceConfig, make_preferences, make_rew
 from shared.generation.engine import Sampling
 from shared.generation.start import Drawing
 from shared.models.load import special_ids
-from shared.stages import read_json
+from shared.stages import read_json, write_jsonl
 from shared.tasks.registry import TaskConfig, make_task
 from shared.tasks.reviews import ReviewsConfig
 from shared.tasks.task import split_of
@@ -110,6 +110,17 @@ def test_swapped_turns_answers_and_gold_round_and_keeps_the_rest():
         rejected_gold=1.0,
     )
     assert swapped(swapped(one)) == one
+
+
+def test_gold_may_be_missing(tmp_path: Path):
+    """Labels that people gave have none."""
+    bare = Pair("p", "a", [1], [2], [3])
+    assert (bare.chosen_gold, bare.rejected_gold, bare.p) == (None, None, 1.0)
+    rows = [bare._asdict(), {k: v for k, v in bare._asdict().items() if "gold" not in k}]
+    write_jsonl(tmp_path / "train.jsonl", rows)
+    assert read_pairs(tmp_path / "train.jsonl") == [bare, bare]
+    assert swapped(swapped(bare)) == bare
+    assert clean([bare]) == ([bare], Counter())
 
 
 # --- the stage --------------------------------------------------------------------------------
