@@ -21,9 +21,14 @@ def pause(folder: Path, actors: Actors, kl_coef: float) -> None:
     write_json(folder / PLAIN, plain)
 
 
+def paused(folder: Path) -> bool:
+    """Whether a run was put aside in `folder`."""
+    return (folder / PLAIN).is_file()
+
+
 def take_up(folder: Path, actors: Actors, kl_coef: float) -> float:
     """The penalty's coefficient of a run that was paused in `folder`, or `kl_coef` of a new one."""
-    if not (folder / PLAIN).is_file():
+    if not paused(folder):
         return kl_coef
     tensors, plain = load_file(folder / TENSORS), read_json(folder / PLAIN)
     for name, trainee in trainees(actors).items():

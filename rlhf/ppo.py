@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from rlhf.losses import gae, policy_loss, shaped_rewards, value_loss, whiten
-from rlhf.pause import pause, take_up
+from rlhf.pause import pause, paused, take_up
 from rlhf.rollout import (
     Actors,
     GoldScorer,
@@ -157,7 +157,7 @@ def train_ppo(
     updates = max(1, ppo.episodes // ppo.rollout_size)
     judge = reward_model or GoldScorer(make_task(task), tokenizer)
     actors = make_actors(start, judge, ppo.optimizers(updates), drawing, meter)
-    log = TrainingLog(folder, updates)
+    log = TrainingLog(folder, updates, goes_on=paused(folder))
     controller = KLController(take_up(folder, actors, kl_coef), ppo.kl_target, ppo.kl_horizon)
     prompts = islice(prompt_stream(tokenizer, task, ppo, seed), len(log), None)
     save_after = checkpoint_steps(updates, checkpoints)

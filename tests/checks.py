@@ -6,6 +6,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from shared.models.packing import pack
+from shared.models.sequences import Sequences
+
 # exact.toml with a world of 85 completions a prompt and a small model
 SMALL_WORLD = {
     "task.exact.words": 3, "task.exact.prompts": 4, "task.exact.cap": 3, "threads": 1,
@@ -77,6 +80,12 @@ def minimiser(loss: Callable[[Tensor], Tensor], *shape: int) -> Tensor:
 
     optimizer.step(closure)
     return x.detach()
+
+
+def kept_tokens(batch: Sequences, at: Tensor) -> tuple[int, int, list[int]]:
+    """How many tokens `pack` leaves, how many of them are those `at` (B, P + T), and each row's."""
+    packed = pack(batch, at)
+    return packed.ids.shape[1], len(packed.place[at].unique()), packed.lengths.tolist()
 
 
 def beginnings(rows: Iterable[list[int]]) -> set[tuple[int, ...]]:

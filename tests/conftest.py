@@ -15,6 +15,7 @@ from benchmarks.pipeline.places import quiet_libraries
 from dpo.reference import score_mismatched, score_reference
 from shared.data.preferences import PreferenceConfig, make_preferences
 from shared.generation.engine import Sampling
+from shared.generation.start import Drawing
 from shared.models import ops
 from shared.models.load import (
     ModelConfig,
@@ -111,7 +112,8 @@ def preferences_folder(
     """22 training pairs, sampled from the policy and labelled by the task. Do not write here."""
     folder = tmp_path_factory.mktemp("preferences")
     data = PreferenceConfig(pairs=22, held_out_pairs=2)
-    make_preferences(folder, task_config, policy_folder, data, Sampling(max_new_tokens=10), seed=0)
+    drawing = Drawing(Sampling(max_new_tokens=10))
+    make_preferences(folder, task_config, policy_folder, data, drawing, seed=0)
     return folder
 
 

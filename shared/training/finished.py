@@ -18,12 +18,15 @@ LOG = "log.jsonl"
 class TrainingLog:
     """`log.jsonl`: a line an update or step, there as soon as it is made. `steps`: how many come.
 
-    A folder that was put aside keeps its lines, and the log goes on behind them.
+    A folder that was put aside keeps its lines. With `goes_on` the log goes on behind them; without
+    it training starts anew, and they are dropped.
     """
 
-    def __init__(self, folder: Path, steps: int):
+    def __init__(self, folder: Path, steps: int, *, goes_on: bool = False):
         self.path, self.steps = folder / LOG, steps
-        self.rows: list[dict[str, Any]] = read_jsonl(self.path) if self.path.exists() else []
+        if not goes_on:
+            self.path.unlink(missing_ok=True)
+        self.rows: list[dict[str, Any]] = read_log(folder)
 
     def __len__(self) -> int:
         return len(self.rows)

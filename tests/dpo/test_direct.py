@@ -14,22 +14,31 @@ from hypothesis import strategies as st
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from dpo.losses import LOSSES, UNPAIRED
+from dpo.losses import LOSSES, UNPAIRED, LogRatios, expected_loss
 from dpo.reference import (
     mismatch,
     read_mismatched,
     read_reference,
     score_mismatched,
     score_reference,
-    unpaired_rows,
 )
-from dpo.train import Dataset, DirectConfig, check_setting, train_direct
+from dpo.train import (
+    DirectConfig,
+    DirectData,
+    Objective,
+    check_setting,
+    split_setting,
+    train_direct,
+)
 from shared.config import InputError
+from shared.data.batches import PairRows
 from shared.data.pairs import read_pairs
 from shared.models.cost import At, forward_flops
-from shared.models.load import frozen, load_policy
+from shared.models.load import Start, frozen, load_policy
 from shared.models.logprobs import sequence_logps
-from shared.models.sequences import Limit, collate
+from shared.models.sequences import SCORING, Limit, collate
+from shared.stages import read_json, write_jsonl
+from shared.training.finished import read_log
 from shared.training.fit import OptimizerConfig, Trainee, prepare
 
 PAD = 0
@@ -63,17 +72,36 @@ def descent(model: PreTrainedModel) -> Trainee:
 
 
 @pytest.fixture
-def dataset(policy_folder: Path, preferences_folder: Path, reference_folder: Path):
-    def make(loss: str, micro_batch_size: int = 32, tokens: int = 10**6, **setting: float):
-        setting = setting or SETTINGS[loss]
-        folders = policy_folder, preferences_folder, reference_folder, reference_folder
-        return Dataset(*folders, loss, setting, Limit(2 * micro_batch_size, tokens))
+def objective(preferences_folder: Path, reference_folder: Path):
+    data = DirectData(preferences_folder, reference_folder, reference_folder)
+
+    def make(loss: str, micro_batch_size: int = 32, tokens: int = 10**6) -> Objective:
+        limit = Limit(2 * micro_batch_size, tokens)
+        return Objective(data, PAD, loss, SETTINGS[loss], limit)
 
     return make
 
 
-def all_rows() -> list[int]:
-    return list(range(2 * N))
+def rows_of(objective: Objective, numbers: list[int]) -> list[int]:
+    """The rows that one of its batches names: a pair's are two."""
+    if objective.single_rows:
+        return numbers
+    assert all(0 <= number < N for number in numbers)
+    return [row for number in numbers for row in (number, N + number)]
+
+
+def everything(loss: str) -> list[int]:
+    """All pairs in one batch, or all rows."""
+    return list(range(2 * N if loss == "kto" else N))
+
+
+def unpaired_rows(preferences: Path) -> tuple[list[list[int]], list[list[int]]]:
+    """(prompts, completions) of all rows: all chosen, then all rejected."""
+    pairs = read_pairs(preferences / "train.jsonl")
+    return [p.prompt_ids for p in pairs] * 2, [
+        *(p.chosen_ids for p in pairs),
+        *(p.rejected_ids for p in pairs),
+    ]
 
 
 # KTO's baseline
@@ -121,9 +149,10 @@ def test_the_cached_reference_equals_one_computed_row_by_row(
 ):
     cached, mismatched = read_reference(reference_folder), read_mismatched(reference_folder)
     model, pairs = load_policy(policy_folder), read_pairs(preferences_folder / "train.jsonl")
-    prompts, completions = unpaired_rows(pairs)
-    assert len(pairs) == N
-    assert prompts == [p.prompt_ids for p in pairs] * 2
+    prompts, completions = unpaired_rows(preferences_folder)
+    rows = PairRows(pairs, PAD, SCORING)
+    assert len(pairs) == rows.count == N
+    assert (rows.prompts, rows.completions) == (prompts, completions)
     with torch.no_grad():
         alone = [
             [
@@ -141,8 +170,7 @@ def test_scoring_the_reference_is_paid_for(
     tmp_path: Path, policy_folder: Path, preferences_folder: Path
 ):
     """A pass over all completions, what they begin with in common once; none of it is training."""
-    model, pairs = load_policy(policy_folder), read_pairs(preferences_folder / "train.jsonl")
-    prompts, completions = unpaired_rows(pairs)
+    model, (prompts, completions) = load_policy(policy_folder), unpaired_rows(preferences_folder)
     folders = tmp_path / "reference", tmp_path / "mismatched"
     for folder in folders:
         folder.mkdir()
@@ -169,9 +197,8 @@ def test_in_bfloat16_policy_and_reference_round_alike(
         folder.mkdir()
     score_reference(folders[0], policy_folder, preferences_folder, "bfloat16")
     score_mismatched(folders[1], policy_folder, preferences_folder, 0, "bfloat16")
-    data = Dataset(
-        policy_folder, preferences_folder, *folders, loss, {"beta": 50.0}, DirectConfig().limit
-    )
+    folders_read = DirectData(preferences_folder, *folders)
+    data = Objective(folders_read, PAD, loss, {"beta": 50.0}, DirectConfig().limit)
     half = OptimizerConfig(learning_rate=1e-3, precision="bfloat16", warmup_share=0.0)
     trainee = prepare(load_policy(policy_folder), half, 1)
     exact = tmp_path / "exact"
@@ -199,7 +226,7 @@ def test_the_frozen_copy_neither_trains_nor_follows_the_policy(policy_folder: Pa
 # Settings
 
 
-@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("loss", SETTINGS)
 def test_every_loss_takes_its_own_settings(loss: str):
     check_setting(loss, SETTINGS[loss])
 
@@ -241,41 +268,67 @@ def test_a_value_that_makes_no_loss_is_refused(loss: str, setting: dict[str, flo
         check_setting(loss, setting)
 
 
-def test_a_dataset_refuses_a_wrong_setting(dataset):
+def test_a_training_refuses_a_wrong_setting_before_it_reads_anything(tmp_path: Path):
+    nothing = tmp_path / "nothing"
     with pytest.raises(InputError, match="did you mean `beta`"):
-        dataset("dpo", betta=0.1)
+        train_direct(
+            tmp_path, Start(nothing), DirectData(nothing, nothing), "dpo", {"betta": 0.1},
+            DirectConfig(), (),
+        )  # fmt: skip
+
+
+def test_a_loss_over_single_completions_refuses_to_go_without_a_baseline(
+    preferences_folder: Path, reference_folder: Path
+):
+    data = DirectData(preferences_folder, reference_folder)
+    with pytest.raises(ValueError, match="mismatched"):
+        Objective(data, PAD, "kto", {"beta": 0.1}, SCORING)
+
+
+def test_a_setting_is_split_into_hyperparameters_and_a_rate():
+    direct = DirectConfig(optimizer=STEADY)
+    assert split_setting({"beta": 0.1}, direct) == ({"beta": 0.1}, direct)
+    rest, changed = split_setting({"beta": 0.1, "learning_rate": 0.5}, direct)
+    assert rest == {"beta": 0.1}
+    steeper = STEADY.model_copy(update={"learning_rate": 0.5})
+    assert changed == DirectConfig(optimizer=steeper)
+    assert direct.optimizer.learning_rate == STEADY.learning_rate
 
 
 # Batches
 
 
 @pytest.mark.parametrize("loss", ["dpo", "kto"])
-def test_an_epoch_deals_out_every_completion_once(dataset, loss: str):
-    found = list(dataset(loss).batches(range(N), 5, 2, seed=0))
+def test_an_epoch_deals_out_every_completion_once(objective, loss: str):
+    data = objective(loss)
+    found = [rows_of(data, numbers) for numbers in data.batches(range(N), 5, 2, seed=0)]
     assert len(found) == 2 * 5
     for epoch in (found[:5], found[5:]):
         assert [len(rows) for rows in epoch] == [10, 10, 10, 10, 4]
-        assert sorted(row for rows in epoch for row in rows) == all_rows()
+        assert sorted(row for rows in epoch for row in rows) == list(range(2 * N))
 
 
 @pytest.mark.parametrize("loss", ["dpo", "kto"])
-def test_batches_are_shuffled_each_epoch_and_by_seed(dataset, loss: str):
-    data = dataset(loss)
+def test_batches_are_shuffled_each_epoch_and_by_seed(objective, loss: str):
+    data = objective(loss)
     found = list(data.batches(range(N), 5, 2, seed=0))
     assert found == list(data.batches(range(N), 5, 2, seed=0))
     assert found[:5] != found[5:]
     assert found != list(data.batches(range(N), 5, 2, seed=1))
-    assert sorted(found[0]) != list(range(10))
+    assert sorted(found[0]) != list(range(len(found[0])))
 
 
-def test_both_sides_of_a_pair_stay_together(dataset):
-    for rows in dataset("dpo").batches(range(N), 5, 1, seed=0):
-        chosen = sorted(row for row in rows if row < N)
-        assert sorted(row - N for row in rows if row >= N) == chosen
+def test_both_sides_of_a_pair_stay_together(objective):
+    data = objective("dpo", micro_batch_size=2)
+    for numbers in data.batches(range(N), 5, 1, seed=0):
+        for batch in data.micro_batches(numbers):
+            chosen, rejected = batch.rows.chunk(2)
+            assert batch.chosen == len(chosen)
+            assert (rejected - N).tolist() == chosen.tolist()
 
 
-def test_kto_mixes_labels_and_parts_pairs(dataset):
-    found = list(dataset("kto").batches(range(N), 5, 1, seed=0))
+def test_kto_mixes_labels_and_parts_pairs(objective):
+    found = list(objective("kto").batches(range(N), 5, 1, seed=0))
     assert all(0 < sum(row < N for row in rows) < len(rows) for rows in found[:-1])
     assert any(
         {row % N for row in rows if row < N} != {row % N for row in rows if row >= N}
@@ -284,42 +337,51 @@ def test_kto_mixes_labels_and_parts_pairs(dataset):
 
 
 @pytest.mark.parametrize("loss", ["dpo", "kto"])
-def test_batches_of_some_pairs_hold_no_others(dataset, loss: str):
-    some = [3, 7, 8, 20]
-    found = [row for rows in dataset(loss).batches(some, 3, 1, seed=0) for row in rows]
+def test_batches_of_some_pairs_hold_no_others(objective, loss: str):
+    some, data = [3, 7, 8, 20], objective(loss)
+    dealt = data.batches(some, 3, 1, seed=0)
+    found = [row for numbers in dealt for row in rows_of(data, numbers)]
     assert sorted(found) == [*some, *(N + i for i in some)]
 
 
 @pytest.mark.parametrize("loss", ["dpo", "kto"])
-def test_micro_batches_hold_each_row_once_chosen_sides_first(dataset, loss: str):
-    data = dataset(loss, micro_batch_size=4)
-    rows = (
-        [2, 24, 9, 31, 5, 27, 11, 33, 20, 42]
-        if loss == "dpo"
-        else [2, 30, 9, 31, 40, 5, 6, 7, 8, 43]
+def test_micro_batches_hold_each_row_once_chosen_sides_first(
+    objective, preferences_folder: Path, loss: str
+):
+    every_row = unpaired_rows(preferences_folder)
+    data = objective(loss, micro_batch_size=4)
+    numbers = [2, 9, 5, 11, 20] if loss == "dpo" else [2, 30, 9, 31, 40, 5, 6, 7, 8, 43]
+    found = data.micro_batches(numbers)
+    assert len(found) > 1
+    assert sorted(row for batch in found for row in batch.rows.tolist()) == sorted(
+        rows_of(data, numbers)
     )
-    groups = list(data.groups(rows))
-    assert sorted(row for group in groups for row in group) == sorted(rows)
-    for group in groups:
-        assert len(group) <= 8
-        assert [row < N for row in group] == sorted((row < N for row in group), reverse=True)
+    for batch in found:
+        rows = batch.rows.tolist()
+        assert len(rows) <= 8
+        assert [row < N for row in rows] == sorted((row < N for row in rows), reverse=True)
+        assert batch.chosen == sum(row < N for row in rows)
+        assert (batch.p == 1).all()
+        assert len(batch.p) == batch.chosen
+        prompts, completions = ([of[row] for row in rows] for of in every_row)
+        expected = collate(prompts, completions, PAD)
+        assert all(map(torch.equal, batch.sequences, expected))
         if loss == "dpo":
-            half = len(group) // 2
-            assert [row + N for row in group[:half]] == group[half:]
+            half = len(rows) // 2
+            assert [row + N for row in rows[:half]] == rows[half:]
 
 
 @pytest.mark.parametrize("loss", ["dpo", "kto"])
 def test_a_micro_batch_holds_no_more_tokens_than_it_may_but_for_a_row_or_pair_alone(
-    dataset, loss: str
+    objective, loss: str
 ):
     for tokens in (1, 60, 90, 300):
-        data = dataset(loss, tokens=tokens)
-        groups = list(data.groups(all_rows()))
-        assert sorted(row for group in groups for row in group) == all_rows()
-        for group in groups:
-            alone = len(group) == (2 if loss == "dpo" else 1)
-            assert alone or data.micro(group, 1, None).sequences.ids.numel() <= tokens
-    assert len(groups) < N
+        found = objective(loss, tokens=tokens).micro_batches(everything(loss))
+        assert sorted(row for batch in found for row in batch.rows.tolist()) == list(range(2 * N))
+        for batch in found:
+            alone = len(batch.rows) == (2 if loss == "dpo" else 1)
+            assert alone or batch.sequences.ids.numel() <= tokens
+    assert len(found) < N
 
 
 # The step
@@ -337,20 +399,21 @@ def test_a_micro_batch_holds_no_more_tokens_than_it_may_but_for_a_row_or_pair_al
     ],
 )
 def test_the_first_step_starts_from_the_loss_of_the_reference(
-    dataset, policy_folder: Path, loss: str, expected: float
+    objective, policy_folder: Path, loss: str, expected: float
 ):
     """The policy is the reference: what the cache holds is what the step computes."""
-    log = dataset(loss).step(descent(load_policy(policy_folder)), all_rows())
+    log = objective(loss).step(descent(load_policy(policy_folder)), everything(loss))
     assert log["loss"] == pytest.approx(expected, abs=2e-6)
 
 
-@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("loss", SETTINGS)
 def test_a_step_equals_the_loss_written_out(
-    dataset, policy_folder: Path, preferences_folder: Path, loss: str
+    objective, policy_folder: Path, preferences_folder: Path, loss: str
 ):
     """Log-ratios of plain rows, one by one, against the step's own batches and cache."""
-    data, model, ref = dataset(loss, 4), moved(policy_folder), load_policy(policy_folder)
-    rows = [0, N, 4, N + 4, 9, N + 9, 17, N + 17, 3, N + 3]
+    data, model, ref = objective(loss, 4), moved(policy_folder), load_policy(policy_folder)
+    numbers = [0, 4, 9, 17, 3]
+    rows = [row for number in numbers for row in (number, N + number)]
     pairs = read_pairs(preferences_folder / "train.jsonl")
 
     @torch.no_grad()
@@ -363,7 +426,7 @@ def test_a_step_equals_the_loss_written_out(
     rejected = [ratio(p.prompt_ids, p.rejected_ids) for p in kept]
     s = SETTINGS[loss]
     if loss == "kto":
-        prompts, completions = unpaired_rows(pairs)
+        prompts, completions = unpaired_rows(preferences_folder)
         partner = data.mismatched.partner.tolist()
         baseline = [ratio(prompts[i], completions[partner[i]]) for i in rows]
         z = max(0.0, sum(baseline) / len(baseline))
@@ -388,7 +451,7 @@ def test_a_step_equals_the_loss_written_out(
             / scale
             for h in (s["beta"] * (c - r) for c, r in zip(chosen, rejected, strict=True))
         ]
-    log = data.step(descent(model), rows)
+    log = data.step(descent(model), rows if loss == "kto" else numbers)
     assert log["loss"] == pytest.approx(sum(losses) / len(losses), rel=1e-5)
     if loss not in UNPAIRED:
         margins = [c - r for c, r in zip(chosen, rejected, strict=True)]
@@ -400,15 +463,15 @@ def test_a_step_equals_the_loss_written_out(
         )
 
 
-@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("loss", SETTINGS)
 def test_the_micro_batch_size_changes_neither_loss_nor_gradient(
-    dataset, policy_folder: Path, loss: str
+    objective, policy_folder: Path, loss: str
 ):
-    rows = all_rows() if loss != "kto" else [*range(15), *range(N, N + 6), N + 18]
+    numbers = everything(loss) if loss != "kto" else [*range(15), *range(N, N + 6), N + 18]
     found = []
     for size in ((32,), (5,), (1,), (32, 90), (32, 1)):  # pairs, tokens
         model = moved(policy_folder)
-        log = dataset(loss, *size).step(descent(model), rows)
+        log = objective(loss, *size).step(descent(model), numbers)
         found.append((log, weights(model)))
     assert (found[0][1] - weights(moved(policy_folder))).norm() > 0.1
     for log, after in found[1:]:
@@ -416,11 +479,43 @@ def test_the_micro_batch_size_changes_neither_loss_nor_gradient(
         close(after, found[0][1], 5e-6)  # gradients of products are exact to 4e-6
 
 
+@pytest.mark.parametrize("loss", ["dpo", "kto"])
+def test_each_pair_keeps_its_own_probability_in_any_micro_batch(
+    tmp_path: Path, policy_folder: Path, preferences_folder: Path, reference_folder: Path, loss: str
+):
+    """Labels of 0 to 1 by pair: the expected loss of a whole batch in the pairs' own order."""
+    pairs = read_pairs(preferences_folder / "train.jsonl")
+    p = [i / (N - 1) for i in range(N)]
+    write_jsonl(
+        tmp_path / "train.jsonl",
+        [pair._replace(p=q)._asdict() for pair, q in zip(pairs, p, strict=True)],
+    )
+    data, model = DirectData(tmp_path, reference_folder, reference_folder), moved(policy_folder)
+    prompts, completions = unpaired_rows(tmp_path)
+    with torch.no_grad():
+        logps = sequence_logps(model, collate(prompts, completions, PAD))
+    ratios = logps - read_reference(reference_folder)
+    numbers = [7, 0, 21, 3, 12]
+    for size in (32, 2, 1):
+        objective = Objective(data, PAD, loss, SETTINGS[loss], Limit(2 * size, 10**6))
+        assert not objective.single_rows
+        mismatched = None
+        if loss == "kto":
+            mismatched = objective.mismatched_ratios(model, rows_of(objective, numbers))
+        chosen, rejected = ratios[numbers], ratios[[N + i for i in numbers]]
+        ones = torch.ones(len(numbers))
+        r = LogRatios(chosen, rejected, ones, ones, mismatched)
+        labels = torch.tensor([p[i] for i in numbers])
+        expected = expected_loss(LOSSES[loss], r, labels, **SETTINGS[loss]).mean()
+        log = objective.step(descent(moved(policy_folder)), numbers)
+        assert log["loss"] == pytest.approx(expected.item(), rel=1e-5)
+
+
 def test_ktos_baseline_is_that_of_the_whole_step_and_is_logged(
-    dataset, policy_folder: Path, monkeypatch: pytest.MonkeyPatch
+    objective, policy_folder: Path, monkeypatch: pytest.MonkeyPatch
 ):
     """Mismatched log-ratios of 0 to 4.3 by row: a baseline that differs between micro-batches."""
-    data = dataset("kto", 1)
+    data = objective("kto", 1)
     known = torch.arange(2 * N) / 10
     data.mismatched = data.mismatched._replace(logps=data.mismatched.logps - known)
     rows = [1, 3, N + 5, N + 8, 20]
@@ -444,23 +539,23 @@ def run(
     folder.mkdir()
     options = {"epochs": 4, "batch_size": 8, "optimizer": STEADY, **changes}
     seed, checkpoints = options.pop("seed", 0), options.pop("checkpoints", ())
-    direct = DirectConfig(**options)
-    inputs = policy, preferences, reference, reference
-    train_direct(folder, *inputs, loss, SETTINGS[loss], direct, checkpoints, seed)
-    return tuple(json.loads((folder / f"{name}.json").read_text()) for name in ("log", "stopped"))
+    direct, data = DirectConfig(**options), DirectData(preferences, reference, reference)
+    start = Start(policy, seed=seed)
+    train_direct(folder, start, data, loss, SETTINGS[loss], direct, checkpoints)
+    return read_log(folder), read_json(folder / "stopped.json")
 
 
 @torch.no_grad()
 def margins(model_folder: Path, preferences: Path, reference: Path) -> Tensor:
     """Log-ratio of chosen less that of rejected, each training pair."""
     model, ref = load_policy(model_folder), read_reference(reference)
-    prompts, completions = unpaired_rows(read_pairs(preferences / "train.jsonl"))
+    prompts, completions = unpaired_rows(preferences)
     chosen, rejected = sequence_logps(model, collate(prompts, completions, PAD)).chunk(2)
     ref_chosen, ref_rejected = ref.chunk(2)
     return (chosen - ref_chosen) - (rejected - ref_rejected)
 
 
-@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("loss", SETTINGS)
 def test_a_short_training_prefers_the_chosen_completions(
     tmp_path: Path, policy_folder: Path, preferences_folder: Path, reference_folder: Path, loss: str
 ):
@@ -533,8 +628,8 @@ def test_a_setting_may_hold_its_own_learning_rate(
         direct = DirectConfig(
             optimizer=STEADY.model_copy(update={"learning_rate": rate}), epochs=1, batch_size=8
         )
-        inputs = policy_folder, preferences_folder, reference_folder, None, "dpo"
-        train_direct(folder, *inputs, setting, direct, (), 0)
+        data = DirectData(preferences_folder, reference_folder)
+        train_direct(folder, Start(policy_folder), data, "dpo", setting, direct, ())
         found.append(weights(load_policy(folder / "final")))
     assert torch.equal(found[0], found[1])
     assert not torch.equal(found[0], found[2])

@@ -12,12 +12,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from dpo.filtered import FilterConfig, keep, random_keep, train_filtered
-from dpo.train import DirectConfig, train_direct
+from dpo.filtered import Filter, FilterConfig, keep, random_keep, train_filtered
+from dpo.train import DirectConfig, DirectData, train_direct
 from shared.data.pairs import Pair, read_pairs
-from shared.generation.engine import Sampling
+from shared.generation.engine import EngineLost, Sampling
 from shared.generation.hf import HFEngine
-from shared.models.load import Scorer, load_policy, load_tokenizer, special_ids
+from shared.generation.start import Drawing
+from shared.models.cost import Meter
+from shared.models.load import Scorer, Start, load_policy, load_tokenizer, special_ids
+from shared.stages import Stages, read_json, read_jsonl
+from shared.training.finished import read_log
 from shared.training.fit import OptimizerConfig
 
 SAMPLING = Sampling(max_new_tokens=10)
@@ -138,20 +142,19 @@ def start(
         folder = tmp_path_factory.mktemp("filtered")
         train_filtered(
             folder,
-            policy_folder,
-            preferences_folder,
-            reference_folder,
-            reward_folder,
+            Start(policy_folder, seed=seed),
+            DirectData(preferences_folder, reference_folder),
+            Filter(
+                reward_folder,
+                FilterConfig(**{"epochs": 3, "floor": 0.1, **filtering}),
+                Drawing(SAMPLING),
+            ),
             {"beta": 0.1},
             direct,
-            FilterConfig(**{"epochs": 3, "floor": 0.1, **filtering}),
-            SAMPLING,
             checkpoints,
-            seed,
         )
-        audit = [json.loads(line) for line in (folder / "audit.jsonl").read_text().splitlines()]
-        names = ("filtering", "log", "cost")
-        return Run(folder, audit, *(json.loads((folder / f"{n}.json").read_text()) for n in names))
+        audit, epochs = read_jsonl(folder / "audit.jsonl"), read_json(folder / "filtering.json")
+        return Run(folder, audit, epochs, read_log(folder), read_json(folder / "cost.json"))
 
     return run
 
@@ -248,21 +251,78 @@ def test_the_rejected_answer_does_not_matter_to_the_filter(
     (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     out = tmp_path / "out"
     out.mkdir()
-    folders = policy_folder, tmp_path, reference_folder, reward_folder
-    filtering = FilterConfig(epochs=1, floor=0.1)
-    train_filtered(out, *folders, {"beta": 0.1}, DIRECT, filtering, SAMPLING, (), 0)
-    audit = [json.loads(line) for line in (out / "audit.jsonl").read_text().splitlines()]
+    data = DirectData(tmp_path, reference_folder)
+    filtering = Filter(reward_folder, FilterConfig(epochs=1, floor=0.1), Drawing(SAMPLING))
+    train_filtered(out, Start(policy_folder), data, filtering, {"beta": 0.1}, DIRECT, ())
+    audit = read_jsonl(out / "audit.jsonl")
     assert audit == [row for row in filtered.audit if row["epoch"] == 0]
 
 
 def test_with_nothing_to_drop_filtered_dpo_is_dpo(
-    start, tmp_path: Path, policy_folder: Path, preferences_folder: Path, reference_folder: Path
+    start,
+    tmp_path: Path,
+    policy_folder: Path,
+    preferences_folder: Path,
+    reference_folder: Path,
+    reward_folder: Path,
+    pairs: dict[str, Pair],
 ):
+    """To the bit; it pays for its samples and for two passes of the reward model besides."""
     everything = start(epochs=1, margin=-1e9)
-    folders = policy_folder, preferences_folder, reference_folder
-    train_direct(tmp_path, *folders, None, "dpo", {"beta": 0.1}, DIRECT, (), 0)
-    assert json.loads((tmp_path / "log.json").read_text()) == everything.log
+    data = DirectData(preferences_folder, reference_folder)
+    train_direct(tmp_path, Start(policy_folder), data, "dpo", {"beta": 0.1}, DIRECT, ())
+    assert read_log(tmp_path) == everything.log
     final, other = (load_policy(f / "final") for f in (tmp_path, everything.folder))
+    assert torch.equal(weights(final), weights(other))
+    prompts = [p.prompt_ids for p in pairs.values()]
+    engine = HFEngine(load_policy(policy_folder), special_ids(load_tokenizer(policy_folder)))
+    scorer, besides = Scorer(reward_folder), Meter()
+    samples = engine.generate(prompts, SAMPLING).ids
+    for completions in ([p.chosen_ids for p in pairs.values()], samples):
+        scorer.score_all(prompts, completions)
+    cost = read_json(tmp_path / "cost.json")
+    assert everything.cost["flops"] == pytest.approx(cost["flops"] + besides.flops)
+    assert everything.cost["generated_tokens"] == sum(map(len, samples))
+    assert everything.cost["train_tokens"] == cost["train_tokens"]
+
+
+def test_an_attempt_that_lost_its_engine_leaves_nothing_in_the_next_ones_log(
+    filtered: Run,
+    tmp_path: Path,
+    policy_folder: Path,
+    preferences_folder: Path,
+    reference_folder: Path,
+    reward_folder: Path,
+):
+    """It begins anew in the folder that was put aside, and ends as one that was not."""
+    config = FilterConfig(epochs=3, floor=0.1)
+    inputs = {
+        "start": Start(policy_folder),
+        "data": DirectData(preferences_folder, reference_folder),
+        "filtering": Filter(reward_folder, config, Drawing(SAMPLING)),
+        "setting": {"beta": 0.1},
+        "direct": DIRECT,
+        "checkpoints": (0.5,),
+    }
+    sync, calls = HFEngine.sync, []
+
+    def lost_once(self: HFEngine) -> float:
+        calls.append(1)
+        if len(calls) == 2:
+            raise EngineLost("gone")
+        return sync(self)
+
+    stages = Stages(tmp_path, lambda *_: None)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(HFEngine, "sync", lost_once)
+        with pytest.raises(EngineLost):
+            stages.run("filtered", train_filtered, **inputs)
+        found = stages.run("filtered", train_filtered, **inputs)
+    assert len(calls) == 2 + 3
+    assert read_log(found) == filtered.log
+    for name in ("checkpoints.json", "filtering.json"):
+        assert read_json(found / name) == read_json(filtered.folder / name)
+    final, other = (load_policy(f / "final") for f in (found, filtered.folder))
     assert torch.equal(weights(final), weights(other))
 
 

@@ -30,6 +30,7 @@ from shared.generation.hf import HFEngine
 from shared.generation.start import Drawing
 from shared.models.load import (
     ModelConfig,
+    Start,
     load_policy,
     new_policy,
     new_scalar_model,
@@ -135,7 +136,7 @@ def test_exact_labels_carry_the_probability_and_listed_pairs_cover_the_world(
     models: tuple[Path, ...], tmp_path: Path
 ):
     data = PreferenceConfig(pairs=3000, held_out_pairs=100, labels="exact", listed=True)
-    make_preferences(tmp_path, TASK, models[0], data, SAMPLING, seed=0)
+    make_preferences(tmp_path, TASK, models[0], data, Drawing(SAMPLING), seed=0)
     pairs = read_pairs(tmp_path / "train.jsonl")
     assert len(pairs) == 3000
     for pair in pairs:
@@ -152,7 +153,7 @@ def test_equal_pairs_with_other_labels_are_data_of_a_finite_task(
     models: tuple[Path, ...], tmp_path: Path
 ):
     data = PreferenceConfig(pairs=2000, held_out_pairs=100)
-    make_preferences(tmp_path, TASK, models[0], data, SAMPLING, seed=0)
+    make_preferences(tmp_path, TASK, models[0], data, Drawing(SAMPLING), seed=0)
     pairs = read_pairs(tmp_path / "train.jsonl")
     ways = {(p.prompt, tuple(p.chosen_ids), tuple(p.rejected_ids)) for p in pairs}
     assert any((x, b, a) in ways for x, a, b in ways)
@@ -167,7 +168,7 @@ def test_equal_pairs_with_other_labels_are_data_of_a_finite_task(
 def test_an_endless_task_cannot_be_listed(policy_folder: Path, tmp_path: Path):
     data = PreferenceConfig(pairs=10, held_out_pairs=2, listed=True)
     with pytest.raises(InputError, match="`reviews`: its completions cannot be listed"):
-        make_preferences(tmp_path, TaskConfig(), policy_folder, data, SAMPLING, seed=0)
+        make_preferences(tmp_path, TaskConfig(), policy_folder, data, Drawing(SAMPLING), seed=0)
 
 
 def test_gold_as_a_reward_is_the_tasks_score_of_the_tokens(models: tuple[Path, ...]):
@@ -211,7 +212,7 @@ def test_ppo_on_gold_climbs_to_most_of_what_the_optimum_gains(
         optimizer=OptimizerConfig(learning_rate=3e-3, schedule="linear", adam_epsilon=1e-5),
         value_learning_rate=3e-3,
     )
-    train_ppo(tmp_path, models[0], None, TASK, ppo, beta, SAMPLING, (), seed=0)
+    train_ppo(tmp_path, Start(models[0]), None, TASK, ppo, beta, Drawing(SAMPLING), ())
     cost = read_json(tmp_path / "cost.json")
     assert cost["models_held"] == 3
     found = world.logps(tmp_path / "final", SAMPLING)

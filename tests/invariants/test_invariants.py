@@ -14,7 +14,7 @@ from benchmarks.pipeline.arms import Pipeline
 from benchmarks.pipeline.experiment import load_experiment
 from benchmarks.pipeline.plan import Plan
 from dpo.losses import LogRatios, rdpo_loss
-from dpo.train import Dataset, DirectConfig
+from dpo.train import DirectConfig, DirectData, Objective
 from rlhf.ppo import PPOConfig, prompt_stream, train_ppo, update_models
 from rlhf.rollout import Actors, make_actors, rollout_numbers, score_rollout
 from shared.data.pairs import read_pairs
@@ -22,12 +22,13 @@ from shared.generation.engine import Sampling
 from shared.generation.hf import HFEngine
 from shared.generation.start import Drawing
 from shared.models.cost import Meter
-from shared.models.load import load_policy, load_scalar_model, save, special_ids
+from shared.models.load import Start, load_policy, load_scalar_model, save, special_ids
 from shared.models.logprobs import sequence_logps
 from shared.models.sequences import collate
-from shared.stages import read_json, read_jsonl
+from shared.stages import read_jsonl, stage_key
 from shared.tasks.exact import Exact, ExactConfig
 from shared.tasks.registry import TaskConfig, make_task
+from shared.training.finished import read_log
 from shared.training.fit import OptimizerConfig, Trainee
 from shared.training.sft import tokenize
 
@@ -53,8 +54,8 @@ PPO = PPOConfig(
 
 @pytest.fixture
 def actors(policy_folder: Path, reward_folder: Path) -> Actors:
-    optimizers = PPO.optimizer, PPO.value_optimizer
-    return make_actors(policy_folder, reward_folder, *optimizers, 1, 1.0, Meter())
+    drawing = Drawing(SAMPLING)
+    return make_actors(Start(policy_folder), reward_folder, PPO.optimizers(1), drawing, Meter())
 
 
 @pytest.fixture
@@ -97,7 +98,8 @@ def test_reward_whitening_keeps_the_mean_reward(
     prompts: list[list[int]],
 ):
     """Read off the first update's value loss, half a mean squared advantage; its KL is 0."""
-    train_ppo(tmp_path, policy_folder, reward_folder, task_config, PPO, 0.1, SAMPLING, (), 0)
+    inputs = reward_folder, task_config, PPO, 0.1, Drawing(SAMPLING), ()
+    train_ppo(tmp_path, Start(policy_folder), *inputs)
     drawn = actors.engine.generate(prompts, SAMPLING.model_copy(update={"seed": 1}))
     rollout, scores = score_rollout(actors, prompts, drawn.ids)
     rows = [[0.0] * (len(c) - 1) for c in drawn.ids]
@@ -114,7 +116,7 @@ def test_reward_whitening_keeps_the_mean_reward(
             after = reward + 0.9 * following - values[t] + 0.9 * 0.8 * after
             following = values[t]
             squares.append(after**2)
-    (log,) = read_json(tmp_path / "log.json")
+    (log,) = read_log(tmp_path)
     assert log["loss/value_avg"] == pytest.approx(sum(squares) / len(squares) / 2, rel=1e-4)
 
 
@@ -216,8 +218,8 @@ def test_a_kto_step_of_one_row_or_of_one_label_reads_the_baseline_of_another_pro
     rows: list[int], policy_folder: Path, preferences_folder: Path, reference_folder: Path
 ):
     """A row matched with itself would make the baseline its own log-ratio and the loss a half."""
-    folders = policy_folder, preferences_folder, reference_folder, reference_folder
-    data = Dataset(*folders, "kto", {"beta": 0.5}, DirectConfig().limit)
+    folders = DirectData(preferences_folder, reference_folder, reference_folder)
+    data = Objective(folders, PAD, "kto", {"beta": 0.5}, DirectConfig().limit)
     model, ref = load_policy(policy_folder), load_policy(policy_folder)
     with torch.no_grad():
         for parameter in model.parameters():

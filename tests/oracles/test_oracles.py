@@ -33,11 +33,11 @@ from dpo.losses import (
     kto_loss,
 )
 from rlhf.losses import bradley_terry_loss
-from rlhf.reward import collate_pairs
+from shared.data.batches import PairRows
 from shared.data.pairs import Pair, read_pairs, swapped
 from shared.models.load import load_policy, load_scalar_model, sequence_scores
 from shared.models.logprobs import sequence_logps
-from shared.models.sequences import collate
+from shared.models.sequences import SCORING, collate
 
 PAD = 0
 PLAIN = {
@@ -347,8 +347,11 @@ def test_the_reward_models_loss_equals_trls(
     batch = CollatorForRewards(pad_token_id=PAD)(rows)
     theirs = with_gradient(model, lambda: trainer.compute_loss(model, batch))
 
+    (ours,) = PairRows(pairs, PAD, SCORING).of_pairs(range(len(pairs)))
+    ahead = ahead[ours.rows[: ours.chosen]]  # in the order of their lengths
+
     def loss() -> Tensor:
-        chosen, rejected = sequence_scores(model, collate_pairs(pairs, PAD)).chunk(2)
+        chosen, rejected = sequence_scores(model, ours.sequences).chunk(2)
         options = {"margin": ahead if margin else None, "center": center or 0.0}
         return bradley_terry_loss(chosen, rejected, **options).mean()
 

@@ -31,7 +31,7 @@ def scorer(reward_folder: Path) -> Scorer:
 def test_the_highest_scored_of_n_samples_of_each_prompt_stays(engine: HFEngine, scorer: Scorer):
     n = 5
     drawn = engine.generate([p for p in PROMPTS for _ in range(n)], SAMPLING)
-    found = best_of_n(engine, scorer, PROMPTS, n, SAMPLING, Meter())
+    found = best_of_n(engine, scorer, PROMPTS, n, SAMPLING)
     places = []
     for i, prompt in enumerate(PROMPTS):
         candidates = drawn.ids[i * n : (i + 1) * n]
@@ -44,17 +44,22 @@ def test_the_highest_scored_of_n_samples_of_each_prompt_stays(engine: HFEngine, 
 
 
 def test_one_of_one_is_a_sample(engine: HFEngine, scorer: Scorer):
-    assert best_of_n(engine, scorer, PROMPTS, 1, SAMPLING, Meter()) == engine.generate(
-        PROMPTS, SAMPLING
-    )
+    assert best_of_n(engine, scorer, PROMPTS, 1, SAMPLING) == engine.generate(PROMPTS, SAMPLING)
 
 
 def test_every_sample_is_paid_for(engine: HFEngine, scorer: Scorer):
-    meters = [Meter(), Meter()]
-    for n, meter in zip((1, 6), meters, strict=True):
-        best_of_n(engine, scorer, PROMPTS, n, SAMPLING, meter)
+    meters = []
+    for n in (1, 6):
+        meters.append(Meter())
+        best_of_n(engine, scorer, PROMPTS, n, SAMPLING)
     assert meters[1].generated_tokens > 3 * meters[0].generated_tokens
     assert meters[1].flops > 3 * meters[0].flops
+    repeated, both = [p for p in PROMPTS for _ in range(6)], Meter()
+    drawn = engine.generate(repeated, SAMPLING).ids
+    alone = both.flops
+    scorer.score_all(repeated, drawn)
+    assert meters[1].flops == pytest.approx(both.flops)
+    assert both.flops > alone > 0
 
 
 class Dice:
@@ -88,7 +93,7 @@ def test_its_distribution_is_the_closed_form_and_its_kl_below_the_bound(engine: 
     weights = [0.4, 0.3, 0.2, 0.1]
     count = 20_000
     dice, taste = Dice(weights, engine.model), Taste(engine.model)
-    found = best_of_n(dice, taste, [[5]] * count, n, SAMPLING, Meter())  # pyright: ignore
+    found = best_of_n(dice, taste, [[5]] * count, n, SAMPLING)  # pyright: ignore
     shares = torch.bincount(torch.tensor([c[0] for c in found.ids]), minlength=4) / count
     cumulative = [0.0, 0.4, 0.7, 0.9, 1.0]
     truth = [b**n - a**n for a, b in itertools.pairwise(cumulative)]

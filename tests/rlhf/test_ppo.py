@@ -3,6 +3,7 @@
 import hashlib
 import json
 import math
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -30,8 +31,10 @@ from rlhf.rollout import (
 )
 from shared.generation.engine import Completions, EngineLost, Sampling
 from shared.generation.hf import HFEngine
+from shared.generation.start import Drawing
 from shared.models.cost import Meter
 from shared.models.load import (
+    Start,
     load_policy,
     load_scalar_model,
     new_scalar_model,
@@ -42,8 +45,11 @@ from shared.models.load import (
     token_scalars,
 )
 from shared.models.logprobs import sequence_logps, token_logprobs
+from shared.models.lora import LoRAConfig
 from shared.models.sequences import Sequences, collate
+from shared.stages import read_json
 from shared.tasks.registry import TaskConfig, make_task
+from shared.training.finished import read_log
 from shared.training.fit import OptimizerConfig, step
 
 PAD, EOS = 0, 1
@@ -64,16 +70,15 @@ SMALL = PPOConfig(
 
 def digest(folder: Path) -> dict[str, str]:
     files = (p for p in folder.rglob("*") if p.is_file())
-    return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in files}
+    return {str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest() for p in files}
 
 
 def four_models(
     policy: Path, reward_model: Path, ppo: PPOConfig, sampling: Sampling, updates: int
 ) -> Actors:
     """As `train_ppo` makes them."""
-    steps = updates * ppo.epochs * math.ceil(ppo.rollout_size / ppo.minibatch_size)
-    optimizers = ppo.optimizer, ppo.value_optimizer
-    return make_actors(policy, reward_model, *optimizers, steps, sampling.temperature, Meter())
+    optimizers = ppo.optimizers(updates)
+    return make_actors(Start(policy), reward_model, optimizers, Drawing(sampling), Meter())
 
 
 @pytest.fixture
@@ -394,12 +399,23 @@ def test_an_even_number_of_updates_sees_each_prompt_twice(
 # The whole stage
 
 
-def run(folder: Path, policy: Path, reward: Path, task: TaskConfig, ppo: PPOConfig, **changes):
+def run(
+    folder: Path,
+    policy: Path,
+    reward: Path | None,
+    task: TaskConfig,
+    ppo: PPOConfig,
+    *,
+    kl_coef: float = 0.1,
+    checkpoints: Sequence[float] = (),
+    seed: int = 0,
+    lora: LoRAConfig | None = None,
+) -> tuple[list[dict[str, float]], dict]:
     """(log, how it ended) of a PPO stage."""
     folder.mkdir()
-    setting = {"kl_coef": 0.1, "checkpoints": (), "seed": 0, "sampling": SAMPLING, **changes}
-    train_ppo(folder, policy, reward, task, ppo, **setting)
-    return tuple(json.loads((folder / f"{name}.json").read_text()) for name in ("log", "stopped"))
+    inputs = reward, task, ppo, kl_coef, Drawing(SAMPLING), checkpoints
+    train_ppo(folder, Start(policy, lora, seed), *inputs)
+    return read_log(folder), read_json(folder / "stopped.json")
 
 
 @pytest.fixture(scope="module")
@@ -679,8 +695,11 @@ def test_a_run_that_was_paused_ends_as_one_that_was_not(
 ):
     """Weights, log and cost, to the bit; seconds and memory aside."""
     ppo = SMALL.model_copy(update={"episodes": 64, "kl_target": 0.5})
-    inputs = policy_folder, reward_folder, task_config, ppo, 0.1, SAMPLING, (0.25,), 0
+    drawing = Drawing(SAMPLING)
+    inputs = Start(policy_folder), reward_folder, task_config, ppo, 0.1, drawing, (0.25,)
     whole, broken = tmp_path / "whole", tmp_path / "broken"
+    whole.mkdir()
+    broken.mkdir()
     train_ppo(whole, *inputs)
     sync, calls = HFEngine.sync, []
 
@@ -694,6 +713,7 @@ def test_a_run_that_was_paused_ends_as_one_that_was_not(
         patch.setattr(HFEngine, "sync", lost_once)
         with pytest.raises(EngineLost, match="PPO, update 3 of 4: gone"):
             train_ppo(broken, *inputs)
+        assert [row["step"] for row in read_log(broken)] == [1, 2]
         train_ppo(broken, *inputs)
     assert len(calls) == 3 + 2
     ends, others = digest(whole), digest(broken)

@@ -17,13 +17,14 @@ from transformers import (
 )
 
 from rlhf.losses import policy_loss, value_loss
-from rlhf.ppo import PPOConfig, engine_speaks_for_policy, ppo_update, train_ppo, update_models
+from rlhf.ppo import PPOConfig, engine_is_exact, ppo_update, train_ppo, update_models
 from rlhf.rollout import Actors, GoldScorer, make_actors, score_rollout
 from shared.config import InputError
 from shared.generation.engine import EngineLost
 from shared.generation.hf import HFEngine
+from shared.generation.start import Drawing
 from shared.models.cost import Meter
-from shared.models.load import load_policy, load_scalar_model, save
+from shared.models.load import Start, load_policy, load_scalar_model, save
 from shared.models.logprobs import logprobs_and_values, token_logprobs
 from shared.models.lora import LoRAConfig, value_head
 from shared.models.sequences import Limit
@@ -44,9 +45,16 @@ def prompts(task_config: TaskConfig, tokenizer: PreTrainedTokenizerBase) -> list
     return [tokenizer(text).input_ids for text in make_task(task_config).prompts("ppo", 16, 0)]
 
 
-def actors_of(policy: Path, reward: Path | GoldScorer, ppo: PPOConfig = SMALL, **form) -> Actors:
-    told = ppo.optimizer, ppo.value_optimizer, 10, 1.0, Meter()
-    return make_actors(policy, reward, *told, **form)
+def actors_of(
+    policy: Path,
+    reward: Path | GoldScorer,
+    ppo: PPOConfig = SMALL,
+    *,
+    shared_trunk: bool = False,
+    lora: LoRAConfig | None = None,
+) -> Actors:
+    optimizers = ppo.model_copy(update={"shared_trunk": shared_trunk}).optimizers(3)
+    return make_actors(Start(policy, lora), reward, optimizers, Drawing(SAMPLING), Meter())
 
 
 def moved(actors: Actors) -> Actors:
@@ -119,12 +127,12 @@ def test_whose_numbers_are_taken(policy_folder: Path, reward_folder: Path):
     half = OptimizerConfig(**{**SMALL.optimizer.model_dump(), "precision": "bfloat16"})
     whole = actors_of(policy_folder, reward_folder)
     rounded = actors_of(policy_folder, reward_folder, SMALL.model_copy(update={"optimizer": half}))
-    assert engine_speaks_for_policy(whole, SMALL)
-    assert not engine_speaks_for_policy(rounded, SMALL)  # it samples in float32
+    assert engine_is_exact(whole, SMALL)
+    assert not engine_is_exact(rounded, SMALL)  # it samples in float32
     for change in ({"reuse_logprobs": False}, {"importance_cap": 2.0}):
-        assert not engine_speaks_for_policy(whole, SMALL.model_copy(update=change))
+        assert not engine_is_exact(whole, SMALL.model_copy(update=change))
     whole.engine.exact = False
-    assert not engine_speaks_for_policy(whole, SMALL)
+    assert not engine_is_exact(whole, SMALL)
 
 
 def test_it_saves_one_pass_and_changes_no_result(
@@ -269,10 +277,12 @@ def test_a_run_in_one_trunk_that_was_paused_ends_as_one_that_was_not(
     policy_folder: Path, reward_folder: Path, task_config: TaskConfig, tmp_path: Path
 ):
     ppo = SMALL.model_copy(update={"shared_trunk": True})
-    inputs = policy_folder, reward_folder, task_config, ppo, 0.1, SAMPLING, (), 0
+    start, drawing = Start(policy_folder, LORA), Drawing(SAMPLING)
+    inputs = start, reward_folder, task_config, ppo, 0.1, drawing, ()
     whole, broken = tmp_path / "whole", tmp_path / "broken"
+    whole.mkdir()
     broken.mkdir()
-    train_ppo(whole, *inputs, lora=LORA)
+    train_ppo(whole, *inputs)
     sync, calls = HFEngine.sync, []
 
     def lost_once(self: HFEngine) -> float:
@@ -284,8 +294,8 @@ def test_a_run_in_one_trunk_that_was_paused_ends_as_one_that_was_not(
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(HFEngine, "sync", lost_once)
         with pytest.raises(EngineLost):
-            train_ppo(broken, *inputs, lora=LORA)
-        train_ppo(broken, *inputs, lora=LORA)
+            train_ppo(broken, *inputs)
+        train_ppo(broken, *inputs)
     ends, others = digest(whole), digest(broken)
     assert {n for n in {*ends, *others} if ends.get(n) != others.get(n)} == {"cost.json"}
 

@@ -11,17 +11,21 @@ from transformers import AutoModelForSequenceClassification
 
 from benchmarks.evaluation.metrics import accuracy_from_gold, bayes_accuracy
 from rlhf.reward import RewardConfig, examine_reward, train_reward
+from shared.data.batches import PairRows
 from shared.data.pairs import read_pairs
 from shared.data.preferences import PreferenceConfig, make_preferences, make_reward_test
 from shared.data.samples import read_samples, sample_reference
 from shared.generation.engine import Sampling
-from shared.models.load import ModelConfig, Scorer
+from shared.generation.start import Drawing
+from shared.models.cost import Meter
+from shared.models.load import ModelConfig, Scorer, load_scalar_model, sequence_scores
 from shared.stages import read_json, write_jsonl
 from shared.tasks.registry import TaskConfig
-from shared.training.fit import Diverged, OptimizerConfig
+from shared.training.finished import read_log
+from shared.training.fit import Diverged, OptimizerConfig, batches
 from shared.training.sft import SftConfig, train_sft
 
-SAMPLING = Sampling(max_new_tokens=10)
+DRAWING = Drawing(Sampling(max_new_tokens=10))
 STEADY = OptimizerConfig(learning_rate=1e-2, schedule="constant", warmup_share=0.0)
 SMALL = RewardConfig(optimizer=STEADY, epochs=6, batch_size=11, micro_batch_size=32)
 
@@ -32,7 +36,7 @@ def references(
 ) -> Path:
     """Six samples of each of eight prompts."""
     folder = tmp_path_factory.mktemp("references")
-    sample_reference(folder, task_config, policy_folder, "validation", 8, 6, SAMPLING, 0)
+    sample_reference(folder, task_config, policy_folder, "validation", 8, 6, DRAWING, 0)
     return folder
 
 
@@ -67,10 +71,30 @@ def test_training_ranks_the_chosen_answers_higher(reward: Path, preferences_fold
     chosen = plain_scores(reward, [p.prompt_ids + p.chosen_ids for p in pairs])
     rejected = plain_scores(reward, [p.prompt_ids + p.rejected_ids for p in pairs])
     assert (chosen > rejected).float().mean() > 0.9
-    log = read_json(reward / "log.json")
+    log = read_log(reward)
     assert len(log) == 12  # 22 pairs in batches of 11, six times over
     assert log[-1]["loss"] < log[0]["loss"]
     assert read_json(reward / "cost.json")["labels_used"] == 22
+
+
+def test_a_reward_model_costs_its_training_and_its_normalisation(
+    reward: Path, preferences_folder: Path, references: Path
+):
+    """The same passes once more: those of every step with a gradient, those of the samples not."""
+    cost = read_json(reward / "cost.json")
+    pairs, samples = read_pairs(preferences_folder / "train.jsonl"), read_samples(references)
+    rows, model = PairRows(pairs, 0, SMALL.limit), load_scalar_model(reward)
+    meter = Meter()
+    for numbers in batches(22, 11, 6, 3):
+        for batch in rows.of_pairs(numbers):
+            sequence_scores(model, batch.sequences).sum().backward()
+    assert cost["train_tokens"] == meter.train_tokens
+    sizes = [2 * len(p.prompt_ids) + len(p.chosen_ids) + len(p.rejected_ids) for p in pairs]
+    assert meter.train_tokens == 6 * sum(sizes)
+    prompts = [row.prompt_ids for row in samples for _ in range(6)]
+    Scorer(reward).score_all(prompts, [c for row in samples for c in row.completions])
+    assert cost["flops"] == pytest.approx(meter.flops)
+    assert cost["phases"].keys() == {"train", "normalise"}
 
 
 def test_swapped_labels_teach_the_opposite(
@@ -134,7 +158,7 @@ def test_micro_batches_change_no_step(
         config = SMALL.model_copy(update={**part, "epochs": 1, "optimizer": gentle})
         folder = tmp_path / name
         trained(folder, policy_folder, preferences_folder, references, config)
-        logs.append(read_json(folder / "log.json"))
+        logs.append(read_log(folder))
     for one, other in zip(*logs, strict=True):
         assert one == pytest.approx(other, rel=1e-4, abs=1e-5)
 
@@ -161,7 +185,7 @@ def test_a_reward_model_that_diverges_says_which_key_to_change(
 def test_examining_keeps_raw_scores_beside_the_truth(
     reward: Path, tmp_path: Path, policy_folder: Path, task_config: TaskConfig
 ):
-    make_reward_test(tmp_path, task_config, policy_folder, 40, SAMPLING, 0)
+    make_reward_test(tmp_path, task_config, policy_folder, 40, DRAWING, 0)
     examine_reward(tmp_path, reward, tmp_path, task_config)
     found, pairs = read_json(tmp_path / "scores.json"), read_pairs(tmp_path / "pairs.jsonl")
     close(
@@ -182,16 +206,16 @@ def test_with_fifty_thousand_pairs_the_reward_model_comes_within_three_points_of
     """At the default model size; accuracy with the label noise integrated out, 5,000 new pairs."""
     before = torch.get_num_threads()
     torch.set_num_threads(2)
-    task, sampling = TaskConfig(), Sampling()
+    task, drawing = TaskConfig(), Drawing(Sampling())
     folders = {name: tmp_path / name for name in ("sft", "scale", "data", "test", "reward")}
     for folder in folders.values():
         folder.mkdir()
     train_sft(folders["sft"], task, ModelConfig(), SftConfig(examples=12000, epochs=1), 0)
     sft = folders["sft"]
-    sample_reference(folders["scale"], task, sft, "validation", 256, 8, sampling, 0)
-    make_reward_test(folders["test"], task, sft, 5000, sampling, 0)
+    sample_reference(folders["scale"], task, sft, "validation", 256, 8, drawing, 0)
+    make_reward_test(folders["test"], task, sft, 5000, drawing, 0)
     data = PreferenceConfig(pairs=50_000, per_prompt=3)
-    make_preferences(folders["data"], task, sft, data, sampling, 0)
+    make_preferences(folders["data"], task, sft, data, drawing, 0)
     config = RewardConfig(batch_size=64, micro_batch_size=64)
     train_reward(folders["reward"], sft, folders["data"], folders["scale"], config, 0)
     examine_reward(folders["reward"], folders["reward"], folders["test"], task)

@@ -1,5 +1,6 @@
 """The cost meter: FLOPs against PyTorch's own counter and by hand, memory against a known block."""
 
+import json
 import os
 import time
 from collections.abc import Callable
@@ -7,6 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from checks import kept_tokens
+from families import CONFIGS
+from test_packing import batch_of, policy
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import (
     GPT2Config,
@@ -16,9 +20,21 @@ from transformers import (
     PreTrainedModel,
 )
 
+from shared.generation.engine import Sampling
+from shared.generation.hf import HFEngine
 from shared.models.cost import At, Meter, forward_flops, matmul_rate, peak_memory_bytes
-from shared.models.load import load_policy, load_scalar_model
+from shared.models.load import (
+    SpecialIds,
+    last_states,
+    load_policy,
+    load_scalar_model,
+    sequence_scores,
+    state_values,
+)
+from shared.models.logprobs import logprobs_and_values, policy_values, token_logprobs
+from shared.models.lora import add_value_head
 from shared.models.ops import Shortcuts, linear, using
+from shared.models.packing import let_pack
 from shared.models.sequences import Sequences, collate
 
 MEGABYTE = 1024 * 1024
@@ -97,28 +113,33 @@ def test_attention_grows_with_the_square():
 
 def test_padding_counts_nothing():
     model = llama()
-    together, apart = Meter(), Meter()
-    together.forward(model, batch([(3, 4), (9, 2), (1, 20)]))
-    for row in [(3, 4), (9, 2), (1, 20)]:
-        apart.forward(model, batch([row]))
+    rows = [(3, 4), (9, 2), (1, 20)]
+    together = Meter()
+    token_logprobs(model, batch(rows))
+    apart = Meter()
+    for row in rows:
+        token_logprobs(model, batch([row]))
     assert together.flops == pytest.approx(apart.flops)
     assert together.flops == pytest.approx(forward_flops(model, [7, 11, 21], At(39, 39, 26)))
 
 
 def test_a_backward_pass_costs_twice_its_forward_pass_and_trains_tokens():
-    model, one, other = llama(), Meter(), Meter()
-    one.forward(model, batch([(3, 4), (2, 2)]))
-    other.forward(model, batch([(3, 4), (2, 2)]), backward=True)
-    assert other.flops == pytest.approx(3 * one.flops)
-    assert (one.train_tokens, other.train_tokens) == (0, 11)
+    model, meter = llama(), Meter()
+    numbers = token_logprobs(model, batch([(3, 4), (2, 2)]))
+    one_way, trained = meter.flops, meter.train_tokens
+    numbers.sum().backward()
+    assert meter.flops == pytest.approx(3 * one_way)
+    assert (trained, meter.train_tokens) == (0, 11)
 
 
 @pytest.mark.parametrize("tied", [True, False])
 def test_the_output_head_counts_where_tokens_are_predicted(tied: bool):
     """2 h vocabulary for each of the 20 completion tokens, none for the prompt's 9."""
-    model, whole, trunk = llama(tied), Meter(), Meter()
-    whole.forward(model, batch([(9, 20)]))
-    trunk.forward(model, batch([(9, 20)]), logits=False)
+    model, rows = llama(tied), batch([(9, 20)])
+    whole = Meter()
+    token_logprobs(model, rows)
+    trunk = Meter()
+    last_states(model, rows, rows.predicting)
     assert whole.flops - trunk.flops == pytest.approx(20 * 2 * 64 * 100)
     every = forward_flops(model, [29])
     assert every - whole.flops == pytest.approx(9 * 2 * 64 * 100)
@@ -136,14 +157,103 @@ def test_a_backward_pass_costs_what_pytorch_counts():
 
 
 def test_generation_counts_prompt_and_completion_once():
-    model, meter = llama(), Meter()
+    model, sampling = llama(), Sampling(max_new_tokens=20)
     prompts = [[5] * 5, [5, *[6] * 5], [5] * 5]  # of the 16 tokens one is the second's and first's
-    meter.generation(model, prompts, [[7] * 10, [7] * 20, [8] * 4])
-    assert meter.generated_tokens == 34
+    eos = HFEngine(model, SpecialIds(0, 1)).generate(prompts, sampling).ids[0][9]
+    meter = Meter()
+    lengths = [*map(len, HFEngine(model, SpecialIds(0, eos)).generate(prompts, sampling).ids)]
+    assert lengths[0] < max(lengths)  # some end by themselves, and count no further
+    assert meter.generated_tokens == sum(lengths)
     assert meter.train_tokens == 0
-    expected = forward_flops(model, [15, 26, 9], At(5 + 5 + 34, 5 + 5 + 34, 34))
+    rows, tokens = [len(p) + n for p, n in zip(prompts, lengths, strict=True)], 5 + 5 + sum(lengths)
+    expected = forward_flops(model, rows, At(tokens, tokens, sum(lengths)))
     assert meter.flops == pytest.approx(expected)
-    assert expected < forward_flops(model, [15, 26, 9])
+    assert expected < forward_flops(model, rows)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_packed_pass_counts_what_it_computes(name: str):
+    """Its distinct tokens; those that are read in the last MLP; logits where there are any."""
+    model, rows = add_value_head(let_pack(policy(CONFIGS[name]))), batch_of()
+    tokens, read, lengths = kept_tokens(rows, rows.predicting)
+    logits = int(rows.mask.sum())
+    for run, seen in (
+        (token_logprobs, logits),
+        (logprobs_and_values, logits),
+        (policy_values, 0),
+    ):
+        meter = Meter()
+        run(model, rows)
+        assert meter.flops == pytest.approx(forward_flops(model, lengths, At(tokens, read, seen)))
+    assert read < tokens < sum(lengths)
+
+
+def test_a_packed_score_is_read_at_the_ends_and_a_packed_value_before_its_token(
+    reward_folder: Path,
+):
+    model, rows = load_scalar_model(reward_folder), batch_of()
+    for run, at in ((sequence_scores, rows.last), (state_values, rows.predicting)):
+        meter = Meter()
+        run(model, rows)
+        tokens, read, lengths = kept_tokens(rows, at)
+        assert meter.flops == pytest.approx(forward_flops(model, lengths, At(tokens, read, 0)))
+
+
+# --- what is counted, and by whom ---------------------------------------------------------------
+
+
+def test_a_pass_without_a_gradient_trains_nothing():
+    model, meter = llama(), Meter()
+    with torch.no_grad():
+        token_logprobs(model, batch([(3, 4)]))
+    token_logprobs(model, batch([(3, 4)]))  # one that could, and does not
+    token_logprobs(model.requires_grad_(False), batch([(3, 4)]))
+    assert meter.flops == pytest.approx(3 * forward_flops(model, [7], At(7, 7, 4)))
+    assert meter.train_tokens == 0
+
+
+@pytest.mark.parametrize("block", [2**26, 100])
+def test_a_gradient_counts_once_however_many_losses_and_blocks_it_comes_from(block: int):
+    model, rows = add_value_head(let_pack(policy(CONFIGS["llama"]))), batch_of()
+    meter = Meter()
+    with using(Shortcuts(block=block)):
+        logprobs, values = logprobs_and_values(model, rows)
+        one_way = meter.flops
+        (logprobs.sum() + values.sum() + logprobs.square().sum()).backward()
+    assert meter.flops == pytest.approx(3 * one_way)
+    assert meter.train_tokens == int(rows.attention.sum())
+
+
+def test_the_newest_meter_counts_and_a_gradient_is_that_of_its_own_passs_meter():
+    model, rows = llama(), batch([(3, 4)])
+    older = Meter()
+    numbers = token_logprobs(model, rows)
+    one_way = older.flops
+    newer = Meter()
+    token_logprobs(model, rows)
+    HFEngine(model, SpecialIds(0, 1)).generate([[5, 6]], Sampling(max_new_tokens=3))
+    assert newer.generated_tokens > 0
+    assert (older.flops, older.generated_tokens) == (one_way, 0)
+    counted_by_newer = newer.flops
+    numbers.sum().backward()
+    assert (older.train_tokens, newer.train_tokens) == (7, 0)
+    assert older.flops == pytest.approx(3 * one_way)
+    assert newer.flops == counted_by_newer
+
+
+def test_a_meter_goes_on_from_the_state_of_another_one():
+    model, rows = llama(), batch([(3, 4)])
+    first = Meter()
+    with first.phase("a"):
+        token_logprobs(model, rows).sum().backward()
+    state = json.loads(json.dumps(first.state()))
+    second = Meter()
+    second.restore(state)
+    token_logprobs(model, rows).sum().backward()
+    assert second.flops == pytest.approx(2 * first.flops)
+    assert second.train_tokens == 2 * first.train_tokens == 14
+    assert second.phases.keys() == {"a"}
+    assert second.summary()["wall_s"] >= state["_start"]
 
 
 def test_frozen_weights_multiply_too(policy_folder: Path):
@@ -200,7 +310,8 @@ def test_a_summary_does_not_change_afterwards():
     meter = Meter()
     summary = meter.summary()
     with meter.phase("later"):
-        meter.generation(llama(), [[1]], [[1]])
+        HFEngine(llama(), SpecialIds(0, 1)).generate([[5]], Sampling(max_new_tokens=2))
+    assert meter.generated_tokens > 0
     assert summary["phases"] == {}
     assert summary["generated_tokens"] == 0
 

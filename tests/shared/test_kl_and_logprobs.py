@@ -331,20 +331,25 @@ def test_score_logps_keeps_the_order_of_its_rows(policy: PreTrainedModel, batch_
     rows=st.lists(st.tuples(st.integers(1, 20), st.integers(1, 20)), max_size=30),
     size=st.integers(1, 7),
     tokens=st.integers(1, 200),
+    each=st.integers(1, 2),
 )
-def test_by_length_deals_every_row_once_and_as_many_at_a_time_as_the_limit_lets(
-    rows: list[tuple[int, int]], size: int, tokens: int
+def test_by_length_deals_every_item_once_and_as_many_at_a_time_as_the_limit_lets(
+    rows: list[tuple[int, int]], size: int, tokens: int, each: int
 ):
-    """Alike lengths together, and of neighbouring batches the second's first row had no room."""
+    """Of one row or, as pairs are, of two.
+
+    Alike lengths together, and of neighbouring batches the second's first row had no room.
+    """
     lengths, beside = [row[0] for row in rows], [row[1] for row in rows]
-    batches = list(by_length(lengths, beside, Limit(size, tokens)))
+    batches = list(by_length(lengths, beside, Limit(size, tokens), rows_each=each))
     dealt = [row for batch in batches for row in batch]
     assert sorted(dealt) == list(range(len(lengths)))
     assert [lengths[row] for row in dealt] == sorted(lengths)
 
     def fits(batch: list[int]) -> bool:
         wide = max(lengths[row] for row in batch) + max(beside[row] for row in batch)
-        return len(batch) <= size and len(batch) * wide <= tokens
+        rows_held = each * len(batch)
+        return rows_held <= size and rows_held * wide <= tokens
 
     assert all(fits(batch) or len(batch) == 1 for batch in batches)
     assert not any(fits([*batch, after[0]]) for batch, after in itertools.pairwise(batches))

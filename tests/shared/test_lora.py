@@ -1,6 +1,5 @@
 """LoRA and the value head of a policy: what trains, what is saved, and what stays as it was."""
 
-import json
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,12 +19,13 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from dpo.filtered import FilterConfig, train_filtered
-from dpo.train import DirectConfig, train_direct
+from dpo.filtered import Filter, FilterConfig, train_filtered
+from dpo.train import DirectConfig, DirectData, train_direct
 from shared.generation.engine import Sampling
 from shared.generation.hf import HFEngine
+from shared.generation.start import Drawing
 from shared.models.cost import Meter
-from shared.models.load import SpecialIds, save
+from shared.models.load import SpecialIds, Start, save
 from shared.models.logprobs import logprobs_and_values, policy_values, token_logprobs
 from shared.models.lora import (
     LoRAConfig,
@@ -37,6 +37,7 @@ from shared.models.lora import (
 )
 from shared.models.packing import let_pack
 from shared.models.sequences import Sequences
+from shared.training.finished import read_log
 from shared.training.fit import OptimizerConfig, prepare, step
 
 LORA = LoRAConfig(rank=4, alpha=8)
@@ -229,15 +230,14 @@ def test_a_backward_pass_through_lora_leaves_out_what_does_not_train(without_c: 
         model = with_lora(policy(CONFIGS["llama"]), lora, seed=0).train()
         model.set_attn_implementation("eager")
         ids = torch.full((1, 128), 5)
+        batch = Sequences(ids, torch.ones_like(ids), torch.ones(1, 64, dtype=torch.bool))
+        meter = Meter()
         with FlopCounterMode(display=False) as forward:
-            loss = model(input_ids=ids, use_cache=False).logits.sum()
+            loss = token_logprobs(model, batch).sum()
+        one_way = meter.flops
         with FlopCounterMode(display=False) as backward:
             loss.backward()
-        meter, one_way = Meter(), Meter()
-        batch = Sequences(ids, torch.ones_like(ids), torch.ones(1, 64, dtype=torch.bool))
-        meter.forward(model, batch, backward=True)
-        one_way.forward(model, batch)
-        ours = (meter.flops - one_way.flops) / one_way.flops
+        ours = (meter.flops - one_way) / one_way
         counts.append((ours, backward.get_total_flops() / forward.get_total_flops()))
     (whole, whole_counted), (adapted, adapted_counted) = counts
     assert whole == pytest.approx(2)
@@ -304,18 +304,21 @@ def test_a_direct_policy_trained_by_lora_learns_and_is_saved_whole(
     reward_folder: Path,
 ):
     direct = DirectConfig(optimizer=STEADY, epochs=4, batch_size=8)
-    data = policy_folder, preferences_folder, reference_folder
+    begun = Start(policy_folder, LORA)
+    data = DirectData(preferences_folder, reference_folder)
     if filtered:
         keep_all = FilterConfig(epochs=4, floor=0.1, margin=-1e9)
-        told = {"beta": 0.1}, direct, keep_all, Sampling(max_new_tokens=10), (), 0
-        train_filtered(tmp_path, *data, reward_folder, *told, lora=LORA)
+        filtering = Filter(reward_folder, keep_all, Drawing(Sampling(max_new_tokens=10)))
+        train_filtered(tmp_path, begun, data, filtering, {"beta": 0.1}, direct, ())
     else:
-        train_direct(tmp_path, *data, None, "dpo", {"beta": 0.1}, direct, (0.5,), 0, LORA)
+        train_direct(tmp_path, begun, data, "dpo", {"beta": 0.1}, direct, (0.5,))
         assert (tmp_path / "checkpoint-6").is_dir()
-    log = json.loads((tmp_path / "log.json").read_text())
+    log = read_log(tmp_path)
     assert log[0]["loss"] == pytest.approx(0.6931, abs=1e-4)
     assert log[-1]["loss"] < 0.9 * log[0]["loss"]
-    final, base = (AutoModelForCausalLM.from_pretrained(f) for f in (tmp_path / "final", data[0]))
+    final, base = (
+        AutoModelForCausalLM.from_pretrained(f) for f in (tmp_path / "final", begun.policy)
+    )
     after, before = dict(final.named_parameters()), dict(base.named_parameters())
     for name in before:  # linear layers alone have moved, the embeddings' head not
         assert torch.equal(after[name], before[name]) == ("_proj" not in name)

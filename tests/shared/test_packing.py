@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from checks import beginnings
+from checks import beginnings, kept_tokens
 from families import CONFIGS, EOS, GROUPED, PAD, SIZE
 from transformers import (
     AutoModelForCausalLM,
@@ -23,7 +23,7 @@ from shared.generation.hf import HFEngine
 from shared.models import ops
 from shared.models.load import SpecialIds, sequence_scores, state_values, without_dropout
 from shared.models.logprobs import token_logprobs
-from shared.models.packing import distinct_tokens, let_pack, pack, packs
+from shared.models.packing import let_pack, pack, packs
 from shared.models.sequences import Sequences, collate
 
 # Rows that begin alike: as one prompt, with longer prompts, past their prompts, and to the end
@@ -226,12 +226,12 @@ def test_distinct_tokens_are_those_that_packing_leaves():
     batch, every, rows = batch_of(), beginnings(ROWS), zip(PROMPTS, COMPLETIONS, strict=True)
     before = {(*p, *c[:end]) for p, c in rows for end in range(len(c))}
     needed, lengths = beginnings(row[:-1] for row in ROWS), [*map(len, ROWS)]
-    assert distinct_tokens(batch, batch.predicting) == (
+    assert kept_tokens(batch, batch.predicting) == (
         len(needed), len(before), [n - 1 for n in lengths]
     )  # fmt: skip
-    assert distinct_tokens(batch, batch.last) == (len(every), len(set(map(tuple, ROWS))), lengths)
+    assert kept_tokens(batch, batch.last) == (len(every), len(set(map(tuple, ROWS))), lengths)
     same = collate([[5, 6]] * 3 + [[6]], [[7], [8], [9], [7]], PAD)
-    assert distinct_tokens(same, same.predicting) == (2 + 1, 2, [2, 2, 2, 1])
+    assert kept_tokens(same, same.predicting) == (2 + 1, 2, [2, 2, 2, 1])
 
 
 @torch.no_grad()
@@ -260,8 +260,8 @@ def test_the_last_mlp_sees_the_tokens_that_are_read_and_no_other(config: PreTrai
             inner = next(m for m in layer.mlp.modules() if isinstance(m, torch.nn.Linear | Conv1D))
             inner.register_forward_hook(lambda _, __, out: seen.append(out.shape[-2]))
     batch = batch_of()
-    needed, predicting, _ = distinct_tokens(batch, batch.predicting)
-    tokens, ends, _ = distinct_tokens(batch, batch.last)
+    needed, predicting, _ = kept_tokens(batch, batch.predicting)
+    tokens, ends, _ = kept_tokens(batch, batch.last)
     token_logprobs(policy_, batch_of())
     sequence_scores(reward, batch_of())
     state_values(reward, batch_of())

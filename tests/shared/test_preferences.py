@@ -13,13 +13,14 @@ from shared.config import InputError
 from shared.data.pairs import Pair, clean, read_pairs, swapped
 from shared.data.preferences import PreferenceConfig, make_preferences, make_reward_test
 from shared.generation.engine import Sampling
+from shared.generation.start import Drawing
 from shared.models.load import special_ids
-from shared.stages import read_json
+from shared.stages import read_json, write_jsonl
 from shared.tasks.registry import TaskConfig, make_task
 from shared.tasks.reviews import ReviewsConfig
 from shared.tasks.task import split_of
 
-SAMPLING = Sampling(max_new_tokens=10)
+DRAWING = Drawing(Sampling(max_new_tokens=10))
 
 
 def pair(prompt: str, chosen: str, rejected: str) -> Pair:
@@ -111,13 +112,24 @@ def test_swapped_turns_answers_and_gold_round_and_keeps_the_rest():
     assert swapped(swapped(one)) == one
 
 
+def test_gold_may_be_missing(tmp_path: Path):
+    """Labels that people gave have none."""
+    bare = Pair("p", "a", [1], [2], [3])
+    assert (bare.chosen_gold, bare.rejected_gold, bare.p) == (None, None, 1.0)
+    rows = [bare._asdict(), {k: v for k, v in bare._asdict().items() if "gold" not in k}]
+    write_jsonl(tmp_path / "train.jsonl", rows)
+    assert read_pairs(tmp_path / "train.jsonl") == [bare, bare]
+    assert swapped(swapped(bare)) == bare
+    assert clean([bare]) == ([bare], Counter())
+
+
 # --- the stage --------------------------------------------------------------------------------
 
 
 def make(folder: Path, policy: Path, task: TaskConfig, seed: int = 0, **data: object) -> Path:
     folder.mkdir()
     config = PreferenceConfig.model_validate({"pairs": 1500, "held_out_pairs": 100, **data})
-    make_preferences(folder, task, policy, config, SAMPLING, seed)
+    make_preferences(folder, task, policy, config, DRAWING, seed)
     return folder
 
 
@@ -163,7 +175,7 @@ def test_a_pair_is_two_samples_of_its_prompt_with_their_true_gold(
         texts = tokenizer.batch_decode(ids, skip_special_tokens=True)
         gold = task.gold([p.prompt for p in pairs], texts)
         np.testing.assert_array_equal(gold, [getattr(p, f"{side}_gold") for p in pairs])
-        assert all(c[-1] == eos or len(c) == SAMPLING.max_new_tokens for c in ids)
+        assert all(c[-1] == eos or len(c) == DRAWING.sampling.max_new_tokens for c in ids)
         assert any(c[-1] == eos for c in ids)
     assert all(p.chosen_ids != p.rejected_ids for p in pairs)
 
@@ -280,7 +292,7 @@ def test_a_policy_that_repeats_itself_is_the_users_error(
     tmp_path: Path, policy_folder: Path, task_config: TaskConfig
 ):
     """Greedy: both answers are the same, so no pair is left."""
-    greedy = SAMPLING.model_copy(update={"temperature": 0.0})
+    greedy = DRAWING.at(temperature=0.0)
     data = PreferenceConfig(pairs=20, held_out_pairs=4)
     with pytest.raises(InputError, match="'identical': 88") as error:
         make_preferences(tmp_path, task_config, policy_folder, data, greedy, 0)
@@ -293,7 +305,7 @@ def test_what_was_dropped_is_written_and_adds_up(
 ):
     """One token a completion: many pairs are identical, and every one of them is counted."""
     data = PreferenceConfig(pairs=100, held_out_pairs=10)
-    short = Sampling(max_new_tokens=1, temperature=0.7)
+    short = DRAWING.at(max_new_tokens=1, temperature=0.7)
     make_preferences(tmp_path, task_config, policy_folder, data, short, 0)
     found = read_json(tmp_path / "cleaning.json")
     assert found["kept"] == 110
@@ -306,7 +318,7 @@ def test_what_was_dropped_is_written_and_adds_up(
 def test_pairs_that_examine_reward_models_come_from_prompts_of_their_own(
     tmp_path: Path, policy_folder: Path, task_config: TaskConfig, pairs: list[Pair]
 ):
-    make_reward_test(tmp_path, task_config, policy_folder, 300, SAMPLING, 0)
+    make_reward_test(tmp_path, task_config, policy_folder, 300, DRAWING, 0)
     rows = read_pairs(tmp_path / "pairs.jsonl")
     assert len(rows) == 300
     assert {split_of(p.prompt) for p in rows} == {"reward-test"}

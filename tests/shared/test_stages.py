@@ -15,6 +15,7 @@ import sys
 import textwrap
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -22,8 +23,13 @@ import torch
 
 import shared
 from benchmarks.pipeline.places import on_threads
+from dpo.train import DirectData
 from shared.code import code_of
 from shared.config import Config
+from shared.generation.engine import Sampling
+from shared.generation.start import Drawing, GenerationConfig
+from shared.models.load import Start
+from shared.models.lora import LoRAConfig
 from shared.stages import (
     Missing,
     Paused,
@@ -193,6 +199,33 @@ INPUTS = {
 def test_any_other_input_is_another_stage(name: str, value: object):
     changed = {**INPUTS, name: value}
     assert stage_key("s", fill, changed) != stage_key("s", fill, INPUTS)
+
+
+GROUPED = {
+    "start": Start(Path("/a/sft-12ab"), LoRAConfig(rank=4), seed=1),
+    "drawing": Drawing(Sampling(seed=3), GenerationConfig(engine="vllm")),
+    "data": DirectData(Path("/a/preferences-1"), Path("/a/reference-1")),
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [
+        ("start", {"policy": Path("/a/sft-12ac")}),
+        ("start", {"lora": LoRAConfig(rank=8)}),
+        ("start", {"lora": None}),
+        ("start", {"seed": 2}),
+        ("drawing", {"sampling": Sampling(seed=4)}),
+        ("drawing", {"generation": GenerationConfig()}),
+        ("data", {"mismatched": Path("/a/mismatched-1")}),
+        ("data", {"reference": Path("/a/reference-2")}),
+    ],
+)
+def test_any_part_of_a_grouped_input_makes_another_stage(name: str, changes: dict[str, object]):
+    changed = {**GROUPED, name: replace(GROUPED[name], **changes)}
+    assert stage_key("s", fill, changed) != stage_key("s", fill, GROUPED)
+    moved = {**GROUPED, "start": replace(GROUPED["start"], policy=Path("/b/sft-12ab"))}
+    assert stage_key("s", fill, moved) == stage_key("s", fill, GROUPED)
 
 
 def test_an_input_more_or_less_or_renamed_is_another_stage():

