@@ -25,7 +25,7 @@ from shared.models.cost import Meter
 from shared.models.load import Start, load_policy, load_scalar_model, save, special_ids
 from shared.models.logprobs import sequence_logps
 from shared.models.sequences import collate
-from shared.stages import read_jsonl, stage_key
+from shared.stages import read_jsonl
 from shared.tasks.exact import Exact, ExactConfig
 from shared.tasks.registry import TaskConfig, make_task
 from shared.training.finished import read_log
