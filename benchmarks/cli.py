@@ -6,16 +6,16 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
-from benchmarks.entry import exit_codes, runs_folder, split_overrides
+from benchmarks.entry import ExitCodes, runs_folder, split_overrides
 from shared.config import InputError, suggest
 
 Command = Callable[..., Any]
 
 
 def main() -> None:
-    """Exit codes: see `exit_codes`; 1 also where a command returns False."""
+    """Exit codes: see `ExitCodes`; 1 also where a command returns False."""
     words = sys.argv[1:]
-    with exit_codes("klash", runs_folder(words)):
+    with ExitCodes("klash", runs_folder(words)):
         done = run(words)
     sys.exit(1 if done is False else 0)
 

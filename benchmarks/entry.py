@@ -8,8 +8,8 @@ import os
 import shutil
 import sys
 import tempfile
-from collections.abc import Collection, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, TypeVar
 
@@ -23,30 +23,34 @@ Overrides = Annotated[tuple[str, ...], tyro.conf.Suppress]  # keys of the experi
 DISK_FULL = tuple(os.strerror(code) for code in (errno.ENOSPC, errno.EDQUOT))
 
 
-@contextmanager
-def exit_codes(command: str, runs: Path = Path("runs")) -> Iterator[None]:
+@dataclass
+class ExitCodes:
     """0 done, 1 a check failed or a guard stopped the run, 2 the input is wrong, 130 interrupted.
 
-    What the user can mend, or a guard stopped, is one line on standard error, not a traceback.
+    What the user can mend, or a guard stopped, is one line on standard error, not a traceback. Any
+    other error goes its way. `runs`: the folder that a full disk is looked for in.
     """
-    try:
-        yield
-    except KeyboardInterrupt:
-        code, said = 130, "interrupted; what was finished is kept"
-    except Exception as error:
-        if is_disk_full(error):
-            full = full_folder(error, runs)
-            code, said = 1, f"stopped: the disk of {full} is full: free some space"
+
+    command: str
+    runs: Path = Path("runs")
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if isinstance(error, KeyboardInterrupt):
+            code, text = 130, "interrupted; what was finished is kept"
         elif isinstance(error, InputError):
-            code, said = 2, str(error)
-        elif isinstance(error, guards()):
-            code, said = 1, f"stopped: {error}"
+            code, text = 2, str(error)
+        elif isinstance(error, Exception) and is_disk_full(error):
+            folder = full_folder(error, self.runs)
+            code, text = 1, f"stopped: the disk of {folder} is full: free some space"
+        elif isinstance(error, Exception) and isinstance(error, guards()):
+            code, text = 1, f"stopped: {error}"
         else:
-            raise
-    else:
-        return
-    print(f"{command}: {said}", file=sys.stderr)
-    sys.exit(code)
+            return
+        print(f"{self.command}: {text}", file=sys.stderr)
+        sys.exit(code)
 
 
 def guards() -> tuple[type[Exception], ...]:

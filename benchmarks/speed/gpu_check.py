@@ -18,7 +18,7 @@ import torch
 import tyro
 from transformers import PreTrainedModel
 
-from benchmarks.entry import exit_codes
+from benchmarks.entry import ExitCodes
 from benchmarks.pipeline.places import quiet_libraries
 from benchmarks.speed.generation import chat_prompts
 from benchmarks.speed.smollm2 import convert
@@ -150,7 +150,7 @@ def vllm_version() -> str | None:
 
 def main() -> None:
     """Exit codes as `klash`'s."""
-    with exit_codes("gpu_check"):
+    with ExitCodes("gpu_check"):
         sys.exit(0 if tyro.cli(check_gpu, prog="python -m benchmarks.speed.gpu_check") else 1)
 
 

@@ -9,11 +9,12 @@ from benchmarks.pipeline.places import stage_context
 from benchmarks.speed.cases import Case, Shape, Workload, make_case
 from benchmarks.speed.sides import Round, Work, seconds_since
 from dpo.reference import score_reference
-from dpo.train import DirectConfig, train_direct
+from dpo.train import DirectConfig, DirectData, train_direct
 from shared.data.preferences import PreferenceConfig, make_preferences
 from shared.generation.engine import Sampling
+from shared.generation.start import Drawing
 from shared.models.cost import peak_memory_bytes
-from shared.models.load import ModelConfig, new_policy, save
+from shared.models.load import ModelConfig, Start, new_policy, save
 from shared.stages import Stages, read_json
 from shared.tasks.registry import TaskConfig, make_task
 from shared.training.sft import SftConfig, train_sft
@@ -130,7 +131,7 @@ def train_all(stages: Stages, policy: Path, training: GrowthTraining) -> list[Pa
             task=TASK,
             policy=policy,
             data=data,
-            sampling=Sampling(),
+            drawing=Drawing(Sampling()),
             seed=seed,
         )
         reference = stages.run("reference", score_reference, policy=policy, preferences=preferences)
@@ -138,15 +139,12 @@ def train_all(stages: Stages, policy: Path, training: GrowthTraining) -> list[Pa
             folder = stages.run(
                 "direct",
                 train_direct,
-                policy=policy,
-                preferences=preferences,
-                reference=reference,
-                mismatched=None,
+                start=Start(policy, seed=seed),
+                data=DirectData(preferences, reference),
                 loss=loss,
                 setting=setting,
                 direct=DirectConfig(epochs=EPOCHS),
                 checkpoints=(),
-                seed=seed,
             )
             trained.append(folder)
     return trained

@@ -19,7 +19,7 @@ import torch
 import tyro
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from benchmarks.entry import exit_codes
+from benchmarks.entry import ExitCodes
 from shared.config import InputError
 from shared.models.load import save
 
@@ -61,7 +61,7 @@ def packaged_folder() -> Path:
 
 def main() -> None:
     """Exit codes as `klash`'s."""
-    with exit_codes("smollm2"):
+    with ExitCodes("smollm2"):
         tyro.cli(convert, prog="python -m benchmarks.speed.smollm2")
 
 

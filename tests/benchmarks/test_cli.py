@@ -17,7 +17,7 @@ from checks import TINY
 from benchmarks.cli import main
 from benchmarks.commands.settings import settings_page
 from benchmarks.doctor.patient import DoctorConfig
-from benchmarks.entry import exit_codes, runs_folder, split_overrides
+from benchmarks.entry import ExitCodes, runs_folder, split_overrides
 from benchmarks.pipeline.experiment import Experiment
 from benchmarks.speed import measure
 from benchmarks.speed.sides import Choice
@@ -432,14 +432,14 @@ def test_a_full_disk_is_named_in_one_line(
 def test_what_ends_a_command_has_its_code_and_one_line(
     capsys: pytest.CaptureFixture[str], error: BaseException, code: int
 ):
-    with pytest.raises(SystemExit) as end, exit_codes("klash"):
+    with pytest.raises(SystemExit) as end, ExitCodes("klash"):
         raise error
     assert end.value.code == code
     assert capsys.readouterr().err.count("\n") == 1
 
 
 def test_a_fault_of_ours_keeps_its_traceback():
-    with pytest.raises(ZeroDivisionError), exit_codes("klash"):
+    with pytest.raises(ZeroDivisionError), ExitCodes("klash"):
         raise ZeroDivisionError
 
 

@@ -5,12 +5,11 @@ from typing import Any
 
 import pytest
 import torch
-from checks import TINY, close
+from checks import TINY, close, kept_tokens
 from safetensors.torch import load_file, save_file
 from scipy import stats
 from torch import Tensor
 
-import dpo.train
 from benchmarks.pipeline.arms import CommonStages
 from benchmarks.pipeline.experiment import load_experiment
 from benchmarks.studies.onoff.report import (
@@ -29,23 +28,27 @@ from benchmarks.studies.onoff.switches import (
     COMPARISONS,
     DEFAULT,
     VARIANTS,
+    Probed,
     in_force,
     largest_differences,
     probe,
     switched,
 )
-from dpo.train import DirectConfig
+from dpo.train import DirectConfig, DirectData
 from rlhf.ppo import PPOConfig
 from rlhf.reward import RewardConfig
 from shared.config import InputError
+from shared.data.batches import PairRows
+from shared.data.pairs import read_pairs
 from shared.generation import decoding, hf
 from shared.generation.engine import Sampling
 from shared.generation.hf import HFEngine
-from shared.models import ops, packing
-from shared.models.load import load_policy, special_ids
+from shared.generation.start import Drawing
+from shared.models import ops
+from shared.models.load import Start, load_policy, load_tokenizer, special_ids
 from shared.models.logprobs import token_logprobs
 from shared.models.packing import packs
-from shared.models.sequences import Sequences, collate
+from shared.models.sequences import SCORING, Sequences, collate
 from shared.stages import read_json, write_json, write_jsonl
 from shared.tasks.registry import TaskConfig
 
@@ -58,13 +61,9 @@ DRAWN = Sampling(max_new_tokens=10)
 
 @pytest.fixture
 def batch(policy_folder: Path, preferences_folder: Path, reference_folder: Path) -> Sequences:
-    data = dataset(policy_folder, preferences_folder, reference_folder)
-    return collate(data.prompts, data.completions, data.pad_id)
-
-
-def dataset(policy: Path, preferences: Path, reference: Path) -> dpo.train.Dataset:
-    about = policy, preferences, reference, reference, "kto", {"beta": 0.5}, 8
-    return dpo.train.Dataset(*about)
+    pad_id = special_ids(load_tokenizer(policy_folder)).pad
+    rows = PairRows(read_pairs(preferences_folder / "train.jsonl"), pad_id, SCORING)
+    return collate(rows.prompts, rows.completions, pad_id)
 
 
 # --- the switches -----------------------------------------------------------------------------
@@ -126,7 +125,7 @@ def test_sampling_goes_through_the_librarys_cache_where_that_is_switched(
         monkeypatch.setattr(known, "start", start)
     with in_force(variant):
         model = load_policy(policy_folder)
-        ids = special_ids(dpo.train.load_tokenizer(policy_folder))
+        ids = special_ids(load_tokenizer(policy_folder))
         hf.HFEngine(model, ids).generate([[5, 6, 7]], Sampling(max_new_tokens=2))
     assert started == [kind]
 
@@ -141,8 +140,8 @@ def test_every_token_is_computed_where_that_is_switched(
         for part in (model.model.embed_tokens, model.model.layers[-1].mlp.up_proj):
             part.register_forward_hook(lambda _, __, out: seen.append(out.shape[1]))
         token_logprobs(model, batch)
-    tokens = packing.distinct_tokens(batch, batch.last)[0]
-    needed, predicting, _ = packing.distinct_tokens(batch, batch.predicting)
+    tokens = kept_tokens(batch, batch.last)[0]
+    needed, predicting, _ = kept_tokens(batch, batch.predicting)
     assert seen == ([tokens, tokens] if all_of_them else [needed, predicting])
     assert predicting < needed < tokens
 
@@ -162,10 +161,10 @@ def test_logits_come_in_blocks_where_that_is_switched(
 
 
 def test_each_row_is_read_for_itself_where_that_is_switched(policy_folder: Path, batch: Sequences):
-    special, tokens = special_ids(dpo.train.load_tokenizer(policy_folder)), []
+    special, tokens = special_ids(load_tokenizer(policy_folder)), []
     prompts, drawn = [[5, 6], [5, 6], [7], [5, 6]], []
     whole = int(batch.attention.sum()) - len(batch.ids)  # but each row's last
-    distinct = packing.distinct_tokens(batch, batch.predicting)[0]
+    distinct = kept_tokens(batch, batch.predicting)[0]
     assert distinct < whole
     for variant, *counts in (
         (DEFAULT, 3, distinct),
@@ -213,20 +212,21 @@ def train_first(
 ) -> Path:
     """A stage at its smallest."""
     folder.mkdir()
-    start = {"policy": folders["policy"], "seed": 0}
-    data = {"preferences": folders["preferences"], "reference": folders["reference"]}
+    start: Any = {"start": Start(folders["policy"]), "checkpoints": ()}
     if stage == "reward":
-        reward = RewardConfig(epochs=1, batch_size=11, micro_batch_size=11)
         write_jsonl(folder.parent / "samples.jsonl", SAMPLES)
-        inputs = {"preferences": data["preferences"], "references": folder.parent, "reward": reward}
+        start = {"policy": folders["policy"], "seed": 0}
+        inputs: Any = {
+            "preferences": folders["preferences"],
+            "references": folder.parent,
+            "reward": RewardConfig(epochs=1, batch_size=11, micro_batch_size=11),
+        }
     elif stage == "ppo":
-        inputs = {
-            "reward_model": folders["reward"], "task": task, "ppo": PPO, "kl_coef": 0.1,
-            "sampling": DRAWN, "checkpoints": (),
-        }  # fmt: skip
+        inputs = {"reward_model": folders["reward"], "task": task, "ppo": PPO, "kl_coef": 0.1}
+        inputs["drawing"] = Drawing(DRAWN)
     else:
-        kto = {"mismatched": folders["reference"], "loss": "kto", "setting": {"beta": 0.5}}
-        inputs = {**data, **kto, "direct": DIRECT, "checkpoints": ()}
+        data = DirectData(folders["preferences"], folders["reference"], folders["reference"])
+        inputs = {"data": data, "loss": "kto", "setting": {"beta": 0.5}, "direct": DIRECT}
     switched(folder, variant, stage, **start, **inputs)
     return folder
 
@@ -263,10 +263,8 @@ def test_log_probabilities_of_padded_rows_are_close_and_not_the_same(
     for folder, variant in zip(folders, variants, strict=True):
         folder.mkdir()
         ppo = PPO.model_copy(update={"reuse_logprobs": variant != "no reuse"})
-        probe(
-            folder, variant, policy_folder, ".", policy_folder, preferences_folder,
-            reference_folder, DIRECT, ppo, DRAWN,
-        )  # fmt: skip
+        data = DirectData(preferences_folder, reference_folder)
+        probe(folder, variant, Probed(policy_folder, ".", policy_folder, data), DIRECT, ppo, DRAWN)
     padded, no_reuse = (largest_differences(folders[0], other) for other in folders[1:])
     assert 0 < padded["pairs"] < 1e-4
     assert padded["samples"] < 1e-4

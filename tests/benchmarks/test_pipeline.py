@@ -29,7 +29,7 @@ from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
 
 from benchmarks.pipeline.experiment import EXPERIMENTS, Experiment, load_experiment
 from benchmarks.pipeline.places import side_by_side
-from benchmarks.pipeline.plan import Plan, progress
+from benchmarks.pipeline.progress import progress
 from benchmarks.report.build import build_report
 from benchmarks.results.schema import Results
 from benchmarks.run import run_experiment
@@ -446,8 +446,8 @@ def test_stages_side_by_side_come_to_the_same_results(
     heard: list[tuple[str, str]] = []
 
     @contextlib.contextmanager
-    def hearing(plan: Plan) -> Iterator[Callable[[str, str, float], None]]:
-        with progress(plan) as say:
+    def hearing(root: Path, labels: dict[str, str]) -> Iterator[Callable[[str, str, float], None]]:
+        with progress(root, labels) as say:
             yield lambda *said: (heard.append(said[:2]), say(*said))[1]
 
     monkeypatch.setattr("benchmarks.run.progress", hearing)

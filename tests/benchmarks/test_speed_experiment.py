@@ -34,14 +34,15 @@ from benchmarks.speed.trl.trainings import (
     trl_train_direct,
     trl_train_reward,
 )
-from dpo.train import DirectConfig
+from dpo.train import DirectConfig, DirectData
 from dpo.train import train_direct as our_train_direct
 from rlhf.reward import RewardConfig
 from rlhf.reward import train_reward as our_train_reward
 from shared.data.pairs import Pair, read_pairs
 from shared.data.samples import sample_reference
 from shared.generation.engine import Sampling
-from shared.models.load import Scorer
+from shared.generation.start import Drawing
+from shared.models.load import Scorer, Start
 from shared.models.sequences import collate
 from shared.stages import Stages, read_json, silent
 from shared.tasks.registry import TaskConfig
@@ -95,10 +96,10 @@ def test_trls_trainer_ends_at_our_policy_where_a_batch_holds_all_pairs(
     tmp_path: Path,
 ):
     """There the order of pairs does not matter: loss, rate, schedule and epochs do."""
-    folder = reference_folder
-    sides = policy_folder, preferences_folder, folder, folder if loss == "kto" else None
+    mismatched = reference_folder if loss == "kto" else None
+    pairs = DirectData(preferences_folder, reference_folder, mismatched)
     (tmp_path / "ours").mkdir()
-    our_train_direct(tmp_path / "ours", *sides, loss, setting, DIRECT, (), seed=0)
+    our_train_direct(tmp_path / "ours", Start(policy_folder), pairs, loss, setting, DIRECT, ())
     ours = finished_training(tmp_path / "ours")
     given = trl_setting(loss, setting, read_pairs(preferences_folder / "train.jsonl"))
     theirs = trl_train_direct(tmp_path / "trl", policy_folder, data, loss, given, DIRECT, seed=0)
@@ -123,8 +124,8 @@ def test_trls_reward_model_scores_as_ours_where_a_batch_holds_all_pairs(
     for name in ("references", "ours"):
         (tmp_path / name).mkdir()
     references, reward = tmp_path / "references", RewardConfig(optimizer=OPTIMIZER, epochs=4)
-    sampling = Sampling(max_new_tokens=10)
-    sample_reference(references, task_config, policy_folder, "validation", 4, 4, sampling, 0)
+    drawing = Drawing(Sampling(max_new_tokens=10))
+    sample_reference(references, task_config, policy_folder, "validation", 4, 4, drawing, 0)
     our_train_reward(
         tmp_path / "ours", policy_folder, preferences_folder, references, reward, seed=0
     )
