@@ -29,7 +29,8 @@ from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
 
 from benchmarks.pipeline.experiment import EXPERIMENTS, Experiment, load_experiment
 from benchmarks.pipeline.places import side_by_side
-from benchmarks.pipeline.plan import Plan, progress
+from benchmarks.pipeline.plan import Plan
+from benchmarks.pipeline.progress import progress
 from benchmarks.report.build import build_report
 from benchmarks.results.schema import Results
 from benchmarks.run import run_experiment

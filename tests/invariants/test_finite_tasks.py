@@ -287,9 +287,9 @@ def test_rows_of_a_finite_task_are_one_column_of_its_prompts(
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("--evaluation.prompts=5", "`evaluation.prompts` must be 4"),
-        ("--sampling.max_new_tokens=4", "`sampling.max_new_tokens` must be 3"),
-        ("--arms.dpo.gold=true", "`gold` is for arms of kind `ppo`"),
+        ("--evaluation.prompts=5", "`evaluation.prompts`: must be 4"),
+        ("--sampling.max_new_tokens=4", "`sampling.max_new_tokens`: must be 3"),
+        ("--arms.dpo.gold=true", "`arms.dpo.gold`: only arms of kind `ppo` have it"),
     ],
 )
 def test_what_does_not_fit_a_listing_is_refused(tmp_path: Path, override: str, message: str):

@@ -71,7 +71,9 @@ def unchanged(mutants: Sequence[Mutant], workers: int) -> dict[str, float]:
     tests = sorted({name for mutant in mutants for name in mutant.tests})
     text = (ROOT / "dpo/losses.py").read_text(encoding="utf-8")
     limits, failing = {}, dict.fromkeys(tests, "")
-    for _ in range(2):
+    for _ in ("first", "and once more"):
+        if not failing:
+            break
         as_it_is = [Mutant(name, "dpo/losses.py", text, (name,)) for name in failing]
         trials = dict(zip(failing, tried(as_it_is, workers, {}), strict=True))
         failing = {n: f"{t.outcome} {t.by}" for n, t in trials.items() if t.outcome != "survived"}

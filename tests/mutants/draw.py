@@ -10,6 +10,7 @@ import hashlib
 import itertools
 from collections import Counter
 from collections.abc import Iterator
+from functools import cache
 from typing import NamedTuple
 
 from mutants.trial import ROOT, Mutant
@@ -128,6 +129,7 @@ def drawn(seed: int, count: int) -> list[Mutant]:
     return [Mutant(s.name, s.file, s.text, TESTS[s.file]) for s in itertools.islice(sound, count)]
 
 
+@cache
 def every_site() -> list[Site]:
     """All changes of all files."""
     return [

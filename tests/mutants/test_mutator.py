@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from mutants.__main__ import complaints
+from mutants.__main__ import complaints, unchanged
 from mutants.change import changed, changed_c
 from mutants.draw import TESTS, difference, drawn, replaced, sites
 from mutants.faults import FAULTS, applied, compiles, skipped, written_by_hand
@@ -212,6 +212,24 @@ def test_a_child_is_stopped_by_the_clock_or_by_what_it_computes(limit: int | Non
         status = ended(child.pid, late=False)
     child.returncode = status
     assert verdict(Path("no such folder"), status).outcome == "timeout"
+
+
+@pytest.mark.parametrize("mended", [True, False])
+def test_tests_that_fail_without_a_fault_get_a_second_chance(
+    mended: bool, monkeypatch: pytest.MonkeyPatch
+):
+    outcomes = iter(["crash", "survived" if mended else "crash"])
+
+    def tried(mutants: list[Mutant], *_: object) -> list[Trial]:
+        return [Trial(next(outcomes), "by", {"test_a.py": 1.0}) for _ in mutants]
+
+    monkeypatch.setattr("mutants.__main__.tried", tried)
+    mutant = Mutant("a", "dpo/losses.py", "", ("test_a.py",))
+    if mended:
+        assert unchanged([mutant], 1) == {"test_a.py": 1.0}
+    else:
+        with pytest.raises(SystemExit, match=r"test_a\.py: crash by"):
+            unchanged([mutant], 1)
 
 
 def test_each_seed_is_told_on_its_own_and_the_next_adds_to_it():
