@@ -62,7 +62,7 @@ def stage_context(generation: GenerationConfig = TRANSFORMERS) -> dict[str, Any]
     """What changes results besides configuration and code: part of every stage's address."""
     here = {
         "threads": torch.get_num_threads(),
-        "computed": OnlyWith("shared/models/ops", computed_by()),
+        "computed": OnlyWith("shared/models/ops.py", computed_by()),
     }
     return {**versions(), **engine_version(generation), **here}
 
