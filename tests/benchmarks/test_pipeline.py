@@ -14,7 +14,7 @@ import os
 import random
 import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -29,7 +29,6 @@ from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
 
 from benchmarks.pipeline.experiment import EXPERIMENTS, Experiment, load_experiment
 from benchmarks.pipeline.places import side_by_side
-from benchmarks.pipeline.plan import Plan
 from benchmarks.pipeline.progress import progress
 from benchmarks.report.build import build_report
 from benchmarks.results.schema import Results
@@ -80,11 +79,14 @@ class Run:
         """The stage that trained `arm` at its tuned setting."""
         setting = self.results["methods"][arm]["setting"]
         if arm == "ppo":
-            wanted: Json = {"kl_coef": setting["kl_coef"], "seed": seed}
-            kind = "ppo"
+            kind, wanted = "ppo", {"kl_coef": setting["kl_coef"]}
         else:
-            kind, wanted = "direct", {"loss": arm, "setting": setting, "seed": seed}
-        (folder,) = (f for f, i in self.stages(kind).items() if wanted.items() <= i.items())
+            kind, wanted = "direct", {"loss": arm, "setting": setting}
+        (folder,) = (
+            folder
+            for folder, inputs in self.stages(kind).items()
+            if wanted.items() <= inputs.items() and inputs["start"]["seed"] == seed
+        )
         return folder
 
 
@@ -447,8 +449,10 @@ def test_stages_side_by_side_come_to_the_same_results(
     heard: list[tuple[str, str]] = []
 
     @contextlib.contextmanager
-    def hearing(plan: Plan) -> Iterator[Callable[[str, str, float], None]]:
-        with progress(plan) as say:
+    def hearing(
+        root: Path, labels: Mapping[str, str]
+    ) -> Iterator[Callable[[str, str, float], None]]:
+        with progress(root, labels) as say:
             yield lambda *said: (heard.append(said[:2]), say(*said))[1]
 
     monkeypatch.setattr("benchmarks.run.progress", hearing)

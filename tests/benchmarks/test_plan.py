@@ -55,7 +55,8 @@ def tiny(folder: Path, *overrides: str) -> Experiment:
 def small(folder: Path, *overrides: str) -> Experiment:
     """An exact task."""
     sizes = {**SMALL_WORLD, "seeds": "[0]", "sft.examples": 1000, "preferences.pairs": 300}
-    sizes |= {"direct.epochs": 1, "ppo.episodes": 512, "evaluation.reward_pairs": 100}
+    sizes |= {"direct.epochs": 1, "evaluation.reward_pairs": 100}
+    sizes |= {"ppo.episodes": 512, "ppo.rollout_size": 512}
     words = [f"--{key}={value}" for key, value in sizes.items()]
     return load_experiment("exact", [*words, *overrides], quick=False)
 
@@ -217,6 +218,36 @@ def test_two_arms_that_are_the_same_are_planned_once(tmp_path: Path):
     assert {int(line[1]) for line in done.lines} == {len(done.lines)} == {len(done.before.stages)}
 
 
+# --- which inputs stages get ------------------------------------------------------------------
+
+
+def test_settings_are_chosen_on_validation_prompts_and_shown_on_test_prompts(tmp_path: Path):
+    experiment = tiny(tmp_path)
+    stages = plan_experiment(experiment, tmp_path / "runs").stages.values()
+    dpo = {
+        planned.folder: planned.stage.inputs["start"].seed
+        for planned in stages
+        if planned.stage.name == "direct" and planned.stage.inputs["loss"] == "dpo"
+    }
+    evaluated = [planned.stage.inputs for planned in stages if planned.stage.name == "evaluation"]
+    split = {(inputs["policy"], inputs["prompts"].split) for inputs in evaluated}
+    first = {policy for policy, seed in dpo.items() if seed == experiment.seeds[0]}
+    assert len(first) == len(experiment.arms["dpo"].settings) == 2
+    assert {policy for policy, name in split if name == "validation"} == first
+    assert {policy for policy, name in split if name == "test"} >= dpo.keys()
+
+
+@pytest.mark.parametrize(("kind", "trainings"), [("direct", 5), ("ppo", 2), ("filtered", 2)])
+def test_each_seed_trains_with_its_own_numbers(tmp_path: Path, kind: str, trainings: int):
+    """The pairs' seed is the training's; DPO's two settings are tried with the first seed."""
+    plan = plan_experiment(tiny(tmp_path), tmp_path / "runs")
+    labels = [s.label for s in plan.stages.values() if s.stage.name == kind]
+    seeds = [s.stage.inputs["start"].seed for s in plan.stages.values() if s.stage.name == kind]
+    assert [int(label[-1]) for label in labels] == seeds
+    assert len(seeds) == trainings
+    assert set(seeds) == {0, 1}
+
+
 # --- what a stage's address holds -------------------------------------------------------------
 
 
@@ -228,7 +259,7 @@ def test_the_report_knows_nothing_of_c_and_a_training_does():
         stages.stage_of("stage", work, {}, context).origin["context"]
         for work in (draw_report, train_direct)
     )
-    assert training.keys() - report.keys() == {"kernels"}
+    assert training.keys() - report.keys() == {"computed"}
 
 
 @pytest.mark.parametrize(
