@@ -37,9 +37,9 @@ class Paused(Exception):
 
 
 class OnlyWith(NamedTuple):
-    """A value of the context that counts for stages whose code reaches into `folder`, no others."""
+    """A value of the context that counts for stages whose code reaches `file`, no others."""
 
-    folder: str
+    file: str
     value: Any
 
 
@@ -67,7 +67,7 @@ def stage_of(name: str, work: Work, inputs: dict[str, Any], context: dict[str, A
     counts = {
         key: value.value if isinstance(value, OnlyWith) else value
         for key, value in context.items()
-        if not isinstance(value, OnlyWith) or any(f.startswith(f"{value.folder}/") for f in code)
+        if not isinstance(value, OnlyWith) or value.file in code
     }
     origin = {"inputs": _plain(inputs), "code": code, "context": _plain(counts)}
     return Stage(name, work, inputs, origin)

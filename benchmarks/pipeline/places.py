@@ -60,7 +60,7 @@ def quiet_libraries() -> None:
 
 def stage_context(generation: GenerationConfig = TRANSFORMERS) -> dict[str, Any]:
     """What changes results besides configuration and code: part of every stage's address."""
-    operations = OnlyWith("shared/cpu", computed_by())
+    operations = OnlyWith("shared/models/ops.py", computed_by())
     here = {"threads": torch.get_num_threads(), "operations": operations}
     return {**versions(), **engine_version(generation), **here}
 

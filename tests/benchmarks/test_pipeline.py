@@ -79,11 +79,14 @@ class Run:
         """The stage that trained `arm` at its tuned setting."""
         setting = self.results["methods"][arm]["setting"]
         if arm == "ppo":
-            wanted: Json = {"kl_coef": setting["kl_coef"], "seed": seed}
-            kind = "ppo"
+            kind, wanted = "ppo", {"kl_coef": setting["kl_coef"]}
         else:
-            kind, wanted = "direct", {"loss": arm, "setting": setting, "seed": seed}
-        (folder,) = (f for f, i in self.stages(kind).items() if wanted.items() <= i.items())
+            kind, wanted = "direct", {"loss": arm, "setting": setting}
+        (folder,) = (
+            folder
+            for folder, inputs in self.stages(kind).items()
+            if wanted.items() <= inputs.items() and inputs["start"]["seed"] == seed
+        )
         return folder
 
 

@@ -217,6 +217,36 @@ def test_two_arms_that_are_the_same_are_planned_once(tmp_path: Path):
     assert {int(line[1]) for line in done.lines} == {len(done.lines)} == {len(done.before.stages)}
 
 
+# --- which inputs stages get ------------------------------------------------------------------
+
+
+def test_settings_are_chosen_on_validation_prompts_and_shown_on_test_prompts(tmp_path: Path):
+    experiment = tiny(tmp_path)
+    stages = plan_experiment(experiment, tmp_path / "runs").stages.values()
+    dpo = {
+        planned.folder: planned.stage.inputs["start"].seed
+        for planned in stages
+        if planned.stage.name == "direct" and planned.stage.inputs["loss"] == "dpo"
+    }
+    evaluated = [planned.stage.inputs for planned in stages if planned.stage.name == "evaluation"]
+    split = {(inputs["policy"], inputs["prompts"].split) for inputs in evaluated}
+    first = {policy for policy, seed in dpo.items() if seed == experiment.seeds[0]}
+    assert len(first) == len(experiment.arms["dpo"].settings) == 2
+    assert {policy for policy, name in split if name == "validation"} == first
+    assert {policy for policy, name in split if name == "test"} >= dpo.keys()
+
+
+@pytest.mark.parametrize(("kind", "trainings"), [("direct", 5), ("ppo", 2), ("filtered", 2)])
+def test_each_seed_trains_with_its_own_numbers(tmp_path: Path, kind: str, trainings: int):
+    """The pairs' seed is the training's; DPO's two settings are tried with the first seed."""
+    plan = plan_experiment(tiny(tmp_path), tmp_path / "runs")
+    labels = [s.label for s in plan.stages.values() if s.stage.name == kind]
+    seeds = [s.stage.inputs["start"].seed for s in plan.stages.values() if s.stage.name == kind]
+    assert [int(label[-1]) for label in labels] == seeds
+    assert len(seeds) == trainings
+    assert set(seeds) == {0, 1}
+
+
 # --- what a stage's address holds -------------------------------------------------------------
 
 

@@ -1,10 +1,17 @@
-"""Gold at equal KL, seed by seed, and who is compared where."""
+"""Gold at equal KL, seed by seed, who is compared where, and what a method costs."""
+
+from pathlib import Path
 
 import numpy as np
 import pytest
 
+from benchmarks.pipeline.arms import SeedData, paid_stages
+from benchmarks.pipeline.compare import ArmRun
+from benchmarks.pipeline.experiment import Arm
+from benchmarks.results.costs import cost_of
 from benchmarks.results.matched import KLCurve, matched_gold
 from benchmarks.results.summary import comparisons_of
+from shared.stages import write_json
 
 
 def test_gold_is_read_off_each_prompts_own_curve_halfway_in_the_root_of_kl():
@@ -39,3 +46,35 @@ def test_every_two_methods_are_compared_at_every_level_that_both_reach():
     assert at_1.verdict == "b is ahead of a in gold at 1 nats"
     assert at_5.difference.mean is None
     assert at_5.verdict == "not reached: gold at 5 nats has no value for every seed of both"
+
+
+@pytest.mark.parametrize(
+    ("arm", "paid"),
+    [
+        (Arm(kind="best-of-n", settings=[{"n": 2}]), ["reward", "end"]),
+        (Arm(kind="ppo", settings=[{"kl_coef": 0.1}]), ["reward", "end"]),
+        (Arm(kind="ppo", gold=True, settings=[{"kl_coef": 0.1}]), ["end"]),
+        (Arm(kind="direct", loss="dpo", settings=[{"beta": 0.1}]), ["reference", "end"]),
+        (Arm(kind="direct", loss="kto", settings=[{"beta": 0.1}]), ["reference", "other", "end"]),
+        (Arm(kind="filtered", settings=[{"beta": 0.1}]), ["reward", "reference", "end"]),
+    ],
+)
+def test_an_arm_pays_for_what_it_needs_and_for_nothing_else(arm: Arm, paid: list[str]):
+    folders = map(Path, ("preferences", "reward", "reference", "other"))
+    assert paid_stages(arm, SeedData(0, *folders), Path("end")) == tuple(map(Path, paid))
+
+
+def test_a_run_costs_the_sum_of_its_stages_and_the_memory_of_the_largest(tmp_path: Path):
+    stages = []
+    for name, size in (("reward-1", 1), ("ppo-2", 3)):
+        numbers = ("wall_s", "train_tokens", "generated_tokens", "flops", "peak_memory_bytes")
+        (tmp_path / name).mkdir()
+        cost = {**dict.fromkeys(numbers, size), "models_held": size, "phases": {"train": size}}
+        write_json(tmp_path / name / "cost.json", cost)
+        stages.append(tmp_path / name)
+    run = ArmRun({}, 0, None, {}, tuple(stages))
+    cost = cost_of([run], labels=5, matmul_rate=0.5, timed=(0,))
+    assert cost.wall_s == cost.train_tokens == cost.generated_tokens == cost.flops == 4
+    assert cost.peak_memory_bytes == cost.models_held == 3
+    assert cost.mfu == 4 / 4 / 0.5
+    assert cost.phases == {"reward": 1, "ppo: train": 3}

@@ -10,35 +10,54 @@ import hashlib
 import itertools
 from collections import Counter
 from collections.abc import Iterator
+from functools import cache
 from typing import NamedTuple
 
 from mutants.trial import ROOT, Mutant
 
 # Each file with the tests that look at it, the most relevant first.
 TESTS: dict[str, tuple[str, ...]] = {
-    "dpo/losses.py": ("test_dpo_losses.py", "test_direct.py"),
-    "rlhf/losses.py": ("test_rlhf_losses.py", "test_ppo.py"),
-    "shared/kl.py": ("test_kl_and_logprobs.py", "test_rlhf_losses.py"),
-    "shared/models/logprobs.py": ("test_kl_and_logprobs.py", "test_packing.py", "test_cost.py"),
-    "benchmarks/evaluation/optimum.py": ("test_optimum.py", "test_finite_tasks.py"),
-    "shared/models/sequences.py": ("test_kl_and_logprobs.py", "test_packing.py", "test_models.py"),
-    "shared/models/packing.py": ("test_packing.py", "test_kl_and_logprobs.py"),
-    "shared/models/attention.py": ("test_attention.py", "test_packing.py"),
-    "shared/cpu/kernels.py": ("test_kernels.py", "test_packing.py"),
-    "shared/training/fit.py": ("test_fit.py", "test_rlhf_losses.py", "test_direct.py"),
-    "shared/data/pairs.py": ("test_preferences.py", "test_finite_tasks.py"),
-    "shared/data/preferences.py": ("test_preferences.py", "test_finite_tasks.py"),
-    "dpo/filtered.py": ("test_filtered.py",),
-    "dpo/reference.py": ("test_direct.py",),
-    "rlhf/best_of_n.py": ("test_best_of_n.py",),
-    "rlhf/rollout.py": ("test_ppo.py", "test_finite_tasks.py"),
-    "benchmarks/evaluation/statistics.py": (
-        "test_statistics.py",
-        "test_frontier.py",
-        "test_control.py",
-    ),
-    "benchmarks/evaluation/metrics.py": ("test_metrics.py",),
-    "benchmarks/evaluation/frontier.py": ("test_frontier.py", "test_finite_tasks.py"),
+    f"{file}.py": tuple(f"test_{name}.py" for name in tests.split())
+    for file, tests in {
+        "dpo/losses": "dpo_losses direct",
+        "dpo/train": "direct lora finished",
+        "dpo/reference": "direct",
+        "dpo/filtered": "filtered",
+        "rlhf/losses": "rlhf_losses ppo_equations ppo",
+        "rlhf/ppo": "ppo ppo_equations ppo_passes invariants",
+        "rlhf/rollout": "ppo ppo_passes finite_tasks invariants",
+        "rlhf/reward": "reward ppo",
+        "rlhf/best_of_n": "best_of_n",
+        "shared/kl": "kl_and_logprobs rlhf_losses kl_meter",
+        "shared/models/logprobs": "kl_and_logprobs packing cost",
+        "shared/models/ops": "ops attention packing cpu generation",
+        "shared/models/cost": "cost lora",
+        "shared/models/sequences": "kl_and_logprobs packing models direct",
+        "shared/models/packing": "packing kl_and_logprobs ops cost",
+        "shared/models/attention": "attention packing",
+        "shared/models/lora": "lora ppo_passes",
+        "shared/cpu/kernels": "ops cpu packing lora",
+        "shared/training/fit": "fit rlhf_losses direct ppo",
+        "shared/training/finished": "finished lora direct",
+        "shared/data/pairs": "preferences finite_tasks",
+        "shared/data/preferences": "preferences finite_tasks",
+        "shared/data/batches": "direct reward oracles",
+        "shared/data/listing": "exact optimum infinite_data kl_meter",
+        "shared/generation/hf": "generation packing best_of_n",
+        "shared/generation/decoding": "generation packing",
+        "benchmarks/evaluation/statistics": "statistics frontier control results",
+        "benchmarks/evaluation/metrics": "metrics results",
+        "benchmarks/evaluation/frontier": "frontier finite_tasks",
+        "benchmarks/evaluation/optimum": "optimum finite_tasks",
+        "benchmarks/evaluation/exact": "finite_tasks",
+        "benchmarks/evaluation/evaluate": "kl_meter invariants finite_tasks pipeline",
+        "benchmarks/results/methods": "results pipeline finite_tasks",
+        "benchmarks/results/matched": "results pipeline",
+        "benchmarks/results/limits": "results pipeline finite_tasks",
+        "benchmarks/results/reward_model": "results pipeline",
+        "benchmarks/results/costs": "results pipeline",
+        "benchmarks/pipeline/compare": "pipeline plan",
+    }.items()
 }
 
 ARITHMETIC = {
@@ -110,6 +129,7 @@ def drawn(seed: int, count: int) -> list[Mutant]:
     return [Mutant(s.name, s.file, s.text, TESTS[s.file]) for s in itertools.islice(sound, count)]
 
 
+@cache
 def every_site() -> list[Site]:
     """All changes of all files."""
     return [

@@ -11,6 +11,7 @@ import gc
 import importlib
 import json
 import os
+import resource
 import shutil
 import signal
 import sys
@@ -37,9 +38,12 @@ OPTIONS = (
 )  # fmt: skip
 CRASHES = 5  # exceptions that are no assertion, after which a trial ends
 POLL = 0.05  # seconds
-LEAST_LIMIT = 120.0  # seconds; more where the tests themselves take long
+# A trial may compute for TIMES as long as its tests do without a fault, at least for LEAST_LIMIT.
+# Seconds of a processor: another program on the machine, which only makes it wait, ends no trial.
+# What waits for ever computes nothing: WALL times as long by the clock ends it too.
+TIMES, LEAST_LIMIT, FIRST_LIMIT, WALL = 6, 120, 3600, 10
 
-Outcome = Literal["caught", "crash", "timeout", "survived"]
+Outcome = Literal["caught", "crash", "timeout", "survived", "skipped"]
 
 
 class Mutant(NamedTuple):
@@ -56,7 +60,7 @@ class Trial(NamedTuple):
 
     outcome: Outcome
     by: str
-    seconds: dict[str, float]  # of each test file
+    seconds: dict[str, float]  # of a processor, each test file's
 
 
 class Running(NamedTuple):
@@ -64,13 +68,16 @@ class Running(NamedTuple):
 
     number: int  # of its mutant
     tree: Path
-    end: float  # when it is stopped
+    end: float  # by the clock, when it is stopped
 
 
 def try_all(
     mutants: Sequence[Mutant], workers: int, limits: dict[str, float]
 ) -> Iterator[tuple[int, Trial]]:
-    """(number of the mutant, its trial) as they end; `limits` are the seconds of each test file."""
+    """(number of the mutant, its trial) as they end.
+
+    `limits` are the seconds that each test file computes for; FIRST_LIMIT where it is not there.
+    """
     running: dict[int, Running] = {}
     with tempfile.TemporaryDirectory(prefix="mutants-") as folder:
         trees = [copy_tree(Path(folder) / str(n)) for n in range(workers)]
@@ -81,28 +88,30 @@ def try_all(
                     number, mutant = waiting.pop()
                     tree = trees.pop()
                     (tree / mutant.file).write_text(mutant.text, encoding="utf-8")
-                    limit = max(LEAST_LIMIT, 6 * sum(limits.get(t, 0.0) for t in mutant.tests))
-                    child = start(tree, mutant.tests)
-                    running[child] = Running(number, tree, time.monotonic() + limit)
+                    known = [limits.get(t, FIRST_LIMIT / TIMES) for t in mutant.tests]
+                    limit = max(LEAST_LIMIT, int(TIMES * sum(known)))
+                    child = start(tree, mutant.tests, limit)
+                    running[child] = Running(number, tree, time.monotonic() + WALL * limit)
                 time.sleep(POLL)
                 for child, (number, tree, end) in list(running.items()):
-                    late = time.monotonic() > end
-                    if ended(child, late):
+                    status = ended(child, time.monotonic() > end)
+                    if status is not None:
                         del running[child]
                         trees.append(tree)
                         shutil.copy2(ROOT / mutants[number].file, tree / mutants[number].file)
-                        yield number, verdict(tree, late)
+                        yield number, verdict(tree, status)
         finally:
             for child in running:
                 with contextlib.suppress(ProcessLookupError):
                     os.killpg(child, signal.SIGKILL)
 
 
-def ended(child: int, late: bool) -> bool:
-    """Whether a child is done; one that is late is stopped."""
+def ended(child: int, late: bool) -> int | None:
+    """How a child ended, as `waitpid` has it; None if it has not. One that is late is stopped."""
     if late:
-        os.killpg(child, signal.SIGKILL)
-    return os.waitpid(child, 0 if late else os.WNOHANG) != (0, 0)
+        os.killpg(child, signal.SIGXCPU)
+    found, status = os.waitpid(child, 0 if late else os.WNOHANG)
+    return status if found else None
 
 
 def copy_tree(to: Path) -> Path:
@@ -114,8 +123,11 @@ def copy_tree(to: Path) -> Path:
     return to / "tree"
 
 
-def start(tree: Path, tests: Sequence[str]) -> int:
-    """Fork a child that runs `tests` on `tree`; its number."""
+def start(tree: Path, tests: Sequence[str], limit: int) -> int:
+    """Fork a child that runs `tests` on `tree`, computing for `limit` seconds at most; its number.
+
+    The limit is that of each process: those that a test starts have their own.
+    """
     for left in tree.parent.glob("result.json"):
         left.unlink()
     child = os.fork()
@@ -124,6 +136,7 @@ def start(tree: Path, tests: Sequence[str]) -> int:
     status = 1
     try:
         os.setsid()
+        resource.setrlimit(resource.RLIMIT_CPU, (limit, resource.RLIM_INFINITY))
         run_tests(tree, tests)
         status = 0
     finally:
@@ -157,12 +170,19 @@ def path_of_tests(name: str) -> Path:
     return found
 
 
-def verdict(tree: Path, late: bool) -> Trial:
+def verdict(tree: Path, status: int) -> Trial:
     """What the child left behind; a child that died without a word crashed."""
     path = tree.parent / "result.json"
-    if late:
+    if os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGXCPU:
         return Trial("timeout", "", {})
     return Trial(**json.loads(path.read_text())) if path.exists() else Trial("crash", "died", {})
+
+
+def computed() -> float:
+    """Seconds of a processor that this process and those it started have had."""
+    whose = resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN
+    used = map(resource.getrusage, whose)
+    return sum(usage.ru_utime + usage.ru_stime for usage in used)
 
 
 class Watcher:
@@ -171,6 +191,7 @@ class Watcher:
     def __init__(self, tree: Path):
         self.tree, self.asserted, self.crashed = tree, "", []
         self.seconds: dict[str, float] = {}
+        self.before = computed()
 
     def pytest_exception_interact(self, node: Any, call: Any) -> None:
         if asserts(call.excinfo, self.tree):
@@ -182,7 +203,8 @@ class Watcher:
 
     def pytest_runtest_logreport(self, report: Any) -> None:
         name = Path(report.nodeid.partition("::")[0]).name
-        self.seconds[name] = self.seconds.get(name, 0.0) + report.duration
+        before, self.before = self.before, computed()
+        self.seconds[name] = self.seconds.get(name, 0.0) + self.before - before
 
     def result(self) -> dict[str, Any]:
         outcome = "caught" if self.asserted else "crash" if self.crashed else "survived"

@@ -49,6 +49,7 @@ from shared.models.lora import LoRAConfig
 from shared.models.sequences import Sequences, collate
 from shared.stages import read_json
 from shared.tasks.registry import TaskConfig, make_task
+from shared.tasks.task import split_of
 from shared.training.finished import read_log
 from shared.training.fit import OptimizerConfig, step
 
@@ -374,6 +375,12 @@ def test_prompts_come_in_full_batches_in_another_order_each_pass(
     assert first != second
     other = next(prompt_stream(tokenizer, task_config, ppo, 1))
     assert other != found[0]
+
+
+def test_prompts_are_of_ppos_own_split(tokenizer: PreTrainedTokenizerBase, task_config: TaskConfig):
+    """What it is tuned and measured on it never sees."""
+    stream = prompt_stream(tokenizer, task_config, PPOConfig(episodes=64, rollout_size=32), 0)
+    assert {split_of(text) for text in tokenizer.batch_decode(next(stream))} == {"ppo"}
 
 
 @settings(deadline=None, max_examples=20)
