@@ -159,8 +159,8 @@ def make_actors(
     else:
         scorer = Scorer(judge, device)
         value = None if shared_trunk else value_model(judge, scorer)
-    held = trainee.model, value, ref, scorer.model
-    meter.models_held = sum(model is not None for model in held)
+    models = trainee.model, value, ref, scorer.model
+    meter.models_held = sum(model is not None for model in models)
     temperature = drawing.sampling.temperature
     return Actors(
         policy=trainee,
@@ -210,11 +210,11 @@ def score_rollout(
     over its samples once more.
     """
     device = actors.policy.model.device
-    whole = collate(prompts, completions, actors.pad_id).to(device)
-    blank = torch.zeros(whole.mask.shape, device=device)
-    rollout = Rollout(whole, *(blank.clone() for _ in range(5)), weights=torch.ones_like(blank))
+    episodes = collate(prompts, completions, actors.pad_id).to(device)
+    blank = torch.zeros(episodes.mask.shape, device=device)
+    rollout = Rollout(episodes, *(blank.clone() for _ in range(5)), weights=torch.ones_like(blank))
     if sampled is not None:
-        rollout = rollout._replace(logprobs=as_rows(sampled, whole))
+        rollout = rollout._replace(logprobs=as_rows(sampled, episodes))
     scores = actors.scorer.score_all(prompts, completions).to(device)
     for group in by_length([*map(len, completions)], [*map(len, prompts)], SCORING):
         index = torch.tensor(group)

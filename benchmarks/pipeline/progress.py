@@ -94,13 +94,13 @@ def _watching(root: Path, labels: Mapping[str, str], tell: Tell) -> Iterator[Non
     ended = Event()
 
     def watch() -> None:
-        told: dict[Path, dict[str, Any]] = {}
+        shown: dict[Path, dict[str, Any]] = {}
         while not ended.wait(LOOK):
             for log in root.glob(f".unfinished-*/{LOG}"):
                 key = log.parent.name.removeprefix(".unfinished-").rpartition("-")[0]
                 row = last_row(log)
-                if row is not None and key in labels and told.get(log) != row:
-                    told[log] = row
+                if row is not None and key in labels and shown.get(log) != row:
+                    shown[log] = row
                     tell(labels[key], text_of(row))
 
     thread = Thread(target=watch, daemon=True)

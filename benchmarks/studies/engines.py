@@ -96,7 +96,7 @@ def compare_ends(
     kls = {name: r.mean("kl") for name, r in rows.items()}
     kl = paired_difference(kls["vllm"], kls["transformers"])
     share = (kl.mean or 0.0) / float(kls["transformers"].mean())
-    held = abs(gold.mean or 0.0) <= GOLD and abs(share) <= KL
+    agree = abs(gold.mean or 0.0) <= GOLD and abs(share) <= KL
     write_json(
         out / "engines.json",
         {
@@ -107,13 +107,13 @@ def compare_ends(
             "kl_difference": kl.model_dump(),
             "kl_share": share,
             "logprob_difference_max": mismatch,
-            "holds": held,
+            "holds": agree,
         },
     )
-    text = markdown(rows, gold, kl, share, mismatch, held)
+    text = markdown(rows, gold, kl, share, mismatch, agree)
     (out / "engines.md").write_text(text, encoding="utf-8")
     print(text)
-    return held
+    return agree
 
 
 def markdown(
@@ -122,7 +122,7 @@ def markdown(
     kl: Estimate,
     share: float,
     mismatch: float,
-    held: bool,
+    agree: bool,
 ) -> str:
     """The two ends and their difference, seed by seed."""
     lines = ["# PPO with either sampling engine", "", "`klash study engines`", ""]
@@ -132,11 +132,11 @@ def markdown(
     columns = [r.mean(column).mean(1) for r in rows.values() for column in ("gold", "kl")]
     for number, values in enumerate(np.array(columns).T):
         lines.append(f"| {number} | " + " | ".join(f"{value:.3f}" for value in values) + " |")
-    apart = f"gold {gold.text('+.3f')}, KL {kl.text('+.3f')} nats ({share:+.1%})"
+    difference = f"gold {gold.text('+.3f')}, KL {kl.text('+.3f')} nats ({share:+.1%})"
     lines += [
         "",
-        f"vLLM - transformers: {apart}. Largest "
+        f"vLLM - transformers: {difference}. Largest "
         f"difference of a sampled token's log-probability, trainer to engine: {mismatch:.1e} nats.",
-        f"Within {GOLD} in gold and {KL:.0%} in KL on average: {'yes' if held else 'no'}.",
+        f"Within {GOLD} in gold and {KL:.0%} in KL on average: {'yes' if agree else 'no'}.",
     ]
     return "\n".join(lines) + "\n"

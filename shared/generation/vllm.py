@@ -135,8 +135,8 @@ def require_room(prompts: Sequence[Sequence[int]], sampling: Sampling, length: i
 
 def _architecture(model: PreTrainedModel) -> str:
     """What two models agree in if one engine can hold either."""
-    about = model.config.to_dict()
-    return json.dumps({key: about[key] for key in sorted(about) if key not in INCIDENTAL})
+    config = model.config.to_dict()
+    return json.dumps({key: config[key] for key in sorted(config) if key not in INCIDENTAL})
 
 
 _running: dict[tuple[str, str, float], Any] = {}  # the one engine of this process

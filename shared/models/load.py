@@ -254,8 +254,8 @@ def save_normalisation(folder: Path, offset: float, scale: float) -> None:
 def require_reward_model(folder: Path) -> None:
     """InputError unless `folder` holds a one-label classifier: a policy would get a random head."""
     require_model(folder)
-    about = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    names = about.get("architectures") or []
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    names = config.get("architectures") or []
     if not any(name.endswith("ForSequenceClassification") for name in names):
         raise InputError(
             f"{folder}: not a reward model but {names}; it must be an "
