@@ -100,6 +100,5 @@ def test_the_new_method_trains_is_compared_and_drawn(tree: Path):
 
 
 @pytest.mark.slow
-@pytest.mark.xfail(strict=True, reason="tests/dpo wants SETTINGS for every line of LOSSES")
 def test_nothing_else_in_the_tests_asks_for_a_fifth_place(tree: Path):
     run(tree, "-m", "pytest", "-p", "no:xdist", "-m", "not slow", "tests/dpo")

@@ -132,6 +132,16 @@ def test_no_module_is_in_a_circle():
         assert module not in below, f"{module} imports itself through others"
 
 
+@pytest.mark.parametrize("path", SOURCES, ids=module_of)
+def test_no_function_takes_more_than_eight_parameters(path: Path):
+    """Stage functions too: what belongs together is a frozen dataclass."""
+    for node in ast.walk(TREES[path]):
+        if isinstance(node, ast.FunctionDef):
+            named = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]
+            others = [a for a in named if a.arg not in ("self", "cls", "ctx")]
+            assert len(others) <= 8, f"line {node.lineno}: {node.name} takes {len(others)}"
+
+
 def test_init_files_are_empty():
     inits = [path for path in SOURCES if path.name == "__init__.py"]
     assert {path.parent for path in SOURCES} == {path.parent for path in inits}
