@@ -359,7 +359,7 @@ def made_up(folder: Path, number: int, arm: str, gold: float, loss: float) -> Jo
         write_json(losses / "scores.json", scores)
     else:
         rows_of(losses, [[gold, gold]] * 2, [[2.0, 2.0]] * 2)
-    write_json(losses / "log.json", [{"loss": 0.5 + loss}])
+    write_jsonl(losses / "log.jsonl", [{"loss": 0.5 + loss}])
     return done
 
 
@@ -479,9 +479,9 @@ def test_everything_that_is_compared_starts_from_the_same_models():
     jobs = [Job(v, arm) for v in variants for arm in ("dpo", "ppo", "reward")]
     seed = run_seed(dict.fromkeys(variants, EXPERIMENT), jobs, common, Recorder(), 0)
     ppo, direct = ([trained[kind, v] for v in variants] for kind in ("ppo", "direct"))
-    assert {inputs["policy"] for inputs in ppo + direct} == {Path("sft")}
+    assert {inputs["start"].policy for inputs in ppo + direct} == {Path("sft")}
     assert {inputs["reward_model"] for inputs in ppo} == {Path(f"reward {DEFAULT}")}
-    pairs = [inputs["preferences"] for inputs in direct]
+    pairs = [inputs["data"].preferences for inputs in direct]
     assert pairs == [Path("preferences "), Path("preferences "), Path("preferences all off")]
     rewards = [seed.done[Job(v, "reward")].trained for v in variants]
     assert rewards == [Path(f"reward {v}") for v in variants]
