@@ -61,10 +61,11 @@ def without_comments(text: str) -> str:
 
 
 def _source(module: str) -> Path | None:
-    """The file of `module`; None where that is a name in a module, or a package without code."""
+    """The file of `module`; None for a name in a module, a package without code, or one that is
+    not there, such as `shared.cpu` where its folder was deleted."""
     package, _, _ = module.rpartition(".")
     parent = importlib.util.find_spec(package) if package else None
-    if parent is not None and parent.submodule_search_locations is None:
+    if package and (parent is None or parent.submodule_search_locations is None):
         return None
     spec = importlib.util.find_spec(module)
     return Path(spec.origin) if spec is not None and spec.origin is not None else None

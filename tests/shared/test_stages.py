@@ -359,6 +359,13 @@ def test_what_is_not_imported_does_not_change_the_hash(project: Project):
     assert project.hash() == before
 
 
+def test_a_package_that_may_be_missing_has_no_part_in_the_hash(project: Project):
+    """As `shared/cpu/`, which can be deleted."""
+    guarded = "try:\n    from shared.absent import x\nexcept ModuleNotFoundError:\n    x = None\n"
+    project.write("probe_low", guarded)
+    assert project.hash()
+
+
 def test_modules_that_import_each_other_have_a_hash(project: Project):
     project.write("probe_low", "import shared.probe_top\n")
     before = project.hash()
