@@ -71,15 +71,13 @@ def train_filtered(
     pairs = read_pairs(data.preferences / "train.jsonl")
     objective = Objective(data, special.pad, "dpo", hyperparameters, direct.limit)
     model, scorer = start.load(), Scorer(filtering.reward_model)
-    engine = make_engine(
-        filtering.drawing.generation, model, special, start.policy,
-        filtering.drawing.sampling.temperature,
-    )  # fmt: skip
+    drawing, temperature = filtering.drawing, filtering.drawing.sampling.temperature
+    engine = make_engine(drawing.generation, model, special, start.policy, temperature)
     meter.models_held = 2
     training, kept = None, list(range(len(pairs)))
     audit, shares, failure = [], [], ""
     for epoch in range(epochs):
-        draw = filtering.drawing.sampling.model_copy(update={"seed": start.seed * 1000 + epoch})
+        draw = drawing.at(seed=start.seed * 1000 + epoch).sampling
         with meter.phase("filter"):
             engine.sync()
             rows, floor_bound = judge(objective, engine, scorer, kept, filtering.config, draw)

@@ -164,7 +164,7 @@ def train_ppo(
     training = Training(folder, actors.policy, tokenizer, log, save_after)
     stopped, failure = False, ""
     for update in range(len(log) + 1, updates + 1):
-        draw = drawing.sampling.model_copy(update={"seed": seed * 100_000 + update})
+        draw = drawing.at(seed=seed * 100_000 + update).sampling
         try:
             numbers = ppo_update(actors, next(prompts), ppo, controller.coef, draw)
         except EngineLost as error:
