@@ -21,6 +21,7 @@ from shared.generation.engine import Engine, Sampling
 from shared.generation.start import Drawing, make_engine
 from shared.models.cost import Meter
 from shared.models.load import Scorer, Start, load_tokenizer, special_ids
+from shared.seeds import seed_of
 from shared.stages import write_json, write_jsonl
 from shared.training.finished import Training, TrainingLog
 from shared.training.fit import Diverged, prepare, steps_of
@@ -77,7 +78,7 @@ def train_filtered(
     training, kept = None, list(range(len(pairs)))
     audit, shares, failure = [], [], ""
     for epoch in range(epochs):
-        draw = drawing.at(seed=start.seed * 1000 + epoch).sampling
+        draw = drawing.at(seed=seed_of(start.seed, "filter", epoch)).sampling
         with meter.phase("filter"):
             engine.sync()
             rows, floor_bound = judge(objective, engine, scorer, kept, filtering.config, draw)
@@ -93,7 +94,8 @@ def train_filtered(
             last = len(training.log) + steps_of(len(kept), direct.batch_size, 1)
             training.save_after[last] = (epoch + 1) / epochs
         with meter.phase("train"):
-            for batch in objective.batches(kept, direct.batch_size, 1, draw.seed):
+            order = seed_of(start.seed, "batches", epoch)
+            for batch in objective.batches(kept, direct.batch_size, 1, order):
                 try:
                     training.step_done(objective.step(training.trainee, batch))
                 except Diverged as error:  # a result: the last good weights are evaluated
@@ -124,7 +126,7 @@ def judge(
     stays = keep(chosen, sampled, margin=filtering.margin, floor=floor)
     floor_bound = int(stays.sum()) > int((chosen - sampled > filtering.margin).sum())
     if filtering.random:
-        stays = random_keep(stays, draw.seed)
+        stays = random_keep(stays, seed_of(draw.seed, "kept blindly"))
     columns = zip(pairs, chosen.tolist(), sampled.tolist(), stays.tolist(), strict=True)
     rows = [{"pair": i, "chosen": c, "sample": s, "kept": stay} for i, c, s, stay in columns]
     return rows, floor_bound

@@ -15,6 +15,7 @@ from shared.models.cost import Meter
 from shared.models.load import load_policy, load_tokenizer, special_ids
 from shared.models.logprobs import score_logps
 from shared.models.sequences import SCORING
+from shared.seeds import seed_of
 from shared.stages import write_json
 from shared.training.fit import Precision, arithmetic
 
@@ -47,7 +48,7 @@ def score_mismatched(
     """Stage: one derangement across prompts and its log ref, in `mismatched.safetensors`."""
     meter = Meter()
     rows = read_rows(policy, preferences)
-    partner = mismatch([tuple(p) for p in rows.prompts], seed)
+    partner = mismatch([tuple(p) for p in rows.prompts], seed_of(seed, "mismatched"))
     logps = score(policy, rows, [rows.completions[j] for j in partner], precision)
     mismatched = Mismatched(torch.tensor(partner), logps)
     save_file(mismatched._asdict(), folder / "mismatched.safetensors")

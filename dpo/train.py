@@ -19,6 +19,7 @@ from shared.models.cost import Meter
 from shared.models.load import Start, load_tokenizer, special_ids
 from shared.models.logprobs import sequence_logps
 from shared.models.sequences import SCORING, Limit, by_length, collate
+from shared.seeds import seed_of
 from shared.training.finished import Training, TrainingLog
 from shared.training.fit import (
     Diverged,
@@ -124,7 +125,8 @@ def train_direct(
     log, save_after = TrainingLog(folder, steps), checkpoint_steps(steps, checkpoints)
     training, failure = Training(folder, trainee, tokenizer, log, save_after), ""
     with meter.phase("train"):
-        for rows in objective.batches(pairs, direct.batch_size, direct.epochs, start.seed):
+        order = seed_of(start.seed, "batches")
+        for rows in objective.batches(pairs, direct.batch_size, direct.epochs, order):
             try:
                 training.step_done(objective.step(trainee, rows))
             except Diverged as error:  # a result, not a crash: the last good weights are evaluated

@@ -36,6 +36,7 @@ from shared.models.cost import Meter
 from shared.models.load import Start, load_tokenizer, state_values
 from shared.models.logprobs import logprobs_and_values, token_logprobs
 from shared.models.sequences import Limit, by_length
+from shared.seeds import seed_of
 from shared.tasks.registry import TaskConfig, make_task
 from shared.training.finished import Training, TrainingLog
 from shared.training.fit import Diverged, OptimizerConfig, batches, checkpoint_steps, step
@@ -164,7 +165,7 @@ def train_ppo(
     training = Training(folder, actors.policy, tokenizer, log, save_after)
     stopped, failure = False, ""
     for update in range(len(log) + 1, updates + 1):
-        draw = drawing.at(seed=seed * 100_000 + update).sampling
+        draw = drawing.at(seed=seed_of(seed, "rollout", update)).sampling
         try:
             numbers = ppo_update(actors, next(prompts), ppo, controller.coef, draw)
         except EngineLost as error:
@@ -191,7 +192,7 @@ def ppo_update(
 ) -> dict[str, float]:
     """One update, from a batch of prompts to stepped weights; returns its numbers.
 
-    `sampling.seed` is that of the update: of its samples and of its minibatches.
+    `sampling.seed` is that of the update: its minibatches' comes from it.
     """
     meter = actors.meter
     # 1. sample a completion for each prompt of the batch, from the policy as it is now
@@ -219,7 +220,7 @@ def ppo_update(
     rollout = rollout._replace(advantages=whiten(advantages, mask), returns=returns)
     # 6. several epochs of clipped updates
     with meter.phase("update"):
-        numbers = update_models(actors, rollout, ppo, sampling.seed)
+        numbers = update_models(actors, rollout, ppo, seed_of(sampling.seed, "minibatches"))
     # 7. what to log, under the field's names
     numbers |= rollout_numbers(rollout, scores, truncated)
     numbers["objective/rlhf_reward"] = (penalised - kl_coef * kl.sum(1)).mean().item()
@@ -244,7 +245,7 @@ def prompt_stream(
     count = max(ppo.rollout_size, ppo.episodes // 2)
     ids = [tokenizer(p).input_ids for p in make_task(task).prompts("ppo", count, seed)]
     passes = -(-ppo.episodes // count) + 1
-    for rows in batches(len(ids), ppo.rollout_size, passes, seed):
+    for rows in batches(len(ids), ppo.rollout_size, passes, seed_of(seed, "order of prompts")):
         if len(rows) == ppo.rollout_size:
             yield [ids[i] for i in rows]
 

@@ -23,6 +23,7 @@ from shared.models.load import (
     special_ids,
 )
 from shared.models.sequences import Limit
+from shared.seeds import seed_of
 from shared.stages import write_json
 from shared.tasks.registry import TaskConfig, make_task
 from shared.training.finished import TrainingLog
@@ -66,10 +67,12 @@ def train_reward(
     pairs = read_pairs(preferences / "train.jsonl")
     rows = PairRows(pairs, special_ids(tokenizer).pad, reward.limit)
     steps = steps_of(len(pairs), reward.batch_size, reward.epochs)
-    trainee = prepare(new_scalar_model(policy, seed), reward.optimizer, steps)
+    model = new_scalar_model(policy, seed_of(seed, "reward head"))
+    trainee = prepare(model, reward.optimizer, steps)
     log, loss = TrainingLog(folder, steps), reward_loss(reward.center)
     with meter.phase("train"):
-        for numbers in batches(len(pairs), reward.batch_size, reward.epochs, seed):
+        order = seed_of(seed, "reward batches")
+        for numbers in batches(len(pairs), reward.batch_size, reward.epochs, order):
             micro_batches = [(batch, float(batch.chosen)) for batch in rows.of_pairs(numbers)]
             try:
                 log.add(step(trainee, micro_batches, loss))

@@ -32,6 +32,7 @@ from shared.models.logprobs import logprobs_and_values, policy_values, token_log
 from shared.models.lora import add_value_head, with_lora
 from shared.models.packing import packs
 from shared.models.sequences import SCORING, Sequences, by_length, collate
+from shared.seeds import seed_of
 from shared.tasks.task import Task
 from shared.training.fit import OptimizerConfig, Trainee, arithmetic, prepare
 
@@ -144,7 +145,7 @@ def make_actors(
     """
     ids, model = special_ids(load_tokenizer(start.policy)), load_policy(start.policy)
     ref, shared_trunk = None if start.lora else frozen(model), optimizers.shared_trunk
-    model = with_lora(model, start.lora, start.seed)
+    model = with_lora(model, start.lora, seed_of(start.seed, "adapter"))
     if shared_trunk:
         if not packs(model):
             raise InputError(

@@ -67,7 +67,7 @@ def evaluate(
     ids = [tokenizer(text).input_ids for text in texts]
     many = [p for p in ids for _ in range(samples)]
     drawn = engine.generate(many, drawing.at(temperature=1.0).sampling)
-    columns = measure(source, tokenizer, reward_model, texts, ids, drawn, samples)
+    columns = describe(source, tokenizer, reward_model, texts, ids, drawn, samples)
     columns.update(measure_kl(model, ref_model, many, drawn.ids, special.pad))
     greedy = engine.generate(ids, drawing.at(temperature=0.0).sampling)
     greedy_texts = tokenizer.batch_decode(greedy.ids, skip_special_tokens=True)
@@ -105,7 +105,7 @@ def evaluate_best_of_n(
         sampling = drawing.at(temperature=1.0).sampling
         favourites = best_of_n(engine, scorer, many, n, sampling)
     write_json(folder / "cost.json", meter.summary())
-    columns = measure(source, tokenizer, reward_model, texts, ids, favourites, samples)
+    columns = describe(source, tokenizer, reward_model, texts, ids, favourites, samples)
     rows = _rows(texts, columns, samples)
     if prompts.listing is not None:
         world = World(prompts.listing)
@@ -133,7 +133,7 @@ def score_samples(folder: Path, reward_model: Path, samples: Path, per_prompt: i
     write_json(folder / "scores.json", scores.view(len(rows), per_prompt).tolist())
 
 
-def measure(
+def describe(
     source: Task,
     tokenizer: PreTrainedTokenizerBase,
     reward_model: Path | None,

@@ -18,6 +18,7 @@ from shared.data.preferences import make_preferences, make_reward_test
 from shared.data.samples import list_reference, sample_reference
 from shared.generation.start import Drawing
 from shared.models.load import Start
+from shared.seeds import seed_of
 from shared.stages import Runner, Work, read_json, read_jsonl
 from shared.tasks.task import Split
 from shared.training.sft import train_sft
@@ -289,7 +290,7 @@ class Pipeline:
             reward_model=reward,
             preferences=preferences,
             prompts=self._prompts(common, split, ends),
-            drawing=self.drawing.at(seed=policy.seed),
+            drawing=self.drawing.at(seed=seed_of(policy.seed, f"{split} evaluation")),
         )
 
     def evaluate_best_of_n(self, common: CommonStages, trial: Trial, split: Split) -> Path:
@@ -303,7 +304,7 @@ class Pipeline:
             reward_model=trial.data.reward,
             n=int(n),
             prompts=self._prompts(common, split, split == "test"),
-            drawing=self.drawing.at(seed=seed),
+            drawing=self.drawing.at(seed=seed_of(seed, f"{split} best-of-n")),
         )
 
     def _prompts(self, common: CommonStages, split: Split, ends: bool) -> Prompts:

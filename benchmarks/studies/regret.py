@@ -45,7 +45,7 @@ class Point(NamedTuple):
     best: Estimate  # at the best of the evaluated checkpoints, by the truth
 
 
-def measure(base: Experiment, pairs: int, beta: float, runs: Path) -> list[Point]:
+def regret_points(base: Experiment, pairs: int, beta: float, runs: Path) -> list[Point]:
     """Run `base` with so many pairs, its arms at `beta`; SFT's regret comes first."""
     experiment = at(base, pairs, beta)
     folder = run_experiment(experiment, runs)
@@ -207,11 +207,11 @@ def regret(
     output_folder(out)
     beta, many = betas[len(betas) // 2], pairs[max(0, len(pairs) - 2)]
     grid = [(n, beta) for n in pairs] + [(many, b) for b in betas if b != beta]
-    points = [point for n, b in grid for point in measure(base, n, b, runs)]
+    points = [point for n, b in grid for point in regret_points(base, n, b, runs)]
     said = shlex.join(["klash", "study", "regret", file, *overrides])
     write_json(
         out / "regret.json",
-        {"command": said, "points": [_plain(point) for point in points]},
+        {"command": said, "points": [_as_row(point) for point in points]},
     )
     text = markdown(points, said, len(base.seeds))
     (out / "regret.md").write_text(text, encoding="utf-8")
@@ -221,6 +221,6 @@ def regret(
     print(text)
 
 
-def _plain(point: Point) -> dict:
+def _as_row(point: Point) -> dict:
     row = point._asdict()
     return {**row, "regret": point.regret.model_dump(), "best": point.best.model_dump()}

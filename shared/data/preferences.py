@@ -15,6 +15,7 @@ from shared.data.pairs import Pair, clean, swapped
 from shared.data.samples import draw_samples, list_samples
 from shared.generation.engine import Sampling
 from shared.generation.start import Drawing
+from shared.seeds import seed_of
 from shared.stages import write_json, write_jsonl
 from shared.tasks.registry import TaskConfig, make_task
 from shared.tasks.task import Split, Task
@@ -50,7 +51,7 @@ def make_preferences(
     prompts are few, and equal pairs with other labels are what the data says of them.
     """
     count = data.pairs + data.held_out_pairs
-    rng = np.random.default_rng([seed, 2])
+    rng = np.random.default_rng(seed_of(seed, "labels"))
     share = 1 if task.finite else 20  # some samples are identical
     prompts = -(-(count + max(64, count // share, 2 * data.per_prompt)) // data.per_prompt)
     if data.listed:
@@ -111,7 +112,6 @@ def sample_pairs(
     per_prompt: int = 1,
 ) -> list[Pair]:
     """`per_prompt` pairs of samples for each prompt with their gold scores, in the order drawn."""
-    drawing = drawing.at(seed=seed)
     rows = draw_samples(task, policy, split, prompts, 2 * per_prompt, drawing, seed)
     return [
         Pair(
@@ -133,7 +133,7 @@ def list_pairs(
 ) -> list[Pair]:
     """`count` pairs of a finite task, each two different ones of all completions, drawn evenly."""
     rows = list_samples(task, policy, "preference", sampling, seed)
-    rng = np.random.default_rng([seed, 3])
+    rng = np.random.default_rng(seed_of(seed, "listed pairs"))
     pairs = []
     for number in range(count):
         row = rows[number % len(rows)]

@@ -10,6 +10,7 @@ from shared.data.listing import Listing, list_completions, listed_logps
 from shared.generation.engine import Sampling
 from shared.generation.start import Drawing, make_engine
 from shared.models.load import load_policy, load_tokenizer, special_ids
+from shared.seeds import seed_of
 from shared.stages import read_json, read_jsonl, write_json, write_jsonl
 from shared.tasks.registry import TaskConfig, make_task
 from shared.tasks.task import Split
@@ -31,16 +32,17 @@ def draw_samples(
     prompts: int,
     per_prompt: int,
     drawing: Drawing,
-    prompt_seed: int,
+    seed: int,
 ) -> list[PromptSamples]:
-    """`per_prompt` samples of each of `prompts` prompts; `prompt_seed` chooses the prompts."""
+    """`per_prompt` samples of each of `prompts` prompts; `seed` is the run's."""
     source, tokenizer = make_task(task), load_tokenizer(policy)
-    texts = source.prompts(split, prompts, prompt_seed)
+    texts = source.prompts(split, prompts, seed)
     ids = [tokenizer(text).input_ids for text in texts]
     model, special = load_policy(policy).eval(), special_ids(tokenizer)
     engine = make_engine(drawing.generation, model, special, policy, drawing.sampling.temperature)
     many = [i for i in range(prompts) for _ in range(per_prompt)]
-    drawn = engine.generate([ids[i] for i in many], drawing.sampling).ids
+    sampling = drawing.at(seed=seed_of(seed, f"{split} samples")).sampling
+    drawn = engine.generate([ids[i] for i in many], sampling).ids
     decoded = tokenizer.batch_decode(drawn, skip_special_tokens=True)
     gold = source.gold([texts[i] for i in many], decoded).tolist()
     blocks = [slice(i * per_prompt, (i + 1) * per_prompt) for i in range(prompts)]
@@ -61,7 +63,7 @@ def sample_reference(
     seed: int,
 ) -> None:
     """Stage: `samples.jsonl`, one `PromptSamples` a line."""
-    rows = draw_samples(task, policy, split, prompts, per_prompt, drawing.at(seed=seed), seed)
+    rows = draw_samples(task, policy, split, prompts, per_prompt, drawing, seed)
     write_jsonl(folder / "samples.jsonl", [row._asdict() for row in rows])
 
 

@@ -22,7 +22,7 @@ from transformers.pytorch_utils import Conv1D
 from shared.models import ops
 from shared.models.packing import READ
 
-PACKAGES = ("torch", "transformers", "trl", "accelerate", "datasets", "peft", "numpy", "scipy")
+LIBRARIES = ("torch", "transformers", "trl", "accelerate", "datasets", "peft", "numpy", "scipy")
 
 
 class Meter:
@@ -180,7 +180,7 @@ def _per_second(work: Callable[[], object], seconds: float) -> float:
 
 def versions() -> dict[str, str]:
     """Of the libraries that results depend on."""
-    return {name: importlib.metadata.version(name) for name in PACKAGES}
+    return {name: importlib.metadata.version(name) for name in LIBRARIES}
 
 
 def environment(rate: float) -> dict[str, Any]:

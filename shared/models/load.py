@@ -29,6 +29,7 @@ from shared.models.cost import At, Work, count_pass
 from shared.models.lora import LoRAConfig, below_lora, plain_weights, with_lora
 from shared.models.packing import let_pack, pack, packed_inputs, packs
 from shared.models.sequences import SCORING, Limit, Sequences, by_length, collate
+from shared.seeds import seed_of
 
 
 class ModelConfig(Config):
@@ -74,7 +75,7 @@ class Start:
 
     def load(self) -> PreTrainedModel:
         """The policy, ready to train."""
-        return with_lora(load_policy(self.policy), self.lora, self.seed)
+        return with_lora(load_policy(self.policy), self.lora, seed_of(self.seed, "adapter"))
 
 
 def load_policy(folder: Path) -> PreTrainedModel:

@@ -17,6 +17,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from shared.config import Config
+from shared.seeds import seed_of
 from shared.tasks.task import Split
 
 PAD, EOS = "<pad>", "</s>"
@@ -49,7 +50,7 @@ class Exact:
 
     def __init__(self, config: ExactConfig):
         self.config, self.words = config, list(_WORDS[: config.words])
-        rng = np.random.default_rng([config.seed, 7])
+        rng = np.random.default_rng(seed_of(config.seed, "chain and effects"))
         size = config.words
         # Rows: the word before; columns: the next word, and last the end.
         chain = rng.gamma(1.5, size=(size, size + 1))
@@ -72,13 +73,13 @@ class Exact:
 
     def prompts(self, split: Split, count: int, seed: int) -> list[str]:
         """All prompts in turn, in a seeded order, until there are `count`; as in any split."""
-        rng = np.random.default_rng([seed, len(split)])
+        rng = np.random.default_rng(seed_of(seed, f"{split} prompts"))
         order = rng.permutation(len(self._prompts))
         return [self._prompts[order[i % len(order)]] for i in range(count)]
 
     def corpus(self, count: int, seed: int) -> list[tuple[str, str]]:
         """Prompts with what the chain goes on with, cut at the cap."""
-        rng = np.random.default_rng([seed, 1])
+        rng = np.random.default_rng(seed_of(seed, "corpus"))
         return [(prompt, self._sample(prompt, rng)) for prompt in self.prompts("sft", count, seed)]
 
     def gold(self, prompts: Sequence[str], completions: Sequence[str]) -> Array:

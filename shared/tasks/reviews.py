@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerFast
 from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
 
 from shared.config import Config, InputError
+from shared.seeds import seed_of
 from shared.tasks.task import Split, split_of
 
 Grammar = dict[str, list[tuple[float, tuple[str, ...]]]]
@@ -120,7 +121,7 @@ class Reviews:
         return list(_prompts(split, count, seed))
 
     def corpus(self, count: int, seed: int) -> list[tuple[str, str]]:
-        rng = np.random.default_rng([seed, 1])
+        rng = np.random.default_rng(seed_of(seed, "corpus"))
         prompts = self.prompts("sft", count, seed)
         return [(prompt, sample(_what_follows(prompt), rng)) for prompt in prompts]
 
@@ -137,7 +138,7 @@ class Reviews:
 
 @functools.lru_cache(maxsize=16)  # a process evaluates many policies on the same prompts
 def _prompts(split: Split, count: int, seed: int) -> tuple[str, ...]:
-    rng = np.random.default_rng([seed, len(split), ord(split[0])])
+    rng = np.random.default_rng(seed_of(seed, f"{split} prompts"))
     found: dict[str, None] = {}
     drawn = 0
     while len(found) < count:

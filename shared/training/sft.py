@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerBase, PrinterCallback, TrainerCallba
 from shared.config import Config
 from shared.models.load import ModelConfig, new_policy, save
 from shared.models.packing import with_ops
+from shared.seeds import seed_of
 from shared.tasks.registry import TaskConfig, make_task
 from shared.training.finished import TrainingLog
 
@@ -45,7 +46,7 @@ def train_sft(
     ]
     with tempfile.TemporaryDirectory() as scratch:
         trainer = SFTTrainer(
-            model=with_ops(new_policy(model, tokenizer, seed)),
+            model=with_ops(new_policy(model, tokenizer, seed_of(seed, "initial weights"))),
             args=SFTConfig(
                 output_dir=scratch,
                 num_train_epochs=sft.epochs,
@@ -63,8 +64,8 @@ def train_sft(
                 disable_tqdm=True,
                 logging_steps=50,
                 train_sampling_strategy="group_by_length",  # a third less time: less padding
-                seed=seed,
-                data_seed=seed,
+                seed=seed_of(seed, "SFT"),
+                data_seed=seed_of(seed, "SFT batches"),
             ),
             train_dataset=Dataset.from_list(rows),
             processing_class=tokenizer,

@@ -17,7 +17,7 @@ from benchmarks.studies.onoff.report import (
     JobStages,
     StudiedSeed,
     arms_of,
-    compare,
+    compare_sides,
     end,
     loss_difference,
     markdown,
@@ -31,7 +31,7 @@ from benchmarks.studies.onoff.switches import (
     Probed,
     in_force,
     largest_differences,
-    probe,
+    read_logprobs,
     switched,
 )
 from dpo.train import DirectConfig, DirectData
@@ -264,7 +264,9 @@ def test_log_probabilities_of_padded_rows_are_close_and_not_the_same(
         folder.mkdir()
         ppo = PPO.model_copy(update={"reuse_logprobs": variant != "no reuse"})
         data = DirectData(preferences_folder, reference_folder)
-        probe(folder, variant, Probed(policy_folder, ".", policy_folder, data), DIRECT, ppo, DRAWN)
+        read_logprobs(
+            folder, variant, Probed(policy_folder, ".", policy_folder, data), DIRECT, ppo, DRAWN
+        )
     padded, no_reuse = (largest_differences(folders[0], other) for other in folders[1:])
     assert 0 < padded["pairs"] < 1e-4
     assert padded["samples"] < 1e-4
@@ -383,7 +385,7 @@ def study(folder: Path, gold_off: float, loss_off: float, name: str = "packed pa
         off = probe_of(folder / f"off{n}", -1.0 - 2**-20, [[4]], [[-1.0]])
         sft = rows_of(folder / f"sft{n}", [[0.125]] * 2, [[0.0]] * 2)
         seeds.append(StudiedSeed(sft, done, {comparison.on: [on, on], comparison.off: [on, off]}))
-    return compare(experiment, [comparison], seeds)
+    return compare_sides(experiment, [comparison], seeds)
 
 
 def test_the_tables_say_what_was_found(tmp_path: Path):

@@ -33,6 +33,7 @@ from benchmarks.pipeline.progress import progress
 from benchmarks.report.build import build_report
 from benchmarks.results.schema import Results
 from benchmarks.run import run_experiment
+from shared.seeds import seed_of
 from shared.stages import Stages, read_json, read_jsonl
 
 ARMS = ["best-of-n", "ppo", "dpo", "ipo", "ipo-token", "kto", "fdpo", "fdpo-random"]
@@ -70,7 +71,7 @@ class Run:
             for folder, inputs in self.stages("evaluation").items()
             if inputs["policy"] == policy.name
             and inputs["prompts"]["split"] == "test"
-            and inputs["drawing"]["sampling"]["seed"] == seed
+            and inputs["drawing"]["sampling"]["seed"] == seed_of(seed, "test evaluation")
             and inputs["checkpoint"] in ("final", ".")
         )
         return read_jsonl(folder / "rows.jsonl")

@@ -20,11 +20,13 @@ from shared.generation.hf import HFEngine
 from shared.generation.start import Drawing
 from shared.models.cost import Meter
 from shared.models.load import Scorer, Start, load_policy, load_tokenizer, special_ids
+from shared.seeds import seed_of
 from shared.stages import Stages, read_json, read_jsonl
 from shared.training.finished import read_log
 from shared.training.fit import OptimizerConfig
 
 SAMPLING = Sampling(max_new_tokens=10)
+FIRST = SAMPLING.model_copy(update={"seed": seed_of(0, "filter", 0)})  # the first epoch's
 STEADY = OptimizerConfig(learning_rate=1e-3, schedule="constant", warmup_share=0.0)
 DIRECT = DirectConfig(optimizer=STEADY, epochs=1, batch_size=4, micro_batch_size=3)
 scores = st.lists(
@@ -172,7 +174,7 @@ def test_the_audit_holds_every_pair_once_with_the_reward_models_own_scores(
     assert [row["id"] for row in first] == list(pairs)
     prompts, scorer = [p.prompt_ids for p in pairs.values()], Scorer(reward_folder)
     engine = HFEngine(load_policy(policy_folder), special_ids(load_tokenizer(policy_folder)))
-    samples = engine.generate(prompts, SAMPLING).ids
+    samples = engine.generate(prompts, FIRST).ids
     for name, completions in (
         ("chosen", [p.chosen_ids for p in pairs.values()]),
         ("sample", samples),
@@ -232,7 +234,9 @@ def test_samples_of_later_epochs_come_from_the_trained_policy(
     scored = {}
     for source in (filtered.folder / name, policy_folder):
         engine = HFEngine(load_policy(source), special_ids(load_tokenizer(policy_folder)))
-        samples = engine.generate(prompts, SAMPLING.model_copy(update={"seed": 1})).ids
+        samples = engine.generate(
+            prompts, SAMPLING.model_copy(update={"seed": seed_of(0, "filter", 1)})
+        ).ids
         scored[source] = Scorer(reward_folder).score_all(prompts, samples).tolist()
     found = [row["sample"] for row in filtered.audit if row["epoch"] == 1]
     assert found == pytest.approx(scored[filtered.folder / name], abs=1e-5)
@@ -277,7 +281,7 @@ def test_with_nothing_to_drop_filtered_dpo_is_dpo(
     prompts = [p.prompt_ids for p in pairs.values()]
     engine = HFEngine(load_policy(policy_folder), special_ids(load_tokenizer(policy_folder)))
     scorer, besides = Scorer(reward_folder), Meter()
-    samples = engine.generate(prompts, SAMPLING).ids
+    samples = engine.generate(prompts, FIRST).ids
     for completions in ([p.chosen_ids for p in pairs.values()], samples):
         scorer.score_all(prompts, completions)
     cost = read_json(tmp_path / "cost.json")

@@ -25,6 +25,7 @@ from shared.models.cost import Meter
 from shared.models.load import Start, load_policy, load_scalar_model, save, special_ids
 from shared.models.logprobs import sequence_logps
 from shared.models.sequences import collate
+from shared.seeds import seed_of
 from shared.stages import read_jsonl
 from shared.tasks.exact import Exact, ExactConfig
 from shared.tasks.registry import TaskConfig, make_task
@@ -100,7 +101,9 @@ def test_reward_whitening_keeps_the_mean_reward(
     """Read off the first update's value loss, half a mean squared advantage; its KL is 0."""
     inputs = reward_folder, task_config, PPO, 0.1, Drawing(SAMPLING), ()
     train_ppo(tmp_path, Start(policy_folder), *inputs)
-    drawn = actors.engine.generate(prompts, SAMPLING.model_copy(update={"seed": 1}))
+    drawn = actors.engine.generate(
+        prompts, SAMPLING.model_copy(update={"seed": seed_of(0, "rollout", 1)})
+    )
     rollout, scores = score_rollout(actors, prompts, drawn.ids)
     rows = [[0.0] * (len(c) - 1) for c in drawn.ids]
     for row, score, cut in zip(rows, scores.tolist(), drawn.truncated, strict=True):

@@ -125,7 +125,7 @@ FAULTS = [
         ("ppo: micro-batches weighted by rows", "tokens of short rows weigh more",
          "update_models", "float(_p.sequences.mask.sum())", "float(len(group))"),
         ("ppo: every update draws with one seed", "rollouts repeat themselves",
-         "train_ppo", "_s * 100_000 + _u", "_s * 100_000"),
+         "train_ppo", "seed_of(_s, 'rollout', _u)", "seed_of(_s, 'rollout')"),
         ("ppo: the controller reads token means", "the target is in another unit",
          "train_ppo", "controller.update(_k, _n)",
          "controller.update(_k / numbers['ppo/completion_length'], _n)"),

@@ -47,6 +47,7 @@ from shared.models.load import (
 from shared.models.logprobs import sequence_logps, token_logprobs
 from shared.models.lora import LoRAConfig
 from shared.models.sequences import Sequences, collate
+from shared.seeds import seed_of
 from shared.stages import read_json
 from shared.tasks.registry import TaskConfig, make_task
 from shared.tasks.task import split_of
@@ -513,7 +514,9 @@ def test_a_first_update_by_its_definitions(
     log, _ = run(tmp_path / "run", policy_folder, reward_folder, task_config, ppo)
     batch = next(prompt_stream(tokenizer, task_config, ppo, 0))
     actors = four_models(policy_folder, reward_folder, ppo, SAMPLING, 1)
-    drawn = actors.engine.generate(batch, SAMPLING.model_copy(update={"seed": 1}))
+    drawn = actors.engine.generate(
+        batch, SAMPLING.model_copy(update={"seed": seed_of(0, "rollout", 1)})
+    )
     found, scores = score_rollout(actors, batch, drawn.ids)
     advantages, returns = [], []
     for row, tokens in enumerate(drawn.ids):

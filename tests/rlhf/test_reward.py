@@ -19,6 +19,7 @@ from shared.generation.engine import Sampling
 from shared.generation.start import Drawing
 from shared.models.cost import Meter
 from shared.models.load import ModelConfig, Scorer, load_scalar_model, sequence_scores
+from shared.seeds import seed_of
 from shared.stages import read_json, write_jsonl
 from shared.tasks.registry import TaskConfig
 from shared.training.finished import read_log
@@ -27,6 +28,7 @@ from shared.training.sft import SftConfig, train_sft
 
 DRAWING = Drawing(Sampling(max_new_tokens=10))
 STEADY = OptimizerConfig(learning_rate=1e-2, schedule="constant", warmup_share=0.0)
+LONG = RewardConfig(optimizer=STEADY, epochs=12, batch_size=11, micro_batch_size=32)
 SMALL = RewardConfig(optimizer=STEADY, epochs=6, batch_size=11, micro_batch_size=32)
 
 
@@ -85,7 +87,7 @@ def test_a_reward_model_costs_its_training_and_its_normalisation(
     pairs, samples = read_pairs(preferences_folder / "train.jsonl"), read_samples(references)
     rows, model = PairRows(pairs, 0, SMALL.limit), load_scalar_model(reward)
     meter = Meter()
-    for numbers in batches(22, 11, 6, 3):
+    for numbers in batches(22, 11, 6, seed_of(3, "reward batches")):
         for batch in rows.of_pairs(numbers):
             sequence_scores(model, batch.sequences).sum().backward()
     assert cost["train_tokens"] == meter.train_tokens
@@ -121,7 +123,9 @@ def test_a_pair_and_its_mirror_with_the_opposite_probability_teach_the_same(
     for name, rows, p in (("pairs", pairs, 0.8), ("mirrored", swapped, 0.2)):
         (tmp_path / name).mkdir()
         write_jsonl(tmp_path / name / "train.jsonl", [r._replace(p=p)._asdict() for r in rows])
-        model = trained(tmp_path / f"{name}-reward", policy_folder, tmp_path / name, references)
+        model = trained(
+            tmp_path / f"{name}-reward", policy_folder, tmp_path / name, references, LONG
+        )
         texts = [r.prompt_ids + c for r in pairs for c in (r.chosen_ids, r.rejected_ids)]
         scores.append(plain_scores(model, texts))
     close(*scores, 1e-3)

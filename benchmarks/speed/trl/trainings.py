@@ -49,6 +49,7 @@ from rlhf.rollout import value_model
 from shared.data.pairs import Pair, read_pairs
 from shared.generation.engine import Sampling
 from shared.models.load import Scorer, load_tokenizer, new_scalar_model, save
+from shared.seeds import seed_of
 from shared.tasks.registry import TaskConfig
 from shared.training.fit import OptimizerConfig, batches
 
@@ -101,9 +102,9 @@ def make_data(folder: Path, preferences: Path, seed: int) -> None:
     from datasets import Dataset
 
     pairs = read_pairs(preferences / "train.jsonl")
-    partner = mismatch([tuple(pair.prompt_ids) for pair in pairs] * 2, seed)
+    partner = mismatch([tuple(pair.prompt_ids) for pair in pairs] * 2, seed_of(seed, "mismatched"))
     unpaired = labelled_rows(pairs, partner)
-    (order,) = batches(len(unpaired), len(unpaired), 1, seed)
+    (order,) = batches(len(unpaired), len(unpaired), 1, seed_of(seed, "batches"))
     rows = {
         "reward": joined_rows(pairs),
         "pairs": [pair._asdict() for pair in pairs],
@@ -121,7 +122,8 @@ def trl_train_reward(
     from trl.trainer.reward_trainer import RewardTrainer
 
     start = perf_counter()
-    save(new_scalar_model(policy, seed), load_tokenizer(policy), folder / "start")
+    model = new_scalar_model(policy, seed_of(seed, "reward head"))
+    save(model, load_tokenizer(policy), folder / "start")
     settings = common_settings(folder, reward.optimizer, reward.batch_size, reward.epochs)
     config = TrlConfig(
         **settings,

@@ -48,7 +48,7 @@ def arms_of(experiment: Experiment, comparison: Comparison) -> list[str]:
     return [*arms, REWARD] if REWARD in comparison.kinds else arms
 
 
-def compare(
+def compare_sides(
     experiment: Experiment, comparisons: Sequence[Comparison], seeds: list[StudiedSeed]
 ) -> dict[str, Any]:
     """What onoff.json holds: first steps, ends, and whether they are the same."""

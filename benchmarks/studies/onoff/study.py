@@ -30,7 +30,7 @@ from benchmarks.studies.onoff.report import (
     JobStages,
     StudiedSeed,
     arms_of,
-    compare,
+    compare_sides,
     markdown,
 )
 from benchmarks.studies.onoff.switches import (
@@ -40,7 +40,7 @@ from benchmarks.studies.onoff.switches import (
     WORKS,
     Comparison,
     Probed,
-    probe,
+    read_logprobs,
     switched,
 )
 from dpo.train import DirectData
@@ -82,7 +82,7 @@ def onoff(
     output_folder(out)
     seeds = run_all(experiments, chosen, runs)
     command = shlex.join(["klash", "study", "onoff", file, *overrides])
-    found = {"command": command, **compare(experiments[DEFAULT], chosen, seeds)}
+    found = {"command": command, **compare_sides(experiments[DEFAULT], chosen, seeds)}
     write_json(out / "onoff.json", found)
     text = markdown(found)
     (out / "onoff.md").write_text(text, encoding="utf-8")
@@ -148,7 +148,7 @@ def run_seed(
         return [
             runner.run(
                 "probe",
-                probe,
+                read_logprobs,
                 label=f"log-probabilities of {name}, seed {number}, {variant}",
                 variant=variant,
                 probed=Probed(policy, checkpoint, common.sft, data),

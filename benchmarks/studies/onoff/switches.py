@@ -26,7 +26,7 @@ from shared.models.logprobs import token_logprobs
 from shared.models.ops import ALL, Shortcuts, using
 from shared.models.sequences import collate
 
-PAIRS, PROMPTS, SAMPLES = 256, 64, 4  # that `probe` reads; prompts are those of the first pairs
+PAIRS, PROMPTS, SAMPLES = 256, 64, 4  # of `read_logprobs`; prompts are the first pairs'
 WORKS: dict[str, Callable[..., None]] = {
     "preferences": make_preferences,
     "reward": train_reward,
@@ -139,7 +139,7 @@ class Probed:
 
 
 @torch.no_grad()
-def probe(
+def read_logprobs(
     folder: Path,
     variant: str,
     probed: Probed,
