@@ -1,168 +1,461 @@
-"""Preference files -> rows of text -> pairs of token ids: one function a format.
+"""What rows of a file mean: one function a format, from a raw row to comparisons.
 
-A file holds one JSON object a line with `prompt`, `chosen` and `rejected`. A format is a way of
-saying what these three are; it is found from the rows themselves, and all rows must have the same.
+`FORMATS` names them. The format of a file is found from its first row, and told, or given by name;
+every other row must be in it. A new format is a function and a line in `FORMATS`.
 """
 
-import json
-from collections.abc import Callable
-from pathlib import Path
+import itertools
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
-from jinja2 import TemplateError
-from transformers import PreTrainedTokenizerBase
+from shared.config import InputError, suggest
+from shared.data.rows import (
+    DataConfig,
+    Message,
+    Messages,
+    Row,
+    Unreadable,
+    Unusable,
+    decoded,
+    finite,
+    is_blank,
+    label_at,
+    message_of,
+    messages_at,
+    number_at,
+    shown,
+    text_at,
+)
+from shared.data.turns import (
+    TURN,
+    answer_of,
+    asked,
+    pair_after,
+    pair_of_chats,
+    pair_of_texts,
+    pair_of_transcripts,
+    split_chat,
+    user,
+)
 
-from shared.config import InputError
-from shared.data.pairs import Pair
-
-Messages = list[dict[str, str]]
-SIDES = ("prompt", "chosen", "rejected")
-
-
-class Row(NamedTuple):
-    """One comparison as the model reads it: of a chat, what its template makes of the messages."""
-
-    prompt: str
-    chosen: str
-    rejected: str
-    messages: tuple[Messages, Messages, Messages] | None = None  # of the three, if it is a chat
-
-
-def read_pair_file(path: Path, tokenizer: PreTrainedTokenizerBase) -> list[Row]:
-    """Rows of a JSON lines file; an InputError names the line that is not one."""
-    try:
-        lines = path.read_text(encoding="utf-8-sig").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: cannot read it: {error}") from error
-    numbered = [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
-    if not numbered:
-        raise InputError(f"{path}: no rows; one JSON object a line is expected")
-    places = [f"{path}, line {number}" for number, _ in numbered]
-    objects = [(at, read_object(line, at)) for at, (_, line) in zip(places, numbered, strict=True)]
-    formats = {format_of(found, where) for where, found in objects}
-    if len(formats) > 1:
-        raise InputError(f"{path}: some rows are texts and some are chats; make them one of both")
-    read = FORMATS[formats.pop()]
-    return [read(found, where, tokenizer) for where, found in objects]
+Raw = dict[str, Any]
 
 
-def read_object(line: str, where: str) -> dict[str, Any]:
-    """One line with all three sides."""
-    try:
-        found = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise InputError(f"{where}: not JSON: {error}") from error
-    if not isinstance(found, dict):
-        raise InputError(f"{where}: not an object with `prompt`, `chosen` and `rejected`")
-    if missing := sorted(set(SIDES) - found.keys()):
-        raise InputError(f"{where}: `{missing[0]}` is missing (found {', '.join(sorted(found))})")
-    return found
+def read_pairs_row(raw: Raw, data: DataConfig) -> list[Row]:
+    """TRL's pairs with an explicit prompt: three texts, or messages, or a text and messages.
 
-
-def format_of(found: dict[str, Any], where: str) -> str:
-    """Which of FORMATS a row is in."""
-    sides = [found[side] for side in SIDES]
-    if all(isinstance(side, str) for side in sides):
-        return "texts"
-    if all(is_chat(side) for side in sides):
-        return "chats"
-    raise InputError(
-        f"{where}: `prompt`, `chosen` and `rejected` must be three texts, or three lists of "
-        "messages {role, content}"
-    )
-
-
-def is_chat(side: Any) -> bool:
-    """Whether `side` is a list of messages with their texts."""
-    return (
-        isinstance(side, list)
-        and bool(side)
-        and all(
-            isinstance(m, dict)
-            and isinstance(m.get("role"), str)
-            and isinstance(m.get("content"), str)
-            for m in side
-        )
-    )
-
-
-def read_texts(found: dict[str, Any], where: str, tokenizer: PreTrainedTokenizerBase) -> Row:
-    """Three texts, as they are."""
-    return Row(*(found[side] for side in SIDES))
-
-
-def read_chats(found: dict[str, Any], where: str, tokenizer: PreTrainedTokenizerBase) -> Row:
-    """Three lists of messages, through the model's chat template; completions may repeat the
-    prompt's messages.
+    Messages of the answers may begin with those of the prompt. A text beside whole chats must be
+    their last user message, as in HuggingFaceH4/ultrafeedback_binarized.
     """
-    if tokenizer.chat_template is None:
-        raise InputError(
-            f"{where}: chat messages, but the model's tokenizer has no chat template; set "
-            "tokenizer.chat_template and save it, or give texts"
+    prompt, answers = raw["prompt"], [raw["chosen"], raw["rejected"]]
+    texts = [isinstance(answer, str) for answer in answers]
+    if isinstance(prompt, str) and all(texts):
+        return [Row(prompt, *answers)]
+    if not isinstance(prompt, str | list) or (any(texts) and not all(texts)):
+        raise Unreadable(
+            "`prompt`, `chosen` and `rejected` must be three texts, or lists of messages {role, "
+            "content} (" + ", ".join(f"`{k}`: {shown(raw[k])}" for k in PAIR) + ")"
         )
-    prompt, *answers = (found[side] for side in SIDES)
-    chosen, rejected = (
-        answer[len(prompt) :] if answer[: len(prompt)] == prompt else answer for answer in answers
-    )
-    try:
-        before = render(tokenizer, prompt, open_answer=True)
-        texts = [_answer_text(tokenizer, prompt, before, answer) for answer in (chosen, rejected)]
-    except TemplateError as error:
-        raise InputError(f"{where}: the chat template refuses it: {error}") from error
-    return Row(before, *texts, messages=(prompt, chosen, rejected))
+    chosen, rejected = answer_messages(raw, "chosen"), answer_messages(raw, "rejected")
+    if isinstance(prompt, str):
+        if len(chosen) == len(rejected) == 1:
+            return [pair_after([user(prompt)], chosen, rejected)]
+        return [pair_of_chats(chosen, rejected, prompt)]
+    return [pair_after(messages_at(raw, "prompt"), chosen, rejected)]
 
 
-def _answer_text(
-    tokenizer: PreTrainedTokenizerBase, prompt: Messages, before: str, answer: Messages
-) -> str:
-    """What follows the prompt `before` in the template's text of both."""
-    both = render(tokenizer, prompt + answer)
-    if both.startswith(before):
-        return both.removeprefix(before)
-    return "".join(message["content"] for message in answer) + str(tokenizer.eos_token or "")
+def read_implicit(raw: Raw, data: DataConfig) -> list[Row]:
+    """Pairs whose prompt is what both sides begin with: messages (Skywork) or texts."""
+    if all(isinstance(raw[side], str) for side in SIDES):
+        if _is_transcript(raw):
+            raise Unreadable("a dialogue among other texts; name the format: hh-rlhf")
+        return [pair_of_texts(raw["chosen"], raw["rejected"])]
+    if any(isinstance(raw[side], str) for side in SIDES):
+        raise Unreadable("`chosen` and `rejected` must be two texts, or two lists of messages")
+    return [pair_of_chats(answer_messages(raw, "chosen"), answer_messages(raw, "rejected"))]
 
 
-def render(
-    tokenizer: PreTrainedTokenizerBase, messages: Messages, *, open_answer: bool = False
-) -> str:
-    """The text of a chat; `open_answer` ends it where the policy's answer begins."""
-    return tokenizer.apply_chat_template(  # pyright: ignore[reportReturnType]
-        messages, tokenize=False, add_generation_prompt=open_answer
-    )
+def read_transcripts(raw: Raw, data: DataConfig) -> list[Row]:
+    """Anthropic/hh-rlhf: dialogues as text, split at the last "\\n\\nAssistant:"."""
+    return [pair_of_transcripts(text_at(raw, "chosen"), text_at(raw, "rejected"), data.chat)]
 
 
-FORMATS: dict[str, Callable[[dict[str, Any], str, PreTrainedTokenizerBase], Row]] = {
-    "texts": read_texts,
-    "chats": read_chats,
-}
+def read_labels(raw: Raw, data: DataConfig) -> list[Row]:
+    """TRL's unpaired answers: `prompt`, `completion` and `label`."""
+    label = label_at(raw, "label")
+    return [row._replace(label=label) for row in read_answers(raw, data)]
 
 
-def encode(tokenizer: PreTrainedTokenizerBase, row: Row, number: int) -> Pair:
-    """Token ids of a row. A text gets its EOS here; of a chat, what follows the last EOS goes.
+def read_chat_labels(raw: Raw, data: DataConfig) -> list[Row]:
+    """Whole chats with a `label`, of which the last message is judged."""
+    return [read_chats(raw, data)[0]._replace(label=label_at(raw, "label"))]
 
-    Prompt and completion are encoded on their own, so that the policy goes on from the prompt's
-    tokens.
+
+def read_answers(raw: Raw, data: DataConfig) -> list[Row]:
+    """TRL's prompt and completion, texts or messages: one answer, for SFT."""
+    prompt, completion = raw["prompt"], raw["completion"]
+    if isinstance(prompt, str) and isinstance(completion, str):
+        return [Row(prompt, completion)]
+    if isinstance(prompt, str) and isinstance(completion, list | dict):
+        before = [user(prompt)]
+    elif isinstance(completion, list | dict):
+        before = messages_at(raw, "prompt")
+    else:
+        raise Unreadable(
+            "`prompt` and `completion` must be two texts, or lists of messages {role, content} "
+            f"(`prompt`: {shown(prompt)}, `completion`: {shown(completion)})"
+        )
+    return [Row(before, answer_of(before, answer_messages(raw, "completion"), "completion"))]
+
+
+def read_chats(raw: Raw, data: DataConfig) -> list[Row]:
+    """Whole chats: the last message is the answer, for SFT."""
+    prompt, answer = split_chat(messages_at(raw, "messages"), "messages")
+    return [Row(prompt, answer)]
+
+
+def read_prompts(raw: Raw, data: DataConfig) -> list[Row]:
+    """Prompts alone, as texts or messages."""
+    if isinstance(raw["prompt"], str):
+        return [Row(raw["prompt"], None)]
+    return [Row(asked(messages_at(raw, "prompt")), None)]
+
+
+def read_argilla(raw: Raw, data: DataConfig) -> list[Row]:
+    """argilla/ultrafeedback-binarized-preferences."""
+    return [Row(*(text_at(raw, k) for k in ("instruction", "chosen_response", "rejected_response")))]
+
+
+def read_shp(raw: Raw, data: DataConfig) -> list[Row]:
+    """stanfordnlp/SHP: `labels` is 1 where answer A is preferred."""
+    first, second = text_at(raw, "human_ref_A"), text_at(raw, "human_ref_B")
+    order = (first, second) if label_at(raw, "labels") else (second, first)
+    return [Row(text_at(raw, "history"), *order)]
+
+
+def read_helpsteer(raw: Raw, data: DataConfig) -> list[Row]:
+    """nvidia/HelpSteer3: a preference below 0 is for the first answer, above for the second."""
+    return [_signed(messages_at(raw, "context"), raw, "response1", "response2", "overall_preference")]
+
+
+def read_helpsteer2(raw: Raw, data: DataConfig) -> list[Row]:
+    """nvidia/HelpSteer2's preferences: the same sign, and a prompt as text."""
+    prompt = [user(text_at(raw, "prompt"))]
+    return [_signed(prompt, raw, "response_1", "response_2", "preference_strength")]
+
+
+def _signed(prompt: Messages, raw: Raw, first: str, second: str, key: str) -> Row:
+    preference = number_at(raw, key)
+    if preference == 0:
+        raise Unusable("tie", f"`{key}` is 0")
+    order = (first, second) if preference < 0 else (second, first)
+    chosen, rejected = ([{"role": "assistant", "content": text_at(raw, side)}] for side in order)
+    return pair_after(prompt, chosen, rejected)
+
+
+def read_comparisons(raw: Raw, data: DataConfig) -> list[Row]:
+    """openai/summarize_from_feedback, `comparisons`: the prompt of the TL;DR experiments."""
+    info, summaries, choice = raw["info"], raw["summaries"], raw["choice"]
+    if not isinstance(info, dict) or not isinstance(summaries, list) or len(summaries) != 2:
+        raise Unreadable("`info` must be an object and `summaries` a list of two {text}")
+    texts = [text_at(one, "text") if isinstance(one, dict) and "text" in one else None
+             for one in summaries]  # fmt: skip
+    if None in texts:
+        raise Unreadable("`summaries` must be two objects with a `text`")
+    if choice not in (0, 1):
+        raise Unreadable(f"`choice` must be 0 or 1 (found {shown(choice)})")
+    parts = [
+        f"{name.upper()}: {'r/' if name == 'subreddit' else ''}{info[name]}"
+        for name in ("subreddit", "title", "post", "article")
+        if info.get(name)
+    ]
+    if not isinstance(info.get("post") or info.get("article"), str):
+        raise Unreadable("`info` must hold the text of a `post` or an `article`")
+    prompt = "\n\n".join([*parts, "TL;DR:"])
+    return [Row(prompt, f" {str(texts[choice]).strip()}", f" {str(texts[1 - choice]).strip()}")]
+
+
+def read_sharegpt(raw: Raw, data: DataConfig) -> list[Row]:
+    """LLaMA-Factory's and ShareGPT's `conversations` of {from, value}, with `chosen` and `rejected`
+    (one such message each), with a label (`label`, `kto_tag`), or alone.
     """
-    chat, eos = row.messages is not None, token_id(tokenizer, "eos_token_id")
-    prompt = tokenizer(row.prompt, add_special_tokens=not chat).input_ids
-
-    def answer(text: str) -> list[int]:
-        ids: list[int] = tokenizer(text, add_special_tokens=False).input_ids
-        if chat:
-            return up_to_last(ids, eos)
-        return [*ids, eos] if ids and eos is not None else ids
-
-    return Pair(f"row {number}", row.prompt, prompt, answer(row.chosen), answer(row.rejected))
+    messages = messages_at(raw, "conversations")
+    if "chosen" in raw and "rejected" in raw:
+        sides = (answer_messages(raw, side) for side in SIDES)
+        return [pair_after(messages, *sides)]
+    prompt, answer = split_chat(messages, "conversations")
+    return [Row(prompt, answer, label=_label(raw))]
 
 
-def token_id(tokenizer: PreTrainedTokenizerBase, name: str) -> int | None:
-    """The id of a special token, None where the tokenizer has none."""
-    value = getattr(tokenizer, name)
-    return value if isinstance(value, int) else None
+def read_alpaca(raw: Raw, data: DataConfig) -> list[Row]:
+    """LLaMA-Factory's `instruction`, `input` and `history`, with `chosen` and `rejected`, with an
+    `output` and a label, or with an `output` alone.
+    """
+    words = [text_at(raw, key) for key in ("instruction", "input") if raw.get(key)]
+    messages: Messages = []
+    for turn in raw.get("history") or []:
+        if not isinstance(turn, list) or len(turn) != 2:
+            raise Unreadable(f"`history` must be pairs of texts (found {shown(turn)})")
+        messages += [user(turn[0]), {"role": "assistant", "content": turn[1]}]
+    messages = [message_of(one, "history") for one in messages] + [user("\n".join(words))]
+    keys = SIDES if "chosen" in raw else ("output",)
+    answers = [{"role": "assistant", "content": text_at(raw, key)} for key in keys]
+    return [Row(messages, *answers, label=_label(raw))]
 
 
-def up_to_last(ids: list[int], eos: int | None) -> list[int]:
-    """Templates end a turn with EOS and a line break; the policy stops at EOS."""
-    if eos is None or eos not in ids:
-        return ids
-    return ids[: len(ids) - ids[::-1].index(eos)]
+def _label(raw: Raw) -> bool | None:
+    key = next((key for key in ("label", "kto_tag") if key in raw), None)
+    return None if key is None else label_at(raw, key)
+
+
+ANSWERS = ("completions", "responses", "answers")
+RATINGS = ("scores", "ratings", "rewards")
+IN_ANSWER = ("overall_score", "score", "rating", "reward")
+
+
+def read_rated(raw: Raw, data: DataConfig) -> list[Row]:
+    """n answers of one prompt with a rating each -> pairs, by the rule that `data.rated` names.
+
+    The answers are texts with `scores` beside them, or objects {text or response, score}.
+    """
+    prompt, answers = _first_of(raw, ("prompt", "instruction")), _first_of(raw, ANSWERS)
+    beside = next((raw[key] for key in RATINGS if key in raw), None)
+    if not isinstance(answers, list) or (beside is not None and not isinstance(beside, list)):
+        raise Unreadable("the answers must be a list, and so their scores")
+    if beside is not None and len(beside) != len(answers):
+        raise Unreadable(f"{len(answers)} answers have {len(beside)} scores")
+    rated = [_rated(one, None if beside is None else beside[n]) for n, one in enumerate(answers)]
+    rated.sort(key=lambda one: -one[1])
+    if len(rated) < 2:
+        raise Unusable("single-answer", "fewer than two answers have no better and worse")
+    least = data.margin if data.rated == "margin" else max(data.margin, 1e-12)
+    pairs = list(itertools.combinations(rated, 2))
+    if data.rated == "best-worst":
+        pairs = [(rated[0], rated[-1])]
+    pairs = [(better, worse) for better, worse in pairs if better[1] - worse[1] >= least]
+    if not pairs:
+        raise Unusable("tie", "no two ratings differ enough")
+    if isinstance(prompt, str):
+        return [Row(prompt, better[0], worse[0]) for better, worse in pairs]
+    before = messages_at({"prompt": prompt}, "prompt")
+    return [
+        pair_after(before, *([{"role": "assistant", "content": one[0]}] for one in pair))
+        for pair in pairs
+    ]
+
+
+def _first_of(raw: Raw, keys: tuple[str, ...]) -> Any:
+    for key in keys:
+        if key in raw:
+            return raw[key]
+    raise Unreadable(f"`{keys[0]}` is missing (found {', '.join(raw)})")
+
+
+def _rated(answer: Any, score: Any) -> tuple[str, float]:
+    if isinstance(answer, dict):
+        if score is None:
+            score = next((answer[key] for key in IN_ANSWER if key in answer), None)
+        answer = next((answer[k] for k in ("text", "response", "content") if k in answer), None)
+    if not isinstance(answer, str) or score is None:
+        raise Unreadable("an answer must be a text with a score, or {text, score}")
+    return answer, finite(score, "score")
+
+
+def answer_messages(raw: Raw, key: str) -> Messages:
+    """An answer's messages; LLaMA-Factory gives one message, and some files its text alone."""
+    value = raw[key]
+    if isinstance(value, dict):
+        return [message_of(value, key)]
+    if isinstance(value, str):
+        return [{"role": "assistant", "content": value}]
+    return messages_at(raw, key)
+
+
+PAIR, SIDES = ("prompt", "chosen", "rejected"), ("chosen", "rejected")
+Read = Callable[[Raw, DataConfig], list[Row]]
+
+
+class Format(NamedTuple):
+    """`keys` that a row must have; `fits` looks at their values where other formats share them."""
+
+    read: Read
+    keys: tuple[str, ...]
+    also: tuple[str, ...] = ()  # keys that it reads where they are
+    fits: Callable[[Raw], bool] = lambda raw: True
+
+
+def _is_transcript(raw: Raw) -> bool:
+    return all(isinstance(raw[side], str) and TURN in raw[side] for side in SIDES)
+
+
+def _is_rated(raw: Raw) -> bool:
+    key = next((key for key in ANSWERS if key in raw), None)
+    if key is None or not ("prompt" in raw or "instruction" in raw):
+        return False
+    inside = isinstance(raw[key], list) and all(isinstance(one, dict) for one in raw[key])
+    return inside or any(key in raw for key in RATINGS)
+
+
+def _no_answers(raw: Raw) -> bool:
+    return not {"chosen", "rejected", "completion", "response_1", "response"} & raw.keys()
+
+
+def _has_answer(raw: Raw) -> bool:
+    return "output" in raw or ("chosen" in raw and "rejected" in raw)
+
+
+# The first that fits is taken: those with more keys stand before those with fewer.
+FORMATS: dict[str, Format] = {
+    "ultrafeedback": Format(read_pairs_row, (*PAIR, "score_chosen", "score_rejected", "messages")),
+    "pairs": Format(read_pairs_row, PAIR),
+    "sharegpt": Format(
+        read_sharegpt, ("conversations",), ("chosen", "rejected", "label", "kto_tag")
+    ),
+    "alpaca": Format(
+        read_alpaca,
+        ("instruction",),
+        ("input", "history", "output", "chosen", "rejected", "label", "kto_tag"),
+        _has_answer,
+    ),
+    "hh-rlhf": Format(read_transcripts, SIDES, fits=_is_transcript),
+    "implicit-pairs": Format(read_implicit, SIDES),
+    "argilla": Format(read_argilla, ("instruction", "chosen_response", "rejected_response")),
+    "shp": Format(read_shp, ("history", "human_ref_A", "human_ref_B", "labels")),
+    "helpsteer3": Format(
+        read_helpsteer, ("context", "response1", "response2", "overall_preference")
+    ),
+    "helpsteer2": Format(
+        read_helpsteer2, ("prompt", "response_1", "response_2", "preference_strength")
+    ),
+    "summarize-from-feedback": Format(read_comparisons, ("info", "summaries", "choice")),
+    "rated": Format(
+        read_rated, (), ("prompt", "instruction", *ANSWERS, *RATINGS), _is_rated
+    ),
+    "labels": Format(read_labels, ("prompt", "completion", "label")),
+    "chat-labels": Format(read_chat_labels, ("messages", "label")),
+    "answers": Format(read_answers, ("prompt", "completion")),
+    "chats": Format(read_chats, ("messages",)),
+    "prompts": Format(read_prompts, ("prompt",), fits=_no_answers),
+}  # fmt: skip
+ALIASES = {"skywork": "implicit-pairs", "trl": "pairs", "llama-factory": "sharegpt", "kto": "labels"}
+AROUND = ("system", "tools", "chat_template_kwargs")  # read in every format
+UNSUPPORTED = ("images", "image", "videos", "video", "audio", "audios")
+SCORES = (
+    ("score_chosen", "score_rejected"),
+    ("chosen_score", "rejected_score"),
+    ("chosen_avg_rating", "rejected_avg_rating"),
+    ("rating_chosen", "rating_rejected"),
+)
+METADATA = {
+    "id", "idx", "index", "uid", "uuid", "prompt_id", "post_id", "row_id", "__index_level_0__",
+    "source", "origin", "dataset", "domain", "category", "subset", "split", "language", "lang",
+    "model", "models", "chosen_model", "rejected_model", "generations", "worker", "batch", "extra",
+    "score_A", "score_B", "score_ratio", "upvote_ratio", "root_id_A", "root_id_B",
+    "created_at_utc_A", "created_at_utc_B", "seconds_difference", "c_root_id_A", "c_root_id_B",
+    "individual_preference", "preference_statement", "preference_elaboration", "timestamp",
+    "messages", "num_turns", "metadata", "correct_answers", "incorrect_answers", "principle",
+    *(key for both in SCORES for key in both),
+}  # fmt: skip
+
+
+def format_named(name: str) -> str:
+    """The format of this name or alias; InputError if there is none."""
+    if name in FORMATS or name in ALIASES:
+        return ALIASES.get(name, name)
+    raise InputError(f"format: no format `{name}`{suggest(name, ['auto', *FORMATS, *ALIASES])}")
+
+
+def fits(name: str, raw: Raw) -> bool:
+    """Whether a row has a format's keys, and values of its kind."""
+    form = FORMATS[name]
+    return raw.keys() >= set(form.keys) and form.fits(raw)
+
+
+def find_format(raw: Raw) -> str:
+    """The first format that a row fits."""
+    for name in FORMATS:
+        if fits(name, raw):
+            return name
+    keys = ", ".join(f"`{key}`" for key in raw) or "none"
+    missing = [key for key in ("prompt", "chosen", "rejected") if key not in raw]
+    near = f"; of a pair `{missing[0]}` is missing" if len(missing) == 1 else ""
+    raise Unreadable(
+        f"in no known format (its keys: {keys}){near}; the commonest are `prompt`, `chosen`, "
+        "`rejected`, or `prompt`, `completion`, `label`"
+    )
+
+
+def read_row(name: str, raw: Raw, data: DataConfig) -> list[Row]:
+    """The comparisons of a raw row, with its system message and tools.
+
+    Raises Unreadable where it is not in the format `name`, Unusable where it teaches nothing.
+    """
+    form = FORMATS[name]
+    if missing := [key for key in form.keys if key not in raw]:
+        keys = ", ".join(map(str, raw))
+        raise Unreadable(f"`{missing[0]}` is missing (format {name}; found {keys})")
+    for key in UNSUPPORTED:
+        if raw.get(key):
+            raise Unreadable(f"`{key}`: only text is read")
+    for chosen, rejected in SCORES:
+        if chosen in raw and rejected in raw and None not in (raw[chosen], raw[rejected]):
+            _check_scores(raw, chosen, rejected)
+    rows = form.read(raw, data)
+    if data.chat == "messages":
+        rows = [as_chat(row) for row in rows]
+    around = {key: raw[key] for key in AROUND if raw.get(key)}
+    return [_with_surroundings(row, around) for row in rows] if around else rows
+
+
+def _check_scores(raw: Raw, chosen: str, rejected: str) -> None:
+    if number_at(raw, chosen) == number_at(raw, rejected):
+        raise Unusable("tie", f"`{chosen}` and `{rejected}` are the same")
+
+
+def as_chat(row: Row) -> Row:
+    """A text prompt as the user's message, and its answers as the assistant's."""
+    if not isinstance(row.prompt, str):
+        return row
+    answers = (
+        {"role": "assistant", "content": text} if isinstance(text, str) else text
+        for text in (row.chosen, row.rejected)
+    )
+    return row._replace(prompt=[user(row.prompt)])._replace(
+        **dict(zip(SIDES, answers, strict=True))
+    )
+
+
+def _with_surroundings(row: Row, around: Raw) -> Row:
+    """System message, tools and words for the template that stand beside the messages."""
+    if isinstance(row.prompt, str):
+        raise Unreadable(
+            f"`{next(iter(around))}` needs messages, and `prompt` is a text; set chat = messages"
+        )
+    system, tools, words = (around.get(key) for key in AROUND)
+    prompt: list[Message] = row.prompt
+    if system is not None:
+        if prompt[0]["role"] == "system":
+            raise Unreadable("a `system` text beside messages that have their own")
+        prompt = [{"role": "system", "content": text_at(around, "system")}, *prompt]
+    tools = decoded(tools, "tools") if isinstance(tools, str) else tools
+    if tools is not None and not isinstance(tools, list):
+        raise Unreadable(f"`tools` must be a list of functions (found {shown(tools)})")
+    if words is not None and not isinstance(words, dict):
+        raise Unreadable(f"`chat_template_kwargs` must be an object (found {shown(words)})")
+    return row._replace(prompt=prompt, tools=tools, template=words)
+
+
+def unread_keys(name: str, raw: Raw) -> Iterator[str]:
+    """Keys of a row that no one reads, and that are not known to be about where it comes from."""
+    form = FORMATS[name]
+    known = {*form.keys, *form.also, *AROUND, *UNSUPPORTED} | METADATA
+    return (key for key in raw if key not in known and raw[key] is not None)
+
+
+def blank_sides(row: Row) -> bool:
+    """Whether the prompt or an answer says nothing."""
+    prompt = row.prompt
+    nothing = not prompt.strip() if isinstance(prompt, str) else all(map(is_blank, prompt))
+    return nothing or any(
+        answer is not None and is_blank(answer) for answer in (row.chosen, row.rejected)
+    )
