@@ -22,11 +22,13 @@ def main() -> None:
 
 def commands() -> dict[str, Command]:
     """The commands by name; importing them takes seconds."""
+    from benchmarks.commands.data import data
     from benchmarks.commands.head_to_head import compare, plan, report
     from benchmarks.commands.tools import doctor, serve, speed, study
 
     return {
         "compare": compare,
+        "data": data,
         "doctor": doctor,
         "plan": plan,
         "report": report,
@@ -42,6 +44,10 @@ def run(words: Sequence[str]) -> Any:
         from benchmarks.commands.tools import studies
 
         return run_one(studies(), words[1:], "klash study")
+    if list(words[:1]) == ["data"]:
+        from benchmarks.commands.data import data_commands
+
+        return run_one(data_commands(), words[1:], "klash data")
     return run_one(commands(), words, "klash")
 
 

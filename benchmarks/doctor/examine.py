@@ -18,11 +18,13 @@ from transformers import (
     PreTrainedModel,
 )
 
+from benchmarks.data import findings
+from benchmarks.data.giveaways import Answers, accuracies
 from benchmarks.doctor import models, reward, tokens
-from benchmarks.doctor.finding import Finding
-from benchmarks.doctor.patient import Patient, any_tokenizer, readable
+from benchmarks.doctor.finding import Finding, finding_text
+from benchmarks.doctor.patient import Patient, any_tokenizer, readable, token_id
 from shared.config import InputError
-from shared.data.files import token_id
+from shared.data.cleaning import Report
 from shared.data.pairs import Pair
 from shared.generation.hf import HFEngine
 from shared.models.load import (
@@ -59,36 +61,53 @@ def print_findings(patient: Patient) -> bool:
     return not failed
 
 
-def finding_text(finding: Finding) -> str:
-    """One check as the user reads it."""
-    state = "FAIL" if finding.fix else "pass"
-    text = f"{state}  {finding.check}: {finding.observed}"
-    return f"{text}\n      fix: {finding.fix}" if finding.fix else text
-
-
 def examine(patient: Patient) -> Iterator[Finding]:
     """All checks that apply. What cannot be measured after a failure is left out."""
     tokenizer, eos = patient.tokenizer, token_id(patient.tokenizer, "eos_token_id")
     context = context_length(patient.policy)
     limit = min(context, patient.max_length or context)
     yield tokens.eos_and_pad(tokenizer)
-    if any(row.messages is not None for row in patient.rows):
-        yield tokens.generation_prompt(tokenizer, patient.rows)
-    yield tokens.one_bos(tokenizer, patient.pairs)
-    yield tokens.boundary(tokenizer, patient.pairs, patient.rows)
+    if patient.report is not None:
+        yield from of_report(patient, patient.report)
+    if not patient.pairs:
+        return
+    yield tokens.one_bos(tokenizer, patient.pairs, patient.examples)
+    if patient.report is None:
+        yield tokens.boundary(tokenizer, patient.pairs)
+    ends = patient.ends | ({eos} if eos is not None else frozenset())
     if eos is not None:
-        yield tokens.one_eos(patient.pairs, eos, patient.cap)
+        yield tokens.one_eos(patient.pairs, ends, patient.cap)
     pad = token_id(tokenizer, "pad_token_id")
     if pad is not None and pad != eos:
         yield tokens.ends_in_pad(patient.pairs, pad)
     yield tokens.lengths(patient.pairs, limit, patient.max_new_tokens)
-    kept, finding = tokens.usable(tokens.truncated(patient.pairs, limit))
-    yield finding
+    kept = tokens.truncated(patient.pairs, limit)
+    if patient.report is None or patient.report.kind == "pairs":
+        kept, finding = tokens.usable(kept)
+        yield finding
+    kept = [pair for pair in kept if pair.chosen_ids and pair.rejected_ids]
     if not kept:
         return
     yield from check_policy(patient, select_pairs(kept, POLICY_SAMPLE))
     if patient.reward_model is not None:
         yield from check_reward_model(patient, patient.reward_model, kept)
+
+
+def of_report(patient: Patient, report: Report) -> Iterator[Finding]:
+    """What became of the rows of a file, and what its labels and texts hold."""
+    yield from findings.of_rows(report, 0, strict=True)
+    yield from findings.of_labels(report)
+    better, worse = Answers(), Answers()
+    for example in patient.examples:
+        if example.rejected is not None:
+            better.add(example.chosen)
+            worse.add(example.rejected)
+        elif example.label is not None:
+            (better if example.label else worse).add(example.chosen)
+    yield from findings.of_giveaways(accuracies(better, worse))
+    for finding in findings.of_tokens(report):
+        if finding.check != "one eos":  # counted from the tokens below
+            yield finding
 
 
 def check_policy(patient: Patient, pairs: list[Pair]) -> Iterator[Finding]:

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from pydantic import Field
 from safetensors import SafetensorError
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
 
 from benchmarks.pipeline.arms import Pipeline
 from benchmarks.pipeline.experiment import Experiment, experiment_file, load_experiment
@@ -15,8 +15,10 @@ from benchmarks.pipeline.places import quiet_libraries, set_up_process, stage_co
 from benchmarks.pipeline.plan import plan_of
 from benchmarks.pipeline.progress import progress
 from shared.config import Config, InputError, load, read_toml
-from shared.data.files import Row, encode, read_pair_file
+from shared.data.cleaning import Report
+from shared.data.examples import Example, read_all_examples
 from shared.data.pairs import Pair, read_pairs
+from shared.data.rows import DataConfig
 from shared.generation.engine import Sampling
 from shared.stages import Runner, Stages
 
@@ -26,9 +28,10 @@ class DoctorConfig(Config):
 
     model: Path
     """The policy, a transformers folder."""
-    data: Path
-    """A file of one JSON object a line: `prompt`, `chosen` and `rejected`, all texts or all lists
-    of chat messages."""
+    data: str | tuple[str, ...]
+    """Preferences: files, folders or datasets of the hub, in any format that `klash data` reads."""
+    reading: DataConfig = DataConfig()
+    """How these are read."""
     reward_model: Path | None = None
     """The reward model, a transformers folder with one label."""
     reference: Path | None = None
@@ -44,13 +47,18 @@ class DoctorConfig(Config):
 
 
 class Patient(NamedTuple):
-    """Everything that is examined. `rows` line up with `pairs`; sampled pairs have none."""
+    """Everything that is examined. `examples` line up with `pairs`; sampled pairs have none.
+
+    The pairs of answers with a label, or alone, hold the answer on both sides.
+    """
 
     policy: Path
     tokenizer: PreTrainedTokenizerBase
     pairs: list[Pair]
-    rows: list[Row]
+    examples: list[Example]
     sampling: Sampling
+    report: Report | None = None  # what became of the rows of a file
+    ends: frozenset[int] = frozenset()  # tokens that end an answer, beside EOS
     cap: int | None = None  # tokens at which the completions in `pairs` were cut, if sampled
     max_length: int | None = None
     max_new_tokens: int | None = None
@@ -88,7 +96,7 @@ def of_experiment(experiment: Experiment, runs: Path) -> Patient:
         policy=sft,
         tokenizer=AutoTokenizer.from_pretrained(sft),
         pairs=read_pairs(preferences / "train.jsonl"),
-        rows=[],
+        examples=[],
         sampling=experiment.sampling,
         cap=experiment.sampling.max_new_tokens,
         reward_model=reward,
@@ -99,7 +107,9 @@ def of_files(config: DoctorConfig, beside: Path) -> Patient:
     """One's own models and data."""
     folder = beside / config.model
     tokenizer = any_tokenizer(folder)
-    rows = read_pair_file(beside / config.data, tokenizer)
+    ends = end_ids(tokenizer, folder)
+    sources = [config.data] if isinstance(config.data, str) else config.data
+    examples, report = read_all_examples(sources, beside, config.reading, tokenizer, ends)
     sampling = Sampling(temperature=config.temperature)
     if config.max_new_tokens is not None:
         sampling = sampling.model_copy(update={"max_new_tokens": config.max_new_tokens})
@@ -111,13 +121,45 @@ def of_files(config: DoctorConfig, beside: Path) -> Patient:
     return Patient(
         policy=folder,
         tokenizer=tokenizer,
-        pairs=[encode(tokenizer, row, number) for number, row in enumerate(rows, 1)],
-        rows=rows,
+        pairs=[pair_of(example) for example in examples],
+        examples=examples,
         sampling=sampling,
+        report=report,
+        ends=ends,
+        cap=config.reading.max_completion_tokens if config.reading.over_long == "cut" else None,
         max_length=config.max_length,
         max_new_tokens=config.max_new_tokens,
         **others,
     )
+
+
+def token_id(tokenizer: PreTrainedTokenizerBase, name: str) -> int | None:
+    """The id of a special token, None where the tokenizer has none."""
+    value = getattr(tokenizer, name)
+    return value if isinstance(value, int) else None
+
+
+def pair_of(example: Example) -> Pair:
+    """An example as a pair; an answer alone is both of its sides."""
+    rejected = example.rejected_ids
+    return Pair(
+        example.where,
+        example.prompt,
+        example.prompt_ids,
+        example.chosen_ids,
+        example.chosen_ids if rejected is None else rejected,
+    )
+
+
+def end_ids(tokenizer: PreTrainedTokenizerBase, folder: Path) -> frozenset[int]:
+    """What ends an answer: the tokenizer's EOS and every end that the model's own files list."""
+    with readable(folder):
+        if (folder / "generation_config.json").is_file():
+            listed = GenerationConfig.from_pretrained(folder).eos_token_id
+        else:
+            listed = getattr(AutoConfig.from_pretrained(folder), "eos_token_id", None)
+    ids = listed if isinstance(listed, list) else [listed]
+    return frozenset(one for one in (*ids, tokenizer.eos_token_id) if isinstance(one, int))
 
 
 def any_tokenizer(folder: Path) -> PreTrainedTokenizerBase:

@@ -5,8 +5,9 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from benchmarks.data.findings import FIXES
 from benchmarks.doctor.finding import Finding, make_finding
-from shared.data.files import Row, render
+from shared.data.examples import Example
 from shared.data.pairs import Pair, clean
 
 
@@ -68,63 +69,47 @@ def vocabulary(tokenizer: PreTrainedTokenizerBase, embeddings: int, owner: str =
     )
 
 
-def generation_prompt(tokenizer: PreTrainedTokenizerBase, rows: Sequence[Row]) -> Finding:
-    """A chat's prompt, rendered with its generation prompt, begins prompt + completion."""
-    chats = [row.messages for row in rows if row.messages is not None]
-    silent = sum(render(tokenizer, p, open_answer=True) == render(tokenizer, p) for p, *_ in chats)
-    broken = sum(
-        not render(tokenizer, prompt + answer).startswith(
-            render(tokenizer, prompt, open_answer=True)
-        )
-        for prompt, *answers in chats
-        for answer in answers
-    )
-    fix = "the chat template must render a prompt the same way with and without its answer"
-    if silent:
-        fix = (
-            "let the chat template end with the answer's header if add_generation_prompt, as in "
-            "{% if add_generation_prompt %}<|im_start|>assistant\\n{% endif %}"
-        )
-    return make_finding(
-        "generation prompt",
-        not silent and not broken,
-        f"missing in {silent} of {len(chats)} prompts, not a prefix of {broken} of "
-        f"{2 * len(chats)} answered chats",
-        fix,
-    )
+def one_bos(
+    tokenizer: PreTrainedTokenizerBase, pairs: Sequence[Pair], examples: Sequence[Example]
+) -> Finding:
+    """No sequence begins with two BOS: not the encoded prompts, nor their texts read as texts.
 
-
-def one_bos(tokenizer: PreTrainedTokenizerBase, pairs: Sequence[Pair]) -> Finding:
-    """No sequence begins with two BOS: not the encoded prompts, nor their texts read as texts."""
+    A chat's text may have one by the template; it is encoded without another.
+    """
     bos = tokenizer.bos_token_id
     if bos is None:
         return Finding("one bos", "the tokenizer has no BOS")
-    twice = [sum(p.prompt_ids[:2] == [bos, bos] for p in pairs)]
-    twice += [sum(ids[:2] == [bos, bos] for ids in _ids(tokenizer, [p.prompt for p in pairs]))]
+    twice = sum(p.prompt_ids[:2] == [bos, bos] for p in pairs)
+    chats = [e.prompt for e in examples if e.prompt_messages is not None]
+    texts = [e.prompt for e in examples if e.prompt_messages is None] or (
+        [p.prompt for p in pairs] if not chats else []
+    )
+    again = sum(ids[:2] == [bos, bos] for ids in _ids(tokenizer, texts))
+    rendered = sum(ids[:2] == [bos, bos] for ids in _ids(tokenizer, chats))
+    note = (
+        "; sent through the tokenizer as text, a rendered chat would get a second: pass "
+        "add_special_tokens = False there"
+    )
     return make_finding(
         "one bos",
-        not any(twice),
-        f"two at the start of {max(twice)} of {len(pairs)} prompts",
+        not twice and not again,
+        f"two at the start of {max(twice, again)} of {len(pairs)} prompts{note * bool(rendered)}",
         "the tokenizer adds a BOS to a prompt that holds one: take it out of the data or the chat "
         "template, or set tokenizer.add_bos_token = False and save",
     )
 
 
-def boundary(
-    tokenizer: PreTrainedTokenizerBase, pairs: Sequence[Pair], rows: Sequence[Row]
-) -> Finding:
-    """Tokens of prompt + completion begin with the prompt's tokens: none spans the boundary."""
+def boundary(tokenizer: PreTrainedTokenizerBase, pairs: Sequence[Pair]) -> Finding:
+    """Of sampled pairs: the text that a user sees is read as the tokens that were sampled.
+
+    Tokens of prompt + completion begin with the prompt's tokens: none spans the boundary.
+    """
     prompts = [p.prompt_ids for p in pairs] * 2
-    if rows:
-        plain = rows[0].messages is None
-        texts = [r.prompt + r.chosen for r in rows] + [r.prompt + r.rejected for r in rows]
-    else:  # sampled tokens: their text is what a user of the model sees
-        plain = True
-        sides = [p.chosen_ids for p in pairs] + [p.rejected_ids for p in pairs]
-        texts = tokenizer.batch_decode(
-            [p + s for p, s in zip(prompts, sides, strict=True)], skip_special_tokens=True
-        )
-    together = _ids(tokenizer, texts, add_special_tokens=plain)
+    sides = [p.chosen_ids for p in pairs] + [p.rejected_ids for p in pairs]
+    texts = tokenizer.batch_decode(
+        [p + s for p, s in zip(prompts, sides, strict=True)], skip_special_tokens=True
+    )
+    together = _ids(tokenizer, texts)
     merged = [
         n for n, (p, ids) in enumerate(zip(prompts, together, strict=True)) if ids[: len(p)] != p
     ]
@@ -133,27 +118,28 @@ def boundary(
         "boundary",
         not merged,
         f"tokens span it in {len(merged)} of {len(texts)} completions{first}",
-        "end prompts without a space and begin completions with it (or both at a line break): "
-        "what the policy is trained on is not what it reads when it is sampled",
+        FIXES["boundary"],
     )
 
 
-def one_eos(pairs: Sequence[Pair], eos: int, cap: int | None) -> Finding:
+def one_eos(pairs: Sequence[Pair], ends: frozenset[int], cap: int | None) -> Finding:
     """A completion ends with EOS and holds no other; one of `cap` tokens was cut, without EOS."""
     sides = [side for p in pairs for side in (p.chosen_ids, p.rejected_ids)]
-    cut = sum(eos not in side and len(side) == cap for side in sides)
-    none = sum(eos not in side for side in sides) - cut
-    more = sum(side.count(eos) > 1 for side in sides)
-    inside = sum(side.count(eos) == 1 and side[-1] != eos for side in sides)
-    fix = "take the EOS text out of the data: it is added where a completion ends"
-    if none:
-        fix = "the chat template must end an answer with the tokenizer's eos_token; set one of both"
+    counts = [sum(token in ends for token in side) for side in sides]
+    cut = sum(
+        not count and len(side) == cap for side, count in zip(sides, counts, strict=True)
+    )
+    none = counts.count(0) - cut
+    more = sum(count > 1 for count in counts)
+    inside = sum(
+        count == 1 and side[-1] not in ends for side, count in zip(sides, counts, strict=True)
+    )
     return make_finding(
         "one eos",
         not none and not more and not inside,
         f"of {len(sides)} completions {none} without, {more} with several, {inside} with text "
         f"after it, {cut} cut at the sampling length",
-        fix,
+        FIXES["without-end" if none else "two-ends"],
     )
 
 

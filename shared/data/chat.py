@@ -24,6 +24,7 @@ class Encoded(NamedTuple):
     chosen_ids: list[int]
     rejected_ids: list[int] | None
     notes: tuple[str, ...]  # of NOTES
+    unknown: int = 0  # tokens of the answers that are the unknown one
 
 
 NOTES = {
@@ -163,7 +164,8 @@ class Encoder:
         ):
             notes.add("no-generation-prompt")
         chosen, rejected = [*sides, None, None][:2]
-        return Encoded(text.prompt, prompt, chosen or [], rejected, tuple(sorted(notes)))
+        unknown = 0 if self.unknown is None else sum(ids.count(self.unknown) for ids in sides)
+        return Encoded(text.prompt, prompt, chosen or [], rejected, tuple(sorted(notes)), unknown)
 
     def _lacks_bos(self, prompt: list[int]) -> bool:
         return bool(self.before) and prompt[: len(self.before)] != self.before

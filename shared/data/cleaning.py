@@ -56,6 +56,9 @@ class Report:
     desirable: int = 0  # of answers with a label
     undesirable: int = 0
     kind: str = ""  # pairs, labels, answers or prompts
+    chats: bool = False  # messages, not texts
+    tokens: int = 0  # of answers, where a tokenizer was there
+    unknown_tokens: int = 0
     places: dict[str, list[Place]] = field(default_factory=dict)  # the first of each reason or note
     said: dict[str, str] = field(default_factory=dict)  # of each reason what its first row is told
 

@@ -118,6 +118,7 @@ class Reading:
         if self._kind and kind != self._kind:
             raise Unreadable(f"{kind}, where the rows before it are {self._kind}")
         self._kind, self.report.kind = kind, found[0].kind
+        self.report.chats = not isinstance(found[0].prompt, str)
         for key in unread_keys(self._format, raw.value):
             self.report.note(f"column not read: {key}", raw.where)
         return found
@@ -204,6 +205,9 @@ def iterate_encoded(
                 continue
             for note in fitted.notes:
                 reading.report.note(note, one.where)
+            answers = len(fitted.chosen_ids) + len(fitted.rejected_ids or ())
+            reading.report.tokens += answers
+            reading.report.unknown_tokens += fitted.unknown
             yield one, fitted
 
 
@@ -239,6 +243,25 @@ def read_examples(
     `ends` are the ids that end an answer, beside the tokenizer's EOS. Raises InputError for what
     cannot be read, and where no row is usable.
     """
+    examples, report = read_all_examples(sources, beside, data, tokenizer, ends)
+    if not examples:
+        raise InputError(no_rows_text(sources, report))
+    if report.notes["without-end"] == report.kept > report.notes["cut"]:
+        raise InputError(
+            f"{', '.join(sources)}: no answer ends with a token that ends one: the chat template "
+            "must end an answer with the tokenizer's eos_token, or one that generation_config lists"
+        )
+    return examples, report
+
+
+def read_all_examples(
+    sources: Sequence[str],
+    beside: Path,
+    data: DataConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    ends: frozenset[int],
+) -> tuple[list[Example], Report]:
+    """As `read_examples`, for who looks into rows that no method can use: there may be none."""
     reading = Reading(data)
     rows = iterate_rows(sources, beside, reading)
     found = [
@@ -246,8 +269,6 @@ def read_examples(
         for one, encoded in iterate_encoded(rows, reading, Encoder(tokenizer, ends))
     ]
     examples = [example for number, example in found if number not in reading.gone]
-    if not examples:
-        raise InputError(no_rows_text(sources, reading.report))
     return examples, reading.report
 
 

@@ -1,0 +1,171 @@
+"""`klash data check`: what of a user's rows can be used, and what a method would learn from them."""
+
+import json
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TextIO
+
+from benchmarks.data import findings
+from benchmarks.data.giveaways import Accuracies, Answers, accuracies
+from benchmarks.doctor.finding import Finding, finding_text, make_finding
+from shared.config import InputError
+from shared.data.chat import Encoded, Encoder, answer_text
+from shared.data.cleaning import Dropped
+from shared.data.examples import Numbered, Reading, iterate_encoded, iterate_rows
+from shared.data.rows import DataConfig
+from shared.data.splits import near_duplicates, prompt_text, split_of
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What is checked, beside the rows themselves."""
+
+    model: Path | None = None
+    """A transformers folder: rows are rendered and encoded by its tokenizer as well."""
+    json: Path | None = None
+    """File for the counts."""
+    dropped: Path | None = None
+    """File for what was dropped: a JSON object a line, of file, line and reason."""
+    near_duplicates: bool = False
+    """Look for prompts of different splits that are nearly the same."""
+    judge_share: float = 0.0
+    """Share of prompts that are kept for a judge, for the splits of `near_duplicates`."""
+
+
+@dataclass
+class Seen:
+    """What is counted while rows pass. `better` and `worse` line up for pairs."""
+
+    better: Answers = field(default_factory=Answers)
+    worse: Answers = field(default_factory=Answers)
+    prompts: list[str] = field(default_factory=list)
+    context: int | None = None  # places that the model knows
+    too_long: int = 0
+    seconds: float = 0.0
+
+    def add(self, one: Numbered, encoded: Encoded | None, keep_prompts: bool) -> None:
+        """Count one row that stays."""
+        row = one.row
+        if row.rejected is not None and row.chosen is not None:
+            self.better.add(answer_text(row.chosen))
+            self.worse.add(answer_text(row.rejected))
+        elif row.label is not None and row.chosen is not None:
+            (self.better if row.label else self.worse).add(answer_text(row.chosen))
+        if keep_prompts:
+            self.prompts.append(prompt_text(row.prompt))
+        if encoded is not None and self.context is not None:
+            longest = max(len(encoded.chosen_ids), len(encoded.rejected_ids or ()))
+            self.too_long += len(encoded.prompt_ids) + longest > self.context
+
+    @property
+    def giveaways(self) -> Accuracies | None:
+        """What length and a few words alone tell."""
+        return accuracies(self.better, self.worse)
+
+
+def check(sources: Sequence[str], data: DataConfig, asked: Asked) -> bool:
+    """Print each finding and the counts; True if the rows can be used.
+
+    Raises InputError for what cannot be read at all.
+    """
+    with ExitStack() as files:
+        drops = _open(asked.dropped, files)
+
+        def write(dropped: Dropped) -> None:
+            if drops is not None:
+                drops.write(dropped.as_json() + "\n")
+
+        reading = Reading(data, finish=True, on_drop=write)
+        seen = read_all(sources, reading, asked.model, keep_prompts=asked.near_duplicates)
+    found = list(all_findings(reading, seen, asked))
+    for finding in found:
+        print(finding_text(finding))
+    passed = not any(finding.fix for finding in found) and reading.report.kept > 0
+    counts = reading.report.as_json() | {
+        "findings": [finding._asdict() for finding in found],
+        "rows_per_second": round(reading.report.read / max(seen.seconds, 1e-9), 1),
+    }
+    if asked.json is not None:
+        write_json(asked.json, counts)
+    print(json.dumps({key: counts[key] for key in ("rows", "kept", "dropped", "format")}))
+    return passed
+
+
+def _open(path: Path | None, files: ExitStack) -> TextIO | None:
+    if path is None:
+        return None
+    try:
+        return files.enter_context(path.open("w", encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"{path}: cannot write it: {error.strerror}") from error
+
+
+def write_json(path: Path, value: Any) -> None:
+    """`value` as a file."""
+    try:
+        path.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise InputError(f"{path}: cannot write it: {error.strerror}") from error
+
+
+def read_all(
+    sources: Sequence[str], reading: Reading, model: Path | None, keep_prompts: bool = False
+) -> Seen:
+    """Read every row once, through the model's tokenizer if there is one, and count."""
+    seen, started = Seen(), time.perf_counter()
+    rows = iterate_rows(sources, Path(), reading)
+    for one, encoded in _encoded(rows, reading, model, seen):
+        seen.add(one, encoded, keep_prompts)
+    seen.seconds = time.perf_counter() - started
+    return seen
+
+
+def _encoded(
+    rows: Iterator[Numbered], reading: Reading, model: Path | None, seen: Seen
+) -> Iterator[tuple[Numbered, Encoded | None]]:
+    if model is None:
+        return ((one, None) for one in rows)
+    # These take seconds to import.
+    from benchmarks.doctor.examine import context_length
+    from benchmarks.doctor.patient import any_tokenizer, end_ids
+
+    tokenizer = any_tokenizer(model)
+    seen.context = context_length(model)
+    return iterate_encoded(rows, reading, Encoder(tokenizer, end_ids(tokenizer, model)))
+
+
+def all_findings(reading: Reading, seen: Seen, asked: Asked) -> Iterator[Finding]:
+    """What there is to say of the rows that were read."""
+    report = reading.report
+    yield from findings.of_rows(report, reading.data.max_bad_rows)
+    yield from findings.of_labels(report)
+    yield from findings.of_giveaways(seen.giveaways)
+    if repeated := report.notes["repeated prompts"]:
+        yield Finding("repeated prompts", f"{repeated} rows have the prompt of an earlier one")
+    if asked.model is not None:
+        yield from findings.of_tokens(report)
+        yield make_finding(
+            "lengths",
+            not seen.too_long,
+            f"{seen.too_long} of {report.kept} rows are longer than the model's {seen.context} "
+            "tokens",
+            "drop them: max_prompt_tokens and max_completion_tokens",
+        )
+        rate = report.read / max(seen.seconds, 1e-9)
+        yield Finding("speed", f"{rate:,.0f} rows/s, {report.tokens:,} tokens of answers")
+    if asked.near_duplicates:
+        yield of_near_duplicates(seen.prompts, asked.judge_share)
+
+
+def of_near_duplicates(prompts: Sequence[str], judge_share: float) -> Finding:
+    """How many prompts stand in another split in nearly the same words."""
+    splits = [split_of(prompt, judge_share) for prompt in prompts]
+    pairs = near_duplicates(prompts, splits)
+    first = ""
+    if pairs:
+        one, other = (prompts[n].strip()[:60] for n in pairs[0][:2])
+        first = f", such as {one!r} and {other!r}"
+    return Finding("near duplicates", f"{len(pairs)} pairs of prompts across splits{first}")
