@@ -1,12 +1,11 @@
 """What `klash doctor` examines: models and tokenised pairs, of an experiment or of one's own."""
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from pydantic import Field
-from safetensors import SafetensorError
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from benchmarks.pipeline.arms import Pipeline
@@ -18,6 +17,7 @@ from shared.config import Config, InputError, load, read_toml
 from shared.data.files import Row, encode, read_pair_file
 from shared.data.pairs import Pair, read_pairs
 from shared.generation.engine import Sampling
+from shared.models.folders import open_tokenizer
 from shared.stages import Runner, Stages
 
 
@@ -122,18 +122,4 @@ def of_files(config: DoctorConfig, beside: Path) -> Patient:
 
 def any_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     """The tokenizer of a folder, whatever its special tokens are: these are examined."""
-    if not (folder / "config.json").is_file():
-        raise InputError(f"{folder}: no model here (config.json is missing)")
-    if not any((folder / f).is_file() for f in ("tokenizer.json", "tokenizer_config.json")):
-        raise InputError(f"{folder}: no tokenizer here; save it with tokenizer.save_pretrained")
-    with readable(folder):
-        return AutoTokenizer.from_pretrained(folder)
-
-
-@contextmanager
-def readable(folder: Path) -> Iterator[None]:
-    """What transformers cannot load is the user's folder, not our fault."""
-    try:
-        yield
-    except (OSError, ValueError, SafetensorError) as error:
-        raise InputError(f"{folder}: transformers cannot load it: {error}") from error
+    return open_tokenizer(folder)
