@@ -5,6 +5,7 @@ remaining prompt once; a pair is kept iff reward(chosen) > reward(sample). Dropp
 return. A floor keeps the set from emptying: below it the pairs that come closest are kept.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,12 +16,13 @@ from pydantic import Field
 from torch import Tensor
 
 from dpo.train import DirectConfig, DirectData, Objective, check_setting, split_setting
-from shared.config import Config
+from shared.config import Config, InputError
 from shared.data.pairs import read_pairs
 from shared.generation.engine import Engine, Sampling
 from shared.generation.start import Drawing, make_engine
 from shared.models.cost import Meter
-from shared.models.load import Scorer, Start, load_tokenizer, special_ids
+from shared.models.load import Start, load_tokenizer, special_ids
+from shared.models.scorer import Scorer
 from shared.seeds import seed_of
 from shared.stages import write_json, write_jsonl
 from shared.training.finished import Training, TrainingLog
@@ -68,10 +70,11 @@ def train_filtered(
     check_setting("dpo", setting)
     hyperparameters, direct = split_setting(setting, direct)
     meter, tokenizer, epochs = Meter(), load_tokenizer(start.policy), filtering.config.epochs
-    special = special_ids(tokenizer)
+    special = special_ids(tokenizer, start.policy)
     pairs = read_pairs(data.preferences / "train.jsonl")
     objective = Objective(data, special.pad, "dpo", hyperparameters, direct.limit)
-    model, scorer = start.load(), Scorer(filtering.reward_model)
+    model = start.load()
+    scorer = Scorer(filtering.reward_model, reader=tokenizer, dtype=start.dtype)
     drawing, temperature = filtering.drawing, filtering.drawing.sampling.temperature
     engine = make_engine(drawing.generation, model, special, start.policy, temperature)
     meter.models_held = 2
@@ -85,7 +88,9 @@ def train_filtered(
         kept = [row["pair"] for row in rows if row["kept"]]
         audit += [{"epoch": epoch, "id": pairs[row.pop("pair")].id, **row} for row in rows]
         share = len(kept) / len(pairs)
-        shares.append({"epoch": epoch, "kept_share": share, "floor_bound": floor_bound})
+        broken = sum(None in (row["chosen"], row["sample"]) for row in rows)
+        counted = {"kept_share": share, "floor_bound": floor_bound, "not_finite": broken}
+        shares.append({"epoch": epoch, **counted})
         if training is None:  # the schedule counts on what the first filtering leaves
             steps = steps_of(len(kept), direct.batch_size, epochs)
             trainee = prepare(model, direct.optimizer, steps)
@@ -120,29 +125,39 @@ def judge(
     """(one row a pair with both scores and whether it stays, whether the floor decided)."""
     prompts = [objective.rows.prompts[i] for i in pairs]
     samples = engine.generate(prompts, draw).ids
-    chosen = scorer.score_all(prompts, [objective.rows.completions[i] for i in pairs])
-    sampled = scorer.score_all(prompts, samples)
+    sides = [objective.rows.completions[i] for i in pairs]
+    chosen = scorer.score_all(prompts, sides, finite=False)
+    sampled = scorer.score_all(prompts, samples, finite=False)
     floor = max(1, round(filtering.floor * objective.rows.count))
     stays = keep(chosen, sampled, margin=filtering.margin, floor=floor)
+    if not stays.any():
+        raise InputError("filtered DPO: no pair has two scores that are numbers: see its scores")
     floor_bound = int(stays.sum()) > int((chosen - sampled > filtering.margin).sum())
     if filtering.random:
         stays = random_keep(stays, seed_of(draw.seed, "kept blindly"))
-    columns = zip(pairs, chosen.tolist(), sampled.tolist(), stays.tolist(), strict=True)
+    columns = zip(pairs, numbers(chosen), numbers(sampled), stays.tolist(), strict=True)
     rows = [{"pair": i, "chosen": c, "sample": s, "kept": stay} for i, c, s, stay in columns]
     return rows, floor_bound
+
+
+def numbers(scores: Tensor) -> list[float | None]:
+    """Scores for a file: None for one that is not a number."""
+    return [score if math.isfinite(score) else None for score in scores.tolist()]
 
 
 def keep(chosen: Tensor, sampled: Tensor, *, margin: float = 0.0, floor: int = 1) -> Tensor:
     """Which pairs stay, (B,) bool: reward(chosen) > reward(sample) + margin, a tie goes.
 
     If fewer than `floor` pass, the `floor` pairs with the largest difference stay instead (all of
-    them where there are no more).
+    them where there are no more). A pair with a score that is not a finite number never stays.
     """
-    advantage = chosen - sampled
+    sound = chosen.isfinite() & sampled.isfinite()
+    advantage = (chosen - sampled).masked_fill(~sound, -math.inf)
     stays = advantage > margin
-    if int(stays.sum()) < min(floor, len(stays)):
+    least = min(floor, int(sound.sum()))
+    if int(stays.sum()) < least:
         stays = torch.zeros_like(stays)
-        stays[advantage.topk(min(floor, len(stays))).indices] = True
+        stays[advantage.topk(least).indices] = True
     return stays
 
 

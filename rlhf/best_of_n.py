@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from shared.generation.engine import Completions, Engine, Sampling
-from shared.models.load import Scorer
+from shared.models.scorer import Scorer
 
 
 def best_of_n(

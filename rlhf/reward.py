@@ -13,15 +13,8 @@ from shared.data.batches import Batch, PairRows
 from shared.data.pairs import read_pairs
 from shared.data.samples import read_samples
 from shared.models.cost import Meter
-from shared.models.load import (
-    Scorer,
-    load_tokenizer,
-    new_scalar_model,
-    save,
-    save_normalisation,
-    sequence_scores,
-    special_ids,
-)
+from shared.models.load import load_tokenizer, new_scalar_model, save, sequence_scores, special_ids
+from shared.models.scorer import Scorer, reader_of, require_scale, save_normalisation
 from shared.models.sequences import Limit
 from shared.seeds import seed_of
 from shared.stages import write_json
@@ -100,25 +93,34 @@ def reward_loss(center: float) -> Loss[Batch]:
     return loss
 
 
-def normalise(folder: Path, references: Path, *, scaled: bool = True) -> None:
+def normalise(
+    folder: Path, references: Path, *, scaled: bool = True, policy: Path | None = None
+) -> None:
     """Measure `offset` (mean raw score) and `scale` (within-prompt deviation) on SFT samples.
 
-    Not `scaled`: the scale is 1."""
-    samples, scorer = read_samples(references), Scorer(folder)
+    Not `scaled`: the scale is 1. `policy`: whose tokens they are, if not the reward model's own.
+    InputError where the scores do not differ.
+    """
+    samples, scorer = read_samples(references), Scorer(folder, reader=reader_of(policy))
     count = len(samples[0].completions)
     prompts = [row.prompt_ids for row in samples for _ in range(count)]
     raw = scorer.score_all(prompts, [c for row in samples for c in row.completions])
     raw = raw.view(len(samples), count)
-    scale = raw.var(1, unbiased=True).mean().sqrt().item() if scaled else 1.0
-    save_normalisation(folder, raw.mean().item(), scale)
+    deviation = raw.var(1, unbiased=True).mean().sqrt().item()
+    require_scale(folder, raw.mean().item(), deviation)
+    save_normalisation(folder, raw.mean().item(), deviation if scaled else 1.0)
 
 
-def examine_reward(folder: Path, reward_model: Path, pairs: Path, task: TaskConfig) -> None:
+def examine_reward(
+    folder: Path, reward_model: Path, pairs: Path, task: TaskConfig, policy: Path | None = None
+) -> None:
     """Stage: `scores.json`, what the report says of the reward model is computed from.
 
-    Raw (Bradley-Terry) scores of both sides, the true P(a wins), gold, and lengths.
+    Raw (Bradley-Terry) scores of both sides, the true P(a wins), gold, and lengths. `policy`: whose
+    tokens the pairs are, if not the reward model's own.
     """
-    rows, scorer, source = read_pairs(pairs / "pairs.jsonl"), Scorer(reward_model), make_task(task)
+    rows, source = read_pairs(pairs / "pairs.jsonl"), make_task(task)
+    scorer = Scorer(reward_model, reader=reader_of(policy))
     prompts = [p.prompt_ids for p in rows]
     a = scorer.score_all(prompts, [p.chosen_ids for p in rows]) * scorer.scale + scorer.offset
     b = scorer.score_all(prompts, [p.rejected_ids for p in rows]) * scorer.scale + scorer.offset

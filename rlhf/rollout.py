@@ -18,10 +18,8 @@ from shared.generation.start import Drawing, make_engine
 from shared.kl import k1, k3, masked_mean, masked_sum
 from shared.models.cost import Meter
 from shared.models.load import (
-    Scorer,
     Start,
     frozen,
-    load_policy,
     load_scalar_model,
     load_tokenizer,
     scalar_head,
@@ -29,10 +27,10 @@ from shared.models.load import (
     state_values,
 )
 from shared.models.logprobs import logprobs_and_values, policy_values, token_logprobs
-from shared.models.lora import add_value_head, with_lora
+from shared.models.lora import add_value_head
 from shared.models.packing import packs
+from shared.models.scorer import Scorer
 from shared.models.sequences import SCORING, Sequences, by_length, collate
-from shared.seeds import seed_of
 from shared.tasks.task import Task
 from shared.training.fit import OptimizerConfig, Trainee, arithmetic, prepare
 
@@ -141,11 +139,12 @@ def make_actors(
     """Policy and reference from the SFT model, value model and scorer from the reward model.
 
     `judge`: a reward model's folder, or what takes its place; then the value model starts from the
-    SFT model too. With a shared trunk there is none, with LoRA no copy as reference.
+    SFT model too, as it does where the reward model reads other tokens. With a shared trunk there
+    is none, with LoRA no copy as reference.
     """
-    ids, model = special_ids(load_tokenizer(start.policy)), load_policy(start.policy)
-    ref, shared_trunk = None if start.lora else frozen(model), optimizers.shared_trunk
-    model = with_lora(model, start.lora, seed_of(start.seed, "adapter"))
+    tokenizer, model = load_tokenizer(start.policy), start.load()
+    ids, shared_trunk = special_ids(tokenizer, start.policy), optimizers.shared_trunk
+    ref = None if start.lora else frozen(model).to(getattr(torch, start.dtype))
     if shared_trunk:
         if not packs(model):
             raise InputError(
@@ -158,8 +157,8 @@ def make_actors(
     if isinstance(judge, GoldScorer):
         scorer, value = judge, None if shared_trunk else with_zero_head(start.policy)
     else:
-        scorer = Scorer(judge, device)
-        value = None if shared_trunk else value_model(judge, scorer)
+        scorer = Scorer(judge, device, reader=tokenizer, dtype=start.dtype)
+        value = None if shared_trunk else first_values(start.policy, judge, scorer)
     models = trainee.model, value, ref, scorer.model
     meter.models_held = sum(model is not None for model in models)
     temperature = drawing.sampling.temperature
@@ -173,6 +172,11 @@ def make_actors(
         temperature=temperature,
         meter=meter,
     )
+
+
+def first_values(policy: Path, reward_model: Path, scorer: Scorer) -> PreTrainedModel:
+    """The value model: from the reward model if it reads the policy's tokens, else the policy."""
+    return with_zero_head(policy) if scorer.by_text else value_model(reward_model, scorer)
 
 
 def value_model(reward_model: Path, scorer: Scorer) -> PreTrainedModel:
@@ -189,7 +193,7 @@ def value_model(reward_model: Path, scorer: Scorer) -> PreTrainedModel:
 
 def with_zero_head(policy: Path) -> PreTrainedModel:
     """A value model that starts at V = 0."""
-    value = load_scalar_model(policy)
+    value = load_scalar_model(policy, new_head=True)
     head = torch.nn.Linear(scalar_head(value).in_features, 1)
     with torch.no_grad():
         head.weight.zero_()

@@ -17,14 +17,8 @@ from shared.data.preferences import PreferenceConfig, make_preferences
 from shared.generation.engine import Sampling
 from shared.generation.start import Drawing
 from shared.models import ops
-from shared.models.load import (
-    ModelConfig,
-    new_policy,
-    new_scalar_model,
-    save,
-    save_normalisation,
-    special_ids,
-)
+from shared.models.load import ModelConfig, new_policy, new_scalar_model, save, special_ids
+from shared.models.scorer import save_normalisation
 from shared.tasks.registry import TaskConfig, make_task
 
 

@@ -11,29 +11,27 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoModelForSequenceClassification,
-    PreTrainedModel,
-)
+from torch import nn
+from transformers import AutoConfig, PreTrainedModel
 
 from benchmarks.data import findings
 from benchmarks.data.giveaways import Answers, accuracies
 from benchmarks.doctor import models, reward, tokens
 from benchmarks.doctor.finding import Finding, finding_text
-from benchmarks.doctor.patient import Patient, any_tokenizer, readable, token_id
-from shared.config import InputError
+from benchmarks.doctor.patient import Patient, any_tokenizer, token_id
 from shared.data.cleaning import Report
 from shared.data.pairs import Pair
 from shared.generation.hf import HFEngine
-from shared.models.load import (
-    SpecialIds,
-    frozen,
-    load_policy,
-    load_scalar_model,
-    require_reward_model,
+from shared.models.folders import (
+    embedding_count,
+    load_with_info,
+    readable,
+    require_folder,
+    text_config,
 )
+from shared.models.load import SpecialIds, frozen, load_policy, load_scalar_model
+from shared.models.pretrained import require_adapter, with_saved_adapter
+from shared.models.scorer import same_tokens
 from shared.models.sequences import Limit
 
 SAMPLED = 32  # tokens a prompt, at most
@@ -62,7 +60,11 @@ def print_findings(patient: Patient) -> bool:
 
 
 def examine(patient: Patient) -> Iterator[Finding]:
-    """All checks that apply. What cannot be measured after a failure is left out."""
+    """All checks that apply. What cannot be measured after a failure is left out.
+
+    InputError, before the first one, if a folder holds no model of its kind.
+    """
+    require_models(patient)
     tokenizer, eos = patient.tokenizer, token_id(patient.tokenizer, "eos_token_id")
     context = context_length(patient.policy)
     limit = min(context, patient.max_length or context)
@@ -110,13 +112,24 @@ def of_report(patient: Patient, report: Report) -> Iterator[Finding]:
             yield finding
 
 
+def require_models(patient: Patient) -> None:
+    """InputError unless each folder holds what it is named as, as far as its files say."""
+    require_folder(patient.policy, "policy")
+    if patient.reference is not None:
+        require_folder(patient.reference, "policy")
+    if patient.reward_model is not None:
+        require_folder(patient.reward_model, "reward model")
+    if patient.adapter is not None:
+        require_adapter(patient.adapter, text_config(patient.policy)["vocab_size"])
+
+
 def check_policy(patient: Patient, pairs: list[Pair]) -> Iterator[Finding]:
     """Checks that run the policy, its reference and an adapter."""
     tokenizer, pad = patient.tokenizer, padding_token(patient.tokenizer)
-    plain, info = load_with_info(AutoModelForCausalLM, patient.policy)
+    plain, info = load_with_info(patient.policy, "policy")
     if token_id(tokenizer, "eos_token_id") is not None:
         yield tokens.stop_token(tokenizer, plain.config, plain.generation_config)
-    vocabulary = tokens.vocabulary(tokenizer, models.embedding_count(plain))
+    vocabulary = tokens.vocabulary(tokenizer, embedding_count(plain))
     for finding in (vocabulary, models.weights(plain, info)):
         yield finding
         if finding.fix:
@@ -131,7 +144,7 @@ def check_policy(patient: Patient, pairs: list[Pair]) -> Iterator[Finding]:
     policy = load_policy(patient.policy)
     yield models.padding(policy, plain, pairs, pad)
     del plain
-    reference = frozen(policy if patient.reference is None else load_reference(patient.reference))
+    reference = frozen(policy if patient.reference is None else load_policy(patient.reference))
     yield models.step_0(policy, reference, pairs, pad)
     yield models.dropout(policy, pairs, pad)
     base = frozen(policy)
@@ -150,24 +163,26 @@ def check_policy(patient: Patient, pairs: list[Pair]) -> Iterator[Finding]:
 
 def check_reward_model(patient: Patient, folder: Path, pairs: list[Pair]) -> Iterator[Finding]:
     """Checks of the reward model, on pairs with two tokens a side and more that end in no pad."""
-    require_reward_model(folder)
     tokenizer, owner = any_tokenizer(folder), "reward model's "
-    if (labels := AutoConfig.from_pretrained(folder).num_labels) != 1:
-        raise InputError(f"{folder}: a reward model has one label; its config.json says {labels}")
-    yield tokens.eos_and_pad(tokenizer, owner)
-    same = tokens.same_tokens(patient.tokenizer, tokenizer)
-    plain, info = load_with_info(AutoModelForSequenceClassification, folder)
-    vocabulary = tokens.vocabulary(tokenizer, models.embedding_count(plain), owner)
-    for finding in (same, vocabulary, models.weights(plain, info, owner)):
+    plain, info = load_with_info(folder, "reward model")
+    decoder = isinstance(getattr(plain, "score", None), nn.Linear)
+    if decoder:
+        yield tokens.eos_and_pad(tokenizer, owner)
+    vocabulary = tokens.vocabulary(tokenizer, embedding_count(plain), owner)
+    for finding in (vocabulary, models.weights(plain, info, owner)):
         yield finding
         if finding.fix:
             return
     pad, eos = padding_token(tokenizer), token_id(tokenizer, "eos_token_id")
+    own = decoder and same_tokens(patient.tokenizer, tokenizer)
+    yield reward.tokens_read(patient.tokenizer, tokenizer, decoder)
+    if not own and decoder and pad == eos:
+        return
     long = [
         p
         for p in pairs
         if min(len(p.chosen_ids), len(p.rejected_ids)) > 1
-        and (pad == eos or pad not in (p.chosen_ids[-1], p.rejected_ids[-1]))
+        and (pad == eos or not own or pad not in (p.chosen_ids[-1], p.rejected_ids[-1]))
     ]
     if not long:
         yield Finding(
@@ -177,11 +192,26 @@ def check_reward_model(patient: Patient, folder: Path, pairs: list[Pair]) -> Ite
         )
         return
     long = select_pairs(long, REWARD_SAMPLE)
-    scores = reward.score(load_scalar_model(folder).eval(), long, pad)
-    yield reward.score_at_eos(plain.eval(), scores, long, pad, eos)
+    if own:
+        scores = reward.score(load_scalar_model(folder).eval(), long, pad)
+        yield reward.score_at_eos(plain.eval(), scores, long, pad, eos)
+    else:
+        scores, finding = reward.score_texts(
+            folder, patient.tokenizer, long, prompt_chats(patient), plain
+        )
+        yield finding
     yield reward.score_moves(scores)
     yield reward.preference_accuracy(scores)
     yield reward.normalisation(folder, scores)
+
+
+def prompt_chats(patient: Patient) -> dict[tuple[int, ...], Any]:
+    """The messages of prompts that are chats, by their token ids."""
+    return {
+        tuple(pair.prompt_ids): row.messages[0]
+        for pair, row in zip(patient.pairs, patient.rows, strict=False)
+        if row.messages is not None
+    }
 
 
 def context_length(folder: Path) -> int:
@@ -210,31 +240,13 @@ def padding_token(tokenizer: Any) -> int:
     return token_id(tokenizer, "pad_token_id") or 0
 
 
-def load_with_info(loader: Any, folder: Path) -> tuple[PreTrainedModel, dict[str, Any]]:
-    """(transformers' own model in float32 and eval mode, which weights were missing)."""
-    options = {"num_labels": 1} if loader is AutoModelForSequenceClassification else {}
-    with readable(folder):
-        model, info = loader.from_pretrained(
-            folder, dtype=torch.float32, output_loading_info=True, **options
-        )
-    return model.eval(), info
-
-
-def load_reference(folder: Path) -> PreTrainedModel:
-    """A reference: as `load_policy`, with an error that names what cannot be loaded."""
-    load_with_info(AutoModelForCausalLM, folder)
-    return load_policy(folder)
-
-
 def with_adapter(policy: PreTrainedModel, adapter: Path | None) -> Any:
     """A copy of the policy under its LoRA adapter, or under a random one on every linear layer."""
-    from peft import LoraConfig, PeftModel, get_peft_model  # takes seconds to import
+    from peft import LoraConfig, get_peft_model  # takes seconds to import
 
     below = copy.deepcopy(policy)
-    if adapter is None:
-        torch.manual_seed(0)
-        random = LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)
-        return get_peft_model(below, random).eval()
-    if not (adapter / "adapter_config.json").is_file():
-        raise InputError(f"{adapter}: no adapter here (adapter_config.json is missing)")
-    return PeftModel.from_pretrained(below, adapter).eval()
+    if adapter is not None:
+        return with_saved_adapter(below, adapter)
+    torch.manual_seed(0)
+    random = LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)
+    return get_peft_model(below, random).eval()

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from benchmarks.doctor.finding import Finding, make_finding
@@ -13,6 +13,7 @@ from dpo.losses import LogRatios, dpo_loss
 from shared.data.pairs import Pair
 from shared.generation.engine import Engine, Sampling
 from shared.kl import exact_kl
+from shared.models.folders import leftover_weights, missing_weights, weight_fault
 from shared.models.logprobs import completion_logits, sequence_logps, token_logprobs
 from shared.models.sequences import Sequences, collate
 
@@ -21,27 +22,18 @@ MAX_SURPRISE = 5.0  # standard errors
 
 
 def weights(model: PreTrainedModel, info: dict[str, Any], owner: str = "") -> Finding:
-    """All weights are finite and came from the file; the output layer is tied as configured."""
-    absent = sorted(info["missing_keys"])
+    """All weights are finite and came from the file, all of which was loaded; tied as configured.
+
+    The fault is the one that would stop any command that loads the folder.
+    """
     values = dict(model.named_parameters())
     broken = [name for name, value in values.items() if not value.isfinite().all()]
-    head, layer = model.get_output_embeddings(), model.get_input_embeddings()
-    untied = (
-        head is not None
-        and bool(model.config.tie_word_embeddings)
-        and head.weight is not layer.weight
-    )
-    fix = "load a checkpoint from before it broke, and lower the learning rate"
-    if absent:
-        fix = f"save the whole model: {absent[0]} is not in the file and would start at random"
-    elif untied:
-        fix = "the output layer is not tied as config.json says; set tie_word_embeddings = false"
-    return make_finding(
+    return Finding(
         f"{owner}weights",
-        not absent and not broken and not untied,
         f"{sum(v.numel() for v in values.values()):,} in {len(values)} tensors: {len(broken)} not "
-        f"finite, {len(absent)} not in the file" + (", output layer not tied" if untied else ""),
-        fix,
+        f"finite, {len(missing_weights(model, info))} not in the file, "
+        f"{len(leftover_weights(model, info))} of the file not loaded",
+        weight_fault(model, info),
     )
 
 
@@ -49,12 +41,6 @@ def both_sides(pairs: Sequence[Pair], pad: int) -> Sequences:
     """(2 B) rows: the chosen completions, then the rejected ones."""
     sides = [p.chosen_ids for p in pairs] + [p.rejected_ids for p in pairs]
     return collate([p.prompt_ids for p in pairs] * 2, sides, pad)
-
-
-def embedding_count(model: PreTrainedModel) -> int:
-    """How many tokens have an embedding."""
-    layer = model.get_input_embeddings()
-    return layer.weight.shape[0] if isinstance(layer, nn.Embedding) else model.config.vocab_size
 
 
 @torch.no_grad()

@@ -1,13 +1,12 @@
 """What `klash doctor` examines: models and tokenised pairs, of an experiment or of one's own."""
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from pydantic import Field
-from safetensors import SafetensorError
-from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from benchmarks.pipeline.arms import Pipeline
 from benchmarks.pipeline.experiment import Experiment, experiment_file, load_experiment
@@ -20,6 +19,7 @@ from shared.data.examples import Example, read_all_examples
 from shared.data.pairs import Pair, read_pairs
 from shared.data.rows import DataConfig
 from shared.generation.engine import Sampling
+from shared.models.folders import listed_ends, open_tokenizer
 from shared.stages import Runner, Stages
 
 
@@ -153,29 +153,10 @@ def pair_of(example: Example) -> Pair:
 
 def end_ids(tokenizer: PreTrainedTokenizerBase, folder: Path) -> frozenset[int]:
     """What ends an answer: the tokenizer's EOS and every end that the model's own files list."""
-    with readable(folder):
-        if (folder / "generation_config.json").is_file():
-            listed = GenerationConfig.from_pretrained(folder).eos_token_id
-        else:
-            listed = getattr(AutoConfig.from_pretrained(folder), "eos_token_id", None)
-    ids = listed if isinstance(listed, list) else [listed]
-    return frozenset(one for one in (*ids, tokenizer.eos_token_id) if isinstance(one, int))
+    eos = token_id(tokenizer, "eos_token_id")
+    return listed_ends(folder) | (frozenset() if eos is None else {eos})
 
 
 def any_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     """The tokenizer of a folder, whatever its special tokens are: these are examined."""
-    if not (folder / "config.json").is_file():
-        raise InputError(f"{folder}: no model here (config.json is missing)")
-    if not any((folder / f).is_file() for f in ("tokenizer.json", "tokenizer_config.json")):
-        raise InputError(f"{folder}: no tokenizer here; save it with tokenizer.save_pretrained")
-    with readable(folder):
-        return AutoTokenizer.from_pretrained(folder)
-
-
-@contextmanager
-def readable(folder: Path) -> Iterator[None]:
-    """What transformers cannot load is the user's folder, not our fault."""
-    try:
-        yield
-    except (OSError, ValueError, SafetensorError) as error:
-        raise InputError(f"{folder}: transformers cannot load it: {error}") from error
+    return open_tokenizer(folder)

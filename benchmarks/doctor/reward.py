@@ -8,12 +8,13 @@ from typing import NamedTuple
 import torch
 from scipy.stats import binom
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from benchmarks.doctor.finding import Finding, make_finding
 from benchmarks.doctor.models import both_sides
 from shared.data.pairs import Pair
 from shared.models.load import sequence_scores
+from shared.models.scorer import Chats, Scorer
 
 SCORE_TOLERANCE = 1e-3  # of the scores' own deviation, at least 1
 SWAPPED_CHANCE = 1e-4  # chance of an accuracy this low, were the scores a coin
@@ -23,7 +24,47 @@ class Scores(NamedTuple):
     """Raw scores of completions with their EOS: chosen first, then rejected."""
 
     ours: Tensor  # (2 B,) read at each row's last token, by length
-    without_eos: Tensor  # (2 B,) at the token before
+    without_eos: Tensor | None  # (2 B,) at the token before; None of one that reads texts
+
+
+def tokens_read(
+    policy: PreTrainedTokenizerBase, reward: PreTrainedTokenizerBase, decoder: bool
+) -> Finding:
+    """What the reward model is given: sampled tokens as they are, or their text."""
+    known, theirs = policy.get_vocab(), reward.get_vocab()
+    differ = sum(theirs.get(token) != number for token, number in known.items())
+    observed = f"{differ} of the policy's {len(known)} tokens have another id"
+    if not decoder:
+        observed = "an encoder: it is given texts, as pairs of prompt and completion"
+    elif differ:
+        observed += ": it is given texts, in its own tokenizer and template"
+    return Finding("reward model's tokens", observed)
+
+
+@torch.no_grad()
+def score_texts(
+    folder: Path,
+    reader: PreTrainedTokenizerBase,
+    pairs: list[Pair],
+    chats: Chats,
+    plain: PreTrainedModel,
+) -> tuple[Scores, Finding]:
+    """Raw scores of a reward model that reads texts; the same of each row on its own."""
+    scorer = Scorer(folder, reader=reader, chats=chats)
+    prompts = [p.prompt_ids for p in pairs] * 2
+    sides = [p.chosen_ids for p in pairs] + [p.rejected_ids for p in pairs]
+    ours = scorer.score_all(prompts, sides, finite=False) * scorer.scale + scorer.offset
+    rows = [scorer.encode(p, s) for p, s in zip(prompts, sides, strict=True)]
+    inputs = [{name: torch.tensor([ids]) for name, ids in row.items()} for row in rows]
+    alone = torch.cat([plain.eval()(**row).logits.flatten().float() for row in inputs])
+    difference = (ours - alone).nan_to_num(math.inf).abs().max().item()
+    finding = make_finding(
+        "score at eos",
+        difference <= SCORE_TOLERANCE * max(1.0, ours.std().item()),
+        f"{len(rows)} scores in a batch and of each text alone differ by at most {difference:.1e}",
+        "its score depends on padding: set pad_token_id of config.json to its tokenizer's pad",
+    )
+    return Scores(ours, None), finding
 
 
 @torch.no_grad()
@@ -76,6 +117,13 @@ def score_at_eos(
 def score_moves(scores: Scores) -> Finding:
     """Scores differ between completions, and the EOS is among what they read."""
     deviation = scores.ours.std().item()
+    if scores.without_eos is None:
+        return make_finding(
+            "score moves",
+            deviation > 0,
+            f"deviation {deviation:.2g} over {len(scores.ours)} completions",
+            "its head gives every completion one score: train it, or look for a head of zeros",
+        )
     moved = int((scores.ours != scores.without_eos).sum())
     fix = "its head gives every completion one score: train it, or look for a head of zeros"
     if deviation > 0:

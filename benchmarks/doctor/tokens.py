@@ -205,18 +205,6 @@ def usable(pairs: Sequence[Pair]) -> tuple[list[Pair], Finding]:
     )
 
 
-def same_tokens(policy: PreTrainedTokenizerBase, reward: PreTrainedTokenizerBase) -> Finding:
-    """Sampled ids go to the reward model as they are: both must mean the same by them."""
-    known, theirs = policy.get_vocab(), reward.get_vocab()
-    differ = sum(theirs.get(token) != number for token, number in known.items())
-    return make_finding(
-        "reward model's tokens",
-        not differ,
-        f"{differ} of the policy's {len(known)} tokens have another id",
-        "train the reward model with the policy's own tokenizer: it scores ids as they are sampled",
-    )
-
-
 def _ids(
     tokenizer: PreTrainedTokenizerBase, texts: list[str], add_special_tokens: bool = True
 ) -> list[list[int]]:

@@ -17,8 +17,9 @@ from shared.generation.start import Drawing, make_engine
 from shared.kl import exact_kl, k1, k3, masked_sum
 from shared.models import ops
 from shared.models.cost import Meter
-from shared.models.load import Scorer, load_policy, load_tokenizer, special_ids
+from shared.models.load import load_policy, load_tokenizer, special_ids
 from shared.models.logprobs import completion_logits, gather_logprobs, score_logps
+from shared.models.scorer import Scorer, reader_of
 from shared.models.sequences import SCORING, Limit, by_length, collate
 from shared.stages import write_json, write_jsonl
 from shared.tasks.registry import TaskConfig, make_task
@@ -61,7 +62,7 @@ def evaluate(
     """
     tokenizer, source = load_tokenizer(ref), make_task(prompts.task)
     model, ref_model = load_policy(policy / checkpoint).eval(), load_policy(ref).eval()
-    special = special_ids(tokenizer)
+    special = special_ids(tokenizer, policy / checkpoint)
     engine = make_engine(drawing.generation, model, special, policy / checkpoint)
     texts, samples = prompts.texts(), prompts.samples
     ids = [tokenizer(text).input_ids for text in texts]
@@ -94,8 +95,8 @@ def evaluate_best_of_n(
 
     Its cost is that of answering the test prompts: this arm pays when it is used."""
     tokenizer, source, meter = load_tokenizer(ref), make_task(prompts.task), Meter()
-    model, scorer = load_policy(ref).eval(), Scorer(reward_model)
-    special = special_ids(tokenizer)
+    model, scorer = load_policy(ref).eval(), Scorer(reward_model, reader=tokenizer)
+    special = special_ids(tokenizer, ref)
     engine = make_engine(drawing.generation, model, special, ref)
     meter.models_held = 2
     texts, samples = prompts.texts(), prompts.samples
@@ -121,12 +122,18 @@ def add_exact(rows: list[dict[str, Any]], exact: list[dict[str, float]]) -> None
         row["exact"] = expectations
 
 
-def score_samples(folder: Path, reward_model: Path, samples: Path, per_prompt: int | None) -> None:
+def score_samples(
+    folder: Path,
+    reward_model: Path,
+    samples: Path,
+    per_prompt: int | None,
+    policy: Path | None = None,
+) -> None:
     """Stage: `scores.json`, the reward model's scores of reference samples, (P, per_prompt).
 
-    None: of all that there are.
+    None: of all that there are. `policy`: whose tokens they are, if not the reward model's own.
     """
-    rows, scorer = read_samples(samples), Scorer(reward_model)
+    rows, scorer = read_samples(samples), Scorer(reward_model, reader=reader_of(policy))
     per_prompt = per_prompt or len(rows[0].completions)
     prompts = [row.prompt_ids for row in rows for _ in range(per_prompt)]
     scores = scorer.score_all(prompts, [c for row in rows for c in row.completions[:per_prompt]])
@@ -156,7 +163,9 @@ def describe(
     }
     if reward_model is not None:
         prompts = [p for p in ids for _ in range(samples)]
-        columns["score"] = Scorer(reward_model).score_all(prompts, drawn.ids).tolist()
+        columns["score"] = (
+            Scorer(reward_model, reader=tokenizer).score_all(prompts, drawn.ids).tolist()
+        )
     return columns
 
 

@@ -9,7 +9,8 @@ from benchmarks.evaluation.optimum import expected, kl, log_partition
 from shared.data.listing import listed_logps
 from shared.data.samples import PromptSamples, listing_of, read_log_ref, read_samples
 from shared.generation.engine import Sampling
-from shared.models.load import Scorer, load_policy, load_tokenizer, special_ids
+from shared.models.load import load_policy, load_tokenizer, special_ids
+from shared.models.scorer import Scorer
 
 
 class World:

@@ -26,7 +26,8 @@ def speed_generation(choice: Choice) -> list[Speed]:
     folder = choice.runs / "speed" / "smollm2-135m"
     convert(folder)
     tokenizer, prompts = load_tokenizer(folder), chat_prompts(folder, 64)
-    pad, eos = special_ids(tokenizer)
+    ids = special_ids(tokenizer)
+    pad, eos = ids.pad, ids.eos
     engine = VLLMEngine(
         load_policy(folder), SpecialIds(pad, eos), folder, dtype="bfloat16", tolerance=0.5
     )

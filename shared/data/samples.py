@@ -38,7 +38,7 @@ def draw_samples(
     source, tokenizer = make_task(task), load_tokenizer(policy)
     texts = source.prompts(split, prompts, seed)
     ids = [tokenizer(text).input_ids for text in texts]
-    model, special = load_policy(policy).eval(), special_ids(tokenizer)
+    model, special = load_policy(policy).eval(), special_ids(tokenizer, policy)
     engine = make_engine(drawing.generation, model, special, policy, drawing.sampling.temperature)
     many = [i for i in range(prompts) for _ in range(per_prompt)]
     sampling = drawing.at(seed=seed_of(seed, f"{split} samples")).sampling

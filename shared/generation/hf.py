@@ -30,8 +30,7 @@ class HFEngine:
     exact = True
 
     def __init__(self, model: PreTrainedModel, ids: SpecialIds, limit: Limit = SAMPLING):
-        self.model, self.limit = model, limit
-        self.pad_id, self.eos_id = ids
+        self.model, self.ids, self.limit = model, ids, limit
 
     @torch.no_grad()
     def generate(self, prompts: Sequence[Sequence[int]], sampling: Sampling) -> Completions:
@@ -52,11 +51,11 @@ class HFEngine:
                 batch = [prompts[i] for i in rows], numbers[torch.tensor(rows)]
                 drawn = self._generate_batch(*batch, sampling.temperature)
                 for row, tokens, at in zip(rows, *(t.tolist() for t in drawn), strict=True):
-                    end = tokens.index(self.eos_id) + 1 if self.eos_id in tokens else len(tokens)
+                    end = length_of(tokens, self.ids.ends)
                     ids[row], logprobs[row] = tokens[:end], at[:end]
         self.model.train(was_training)
         count_samples(self.model, prompts, ids)
-        return Completions(ids, [tokens[-1] != self.eos_id for tokens in ids], logprobs)
+        return Completions(ids, [row[-1] not in self.ids.ends for row in ids], logprobs)
 
     def sync(self) -> float:
         """The weights are the model's own."""
@@ -65,7 +64,7 @@ class HFEngine:
     def _generate_batch(
         self, prompts: Sequence[Sequence[int]], numbers: Tensor, temperature: float
     ) -> tuple[Tensor, Tensor]:
-        """(tokens, their log-probabilities), (B, T) each; after an EOS comes padding.
+        """(tokens, their log-probabilities), (B, T) each; after an end comes padding.
 
         `numbers` (B, T), in [0, 1): each draws a token, of at most T.
         """
@@ -73,17 +72,18 @@ class HFEngine:
         if packs(self.model) and ops.active().packed_sampling:
             decoding = Decoding(self.model, read, rows, room=numbers.shape[1])
         else:
-            decoding = PaddedDecoding(self.model, read, rows, pad_id=self.pad_id)
+            decoding = PaddedDecoding(self.model, read, rows, pad_id=self.ids.pad)
         logits, device = decoding.start(), self.model.device
         numbers = numbers.to(device)
-        output = torch.full(numbers.shape, self.pad_id, device=device)
+        ends = torch.tensor(sorted(self.ids.ends), device=device)
+        output = torch.full(numbers.shape, self.ids.pad, device=device)
         logprobs = torch.zeros(output.shape, device=device)
         going = torch.arange(len(prompts), device=device)  # output rows of those still decoded
         ended = torch.zeros(len(prompts), dtype=torch.bool, device=device)
         for t in range(numbers.shape[1]):
             tokens, logprobs[going, t] = _draw(logits.float(), numbers[going, t], temperature)
-            output[going, t] = tokens.masked_fill(ended, self.pad_id)
-            ended = ended | (tokens == self.eos_id)
+            output[going, t] = tokens.masked_fill(ended, self.ids.pad)
+            ended = ended | torch.isin(tokens, ends)
             if ended.all() or t + 1 == numbers.shape[1]:
                 break
             if (~ended).sum() < LEAVE_BELOW * len(ended):
@@ -92,6 +92,11 @@ class HFEngine:
                 going, ended, tokens = going[stay], ended[stay], tokens[stay]
             logits = decoding.step(tokens)
         return output, logprobs
+
+
+def length_of(tokens: list[int], ends: frozenset[int]) -> int:
+    """Tokens up to the first that ends a completion, with it; all where none does."""
+    return next((n for n, token in enumerate(tokens, 1) if token in ends), len(tokens))
 
 
 def moved_up(going: Tensor) -> Tensor:

@@ -35,7 +35,8 @@ from shared.generation.vllm import (
     sampling_params,
 )
 from shared.models.cost import count_samples
-from shared.models.load import SpecialIds, require_model
+from shared.models.folders import require_folder
+from shared.models.load import SpecialIds
 from shared.models.lora import plain_weights
 
 AT_ONCE = 256  # requests under way; vLLM batches them
@@ -78,7 +79,7 @@ class ServerEngine:
         bodies = [
             {"model": self.name, "prompt": list(prompt), "return_token_ids": True, **params}
             for prompt, params in zip(
-                prompts, sampling_params(len(prompts), sampling, self.ids.eos), strict=True
+                prompts, sampling_params(len(prompts), sampling, self.ids.ends), strict=True
             )
         ]
         with ThreadPoolExecutor(AT_ONCE) as pool:
@@ -161,7 +162,7 @@ def become_server(folder: Path, *, host: str, port: int, dtype: Dtype, transfer:
     """
     if importlib.util.find_spec("vllm") is None:
         raise InputError(f"vLLM is not installed; {INSTALL}")
-    require_model(folder)
+    require_folder(folder, "policy")
     environment = {**ENVIRONMENT, "VLLM_LOGGING_LEVEL": "INFO", "VLLM_SERVER_DEV_MODE": "1"}
     del environment["VLLM_ENABLE_V1_MULTIPROCESSING"]  # a server's engine has its own process
     os.environ.update({key: os.environ.get(key, value) for key, value in environment.items()})

@@ -39,7 +39,7 @@ def probe(engine: Engine, ids: SpecialIds, temperature: float) -> float:
     through every layer, so that old weights show wherever they are.
     """
     size = engine.model.get_input_embeddings().weight.shape[0]  # pyright: ignore
-    words = [token for token in range(size) if token not in ids]
+    words = [token for token in range(size) if token not in (ids.pad, *ids.ends)]
     stride = max(1, len(words) // (PROBES * PROBE_TOKENS))
     spread = words[::stride]
     prompts = [spread[i::PROBES][:PROBE_TOKENS] for i in range(PROBES)]

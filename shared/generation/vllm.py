@@ -74,7 +74,7 @@ class VLLMEngine:
 
         params = [
             SamplingParams(**request, detokenize=False)
-            for request in sampling_params(len(prompts), sampling, self.ids.eos)
+            for request in sampling_params(len(prompts), sampling, self.ids.ends)
         ]
         with _awake(self.llm), torch.random.fork_rng():
             outputs = self.llm.generate(
@@ -100,10 +100,10 @@ class VLLMEngine:
         return require_fresh(self, self.ids, self.temperature, self.tolerance)
 
 
-def sampling_params(count: int, sampling: Sampling, eos_id: int) -> list[dict[str, Any]]:
+def sampling_params(count: int, sampling: Sampling, ends: frozenset[int]) -> list[dict[str, Any]]:
     """One set of vLLM's sampling parameters for each prompt, each with a seed of its own.
 
-    Only our EOS ends a completion, whatever the model's generation_config says, and nothing
+    Only `ends` end a completion, whatever else the model's generation_config says, and nothing
     truncates the distribution.
     """
     generator = torch.Generator().manual_seed(sampling.seed)
@@ -117,7 +117,7 @@ def sampling_params(count: int, sampling: Sampling, eos_id: int) -> list[dict[st
         "repetition_penalty": 1.0,
         "logprobs": 0,
         "ignore_eos": True,
-        "stop_token_ids": [eos_id],
+        "stop_token_ids": sorted(ends),
     }
     return [{**common, "seed": seed} for seed in seeds]
 

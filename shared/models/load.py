@@ -5,42 +5,62 @@ other project loads it. A reward model's normalisation lies beside it in `normal
 """
 
 import copy
-import json
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 from transformers import (
-    AutoModelForCausalLM,
-    AutoModelForSequenceClassification,
-    AutoTokenizer,
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 
-from shared.config import Config, InputError
+from shared.config import Config, InputError, Misfit
 from shared.models.cost import At, Work, count_pass
+from shared.models.folders import listed_ends, open_model, open_tokenizer
 from shared.models.lora import LoRAConfig, below_lora, plain_weights, with_lora
 from shared.models.packing import let_pack, pack, packed_inputs, packs
-from shared.models.sequences import SCORING, Limit, Sequences, by_length, collate
+from shared.models.sequences import Sequences
 from shared.seeds import seed_of
+
+WeightDtype = Literal["float32", "bfloat16"]
 
 
 class ModelConfig(Config):
-    """A Llama from scratch (head size 32: a size that vLLM's CPU kernels know)."""
+    """A `pretrained` model, or a Llama from scratch (head size 32: vLLM's CPU kernels know it)."""
 
+    pretrained: str | None = None
+    """The model to start from: a hub name, a transformers folder or a .gguf file; by default a
+    small Llama is trained from scratch."""
+    adapter: str | None = None
+    """A LoRA adapter that was trained on `pretrained`, a folder; it is merged into it."""
+    revision: str | None = None
+    """Branch, tag or commit of a hub name; by default its main branch."""
+    dtype: WeightDtype = "float32"
+    """Precision of frozen weights: references, reward models, the base under LoRA; what trains
+    whole keeps float32."""
+    sft: bool = True
+    """Whether SFT comes first; without it the pretrained model is the start and the reference."""
     hidden_size: int = Field(default=128, gt=0, multiple_of=32)
     """Width of the hidden states, a multiple of the head size, 32."""
     layers: int = Field(default=4, gt=0)
     """Transformer blocks."""
     intermediate_size: int = Field(default=384, gt=0)
     """Width inside the feed-forward layers."""
+
+    @model_validator(mode="after")
+    def what_is_said_of_a_pretrained_model_needs_one(self) -> "ModelConfig":
+        if self.pretrained is None:
+            for key in ("adapter", "revision"):
+                if getattr(self, key) is not None:
+                    raise Misfit("needs `pretrained`", key)
+            if not self.sft:
+                raise Misfit("needs `pretrained`: random weights must be trained", "sft")
+        return self
 
 
 def new_policy(
@@ -72,17 +92,17 @@ class Start:
     policy: Path
     lora: LoRAConfig | None = None
     seed: int = 0
+    dtype: WeightDtype = "float32"  # of the base under the adapter; what trains is float32
 
     def load(self) -> PreTrainedModel:
         """The policy, ready to train."""
-        return with_lora(load_policy(self.policy), self.lora, seed_of(self.seed, "adapter"))
+        policy = load_policy(self.policy, self.dtype if self.lora else "float32")
+        return with_lora(policy, self.lora, seed_of(self.seed, "adapter"))
 
 
-def load_policy(folder: Path) -> PreTrainedModel:
-    """A causal language model from a transformers folder, float32, dropout off."""
-    require_model(folder)
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    return let_pack(without_dropout(model))
+def load_policy(folder: Path, dtype: WeightDtype = "float32") -> PreTrainedModel:
+    """A causal language model from a transformers folder, dropout off; InputError if it is none."""
+    return let_pack(without_dropout(open_model(folder, "policy", getattr(torch, dtype))))
 
 
 def frozen(model: PreTrainedModel) -> PreTrainedModel:
@@ -93,9 +113,7 @@ def frozen(model: PreTrainedModel) -> PreTrainedModel:
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     """The tokenizer of a model folder. Pad and EOS must be two tokens: a score is read at EOS."""
-    if not any((folder / f).is_file() for f in ("tokenizer.json", "tokenizer_config.json")):
-        raise InputError(f"{folder}: no tokenizer here (tokenizer.json is missing)")
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer = open_tokenizer(folder)
     if tokenizer.eos_token_id is None or tokenizer.pad_token_id in (None, tokenizer.eos_token_id):
         raise InputError(
             f"{folder}: the tokenizer needs an EOS token and a pad token that differs from it "
@@ -105,19 +123,35 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-class SpecialIds(NamedTuple):
+@dataclass(frozen=True)
+class SpecialIds:
     """Token ids that the pipeline needs to know."""
 
     pad: int
-    eos: int
+    eos: int  # what is put behind a text
+    others: frozenset[int] = frozenset()  # further tokens that end a completion
+
+    @property
+    def ends(self) -> frozenset[int]:
+        """Every token that ends a completion."""
+        return self.others | {self.eos}
 
 
-def special_ids(tokenizer: PreTrainedTokenizerBase) -> SpecialIds:
-    """Pad and EOS of a tokenizer that `load_tokenizer` let pass."""
+def special_ids(tokenizer: PreTrainedTokenizerBase, folder: Path | None = None) -> SpecialIds:
+    """Pad and EOS of a tokenizer that `load_tokenizer` let pass.
+
+    `folder`: the model's, whose generation_config.json may list further tokens that end a turn.
+    """
     pad, eos = tokenizer.pad_token_id, tokenizer.eos_token_id
     if not isinstance(pad, int) or not isinstance(eos, int):
         raise InputError("the tokenizer's pad and EOS must be one token each")
-    return SpecialIds(pad, eos)
+    others = frozenset() if folder is None else listed_ends(folder) - {eos}
+    if pad in others:
+        raise InputError(
+            f"{folder}/generation_config.json: the pad token, {pad}, is among eos_token_id: a "
+            "completion that it ends would end in padding; give the tokenizer another pad token"
+        )
+    return SpecialIds(pad, eos, others)
 
 
 def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
@@ -145,7 +179,7 @@ def new_scalar_model(policy_folder: Path, seed: int) -> PreTrainedModel:
 
     Details: Huang et al. 2024 (arXiv:2403.17031), "The N+ implementation details of RLHF with PPO".
     """
-    model = load_scalar_model(policy_folder)
+    model = load_scalar_model(policy_folder, new_head=True)
     head = scalar_head(model)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -155,12 +189,14 @@ def new_scalar_model(policy_folder: Path, seed: int) -> PreTrainedModel:
     return model
 
 
-def load_scalar_model(folder: Path) -> PreTrainedModel:
-    """A one-label sequence classifier, float32, dropout off: a reward model or a value model."""
-    require_model(folder)
-    model = AutoModelForSequenceClassification.from_pretrained(
-        folder, num_labels=1, dtype=torch.float32
-    )
+def load_scalar_model(
+    folder: Path, dtype: WeightDtype = "float32", *, new_head: bool = False
+) -> PreTrainedModel:
+    """A one-label sequence classifier, dropout off: a reward model or a value model.
+
+    `new_head`: on the trunk of a policy, or of anything; the head is the caller's to set.
+    """
+    model = open_model(folder, "reward model", getattr(torch, dtype), new_head=new_head)
     return let_pack(without_dropout(model))
 
 
@@ -215,56 +251,3 @@ def state_values(model: PreTrainedModel, batch: Sequences) -> Tensor:
 def sequence_scores(model: PreTrainedModel, batch: Sequences) -> Tensor:
     """The raw score at each row's last token (EOS unless it was cut), found by length, (B,)."""
     return token_scalars(model, batch, batch.last)
-
-
-class Scorer:
-    """Reward-model inference: `score` = (raw - offset) / scale, in SFT within-prompt deviations."""
-
-    def __init__(self, folder: Path, device: torch.device | str = "cpu"):
-        require_reward_model(folder)
-        self.model = load_scalar_model(folder).to(device).eval().requires_grad_(False)  # pyright: ignore[reportArgumentType]
-        self.pad_id = special_ids(load_tokenizer(folder)).pad
-        path = folder / "normalisation.json"
-        values = json.loads(path.read_text()) if path.exists() else {"offset": 0.0, "scale": 1.0}
-        self.offset, self.scale = float(values["offset"]), float(values["scale"])
-
-    @torch.no_grad()
-    def score(self, batch: Sequences) -> Tensor:
-        """Normalised scores of one batch, (B,)."""
-        return (sequence_scores(self.model, batch.to(self.model.device)) - self.offset) / self.scale
-
-    def score_all(
-        self,
-        prompts: Sequence[Sequence[int]],
-        completions: Sequence[Sequence[int]],
-        limit: Limit = SCORING,
-    ) -> Tensor:
-        """Normalised scores of any number of rows, in their order, (N,), on the CPU."""
-        scores = torch.zeros(len(prompts))
-        for rows in by_length([*map(len, completions)], [*map(len, prompts)], limit):
-            batch = collate([prompts[i] for i in rows], [completions[i] for i in rows], self.pad_id)
-            scores[torch.tensor(rows)] = self.score(batch).cpu()
-        return scores
-
-
-def save_normalisation(folder: Path, offset: float, scale: float) -> None:
-    """Write what turns raw scores into `score` beside the reward model."""
-    (folder / "normalisation.json").write_text(json.dumps({"offset": offset, "scale": scale}))
-
-
-def require_reward_model(folder: Path) -> None:
-    """InputError unless `folder` holds a one-label classifier: a policy would get a random head."""
-    require_model(folder)
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    names = config.get("architectures") or []
-    if not any(name.endswith("ForSequenceClassification") for name in names):
-        raise InputError(
-            f"{folder}: not a reward model but {names}; it must be an "
-            "AutoModelForSequenceClassification with one label"
-        )
-
-
-def require_model(folder: Path) -> None:
-    """InputError unless `folder` looks like a transformers folder."""
-    if not (folder / "config.json").is_file():
-        raise InputError(f"{folder}: no model here (config.json is missing)")

@@ -42,7 +42,8 @@ from shared.data.pairs import Pair, read_pairs
 from shared.data.samples import sample_reference
 from shared.generation.engine import Sampling
 from shared.generation.start import Drawing
-from shared.models.load import Scorer, Start
+from shared.models.load import Start
+from shared.models.scorer import Scorer
 from shared.models.sequences import collate
 from shared.stages import Stages, read_json, silent
 from shared.tasks.registry import TaskConfig

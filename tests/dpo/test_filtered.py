@@ -19,7 +19,8 @@ from shared.generation.engine import EngineLost, Sampling
 from shared.generation.hf import HFEngine
 from shared.generation.start import Drawing
 from shared.models.cost import Meter
-from shared.models.load import Scorer, Start, load_policy, load_tokenizer, special_ids
+from shared.models.load import Start, load_policy, load_tokenizer, special_ids
+from shared.models.scorer import Scorer
 from shared.seeds import seed_of
 from shared.stages import Stages, read_json, read_jsonl
 from shared.training.finished import read_log

@@ -193,7 +193,7 @@ def test_gold_as_a_reward_reads_words_and_no_special_tokens(models: tuple[Path, 
 
     tokenizer = make_task(TASK).tokenizer()
     scorer = GoldScorer(CountsWords(), tokenizer)
-    pad, eos = special_ids(tokenizer)
+    pad, eos = special_ids(tokenizer).pad, special_ids(tokenizer).eos
     found = scorer.score_all([[2], [2, 3]], [[2, 3, eos], [pad, 2, 2]])
     close(found, torch.tensor([2.0 - 10, 2.0 - 20]))
 

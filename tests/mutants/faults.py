@@ -230,7 +230,7 @@ FAULTS = [
         ("sampling: temperature not applied", "the policy that samples is another one",
          "_draw", "_l / (temperature or 1.0)", "_l"),
         ("sampling: what ends at the cap counts as cut", "a completion with EOS pays for it",
-         "HFEngine.generate", "_t[-1] != self.eos_id", "len(_t) == sampling.max_new_tokens"),
+         "HFEngine.generate", "_r[-1] not in self.ids.ends", "len(_t) == sampling.max_new_tokens"),
     ),
     *faults("shared/generation/vllm.py", "vllm",
         ("vllm: the prefix cache outlives a sync", "prompts are read with the weights of before",

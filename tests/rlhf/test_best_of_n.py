@@ -12,7 +12,8 @@ from rlhf.best_of_n import best_of_n
 from shared.generation.engine import Completions, Sampling
 from shared.generation.hf import HFEngine
 from shared.models.cost import Meter
-from shared.models.load import Scorer, SpecialIds, load_policy
+from shared.models.load import SpecialIds, load_policy
+from shared.models.scorer import Scorer
 
 PROMPTS = [[5, 6], [7, 8, 9], [10]]
 SAMPLING = Sampling(max_new_tokens=8, seed=4)

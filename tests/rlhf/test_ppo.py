@@ -39,13 +39,13 @@ from shared.models.load import (
     load_scalar_model,
     new_scalar_model,
     save,
-    save_normalisation,
     special_ids,
     state_values,
     token_scalars,
 )
 from shared.models.logprobs import sequence_logps, token_logprobs
 from shared.models.lora import LoRAConfig
+from shared.models.scorer import save_normalisation
 from shared.models.sequences import Sequences, collate
 from shared.seeds import seed_of
 from shared.stages import read_json

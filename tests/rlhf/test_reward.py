@@ -18,7 +18,8 @@ from shared.data.samples import read_samples, sample_reference
 from shared.generation.engine import Sampling
 from shared.generation.start import Drawing
 from shared.models.cost import Meter
-from shared.models.load import ModelConfig, Scorer, load_scalar_model, sequence_scores
+from shared.models.load import ModelConfig, load_scalar_model, sequence_scores
+from shared.models.scorer import Scorer
 from shared.seeds import seed_of
 from shared.stages import read_json, write_jsonl
 from shared.tasks.registry import TaskConfig

@@ -23,7 +23,7 @@ from shared.generation.engine import Completions, Sampling
 from shared.generation.hf import HFEngine, moved_up
 from shared.kl import masked_sum
 from shared.models import ops
-from shared.models.load import SpecialIds, load_policy, save, special_ids
+from shared.models.load import load_policy, save, special_ids
 from shared.models.logprobs import completion_logits, gather_logprobs, score_logps
 from shared.models.packing import let_pack, packs
 from shared.models.sequences import Limit, collate
@@ -216,9 +216,9 @@ def test_nor_does_it_change_what_a_prompt_draws(engine: HFEngine, prompts: list[
     together = draw(engine, prompts).ids
     assert len({len(ids) for ids in together}) > 3
     assert draw(engine, prompts[:16]).ids == together[:16]
-    few = HFEngine(engine.model, SpecialIds(engine.pad_id, engine.eos_id), Limit(5, 10**6))
+    few = HFEngine(engine.model, engine.ids, Limit(5, 10**6))
     assert draw(few, prompts).ids == together
-    small = HFEngine(engine.model, SpecialIds(engine.pad_id, engine.eos_id), Limit(512, 100))
+    small = HFEngine(engine.model, engine.ids, Limit(512, 100))
     assert draw(small, prompts).ids == together
     other = [prompts[0], *prompts[:1:-1], prompts[1]]
     assert draw(engine, other).ids[0] == together[0]
@@ -235,7 +235,7 @@ def test_a_batch_holds_no_more_than_the_limit_but_for_a_row_alone(
         return inner(self, rows, numbers, temperature)
 
     monkeypatch.setattr(HFEngine, "_generate_batch", seen)
-    few = HFEngine(engine.model, SpecialIds(engine.pad_id, engine.eos_id), limit)
+    few = HFEngine(engine.model, engine.ids, limit)
     draw(few, prompts)
     assert sum(rows for rows, _ in batches) == len(prompts)
     for rows, tokens in batches:
@@ -317,11 +317,11 @@ def test_whole_completions_are_as_likely_as_the_model_says(
 ):
     """All completions under a cap of two tokens, enumerated: their probabilities add to 1, and
     samples fit them. It holds the sampler's cache, positions and EOS to the scorer's."""
-    eos, size = engine.eos_id, engine.model.config.vocab_size
+    eos, size = engine.ids.eos, engine.model.config.vocab_size
     every = [(a, b) for a in range(size) for b in range(size) if a != eos] + [(eos,)]
     rows = [prompts[0]] * len(every)
     logps = score_logps(
-        engine.model, rows, [list(c) for c in every], engine.pad_id, Limit(2000, 10**6)
+        engine.model, rows, [list(c) for c in every], engine.ids.pad, Limit(2000, 10**6)
     )
     probabilities = logps.double().exp()
     assert probabilities.sum().item() == pytest.approx(1, abs=1e-5)
@@ -339,7 +339,7 @@ def test_long_completions_are_no_more_surprising_than_the_model_expects(
     many = prompts * 20
     ids, truncated, _ = draw(engine, many, seed=9)
     assert 0.2 < sum(truncated) / len(truncated) < 0.8
-    batch = collate(many, ids, engine.pad_id)
+    batch = collate(many, ids, engine.ids.pad)
     logits = completion_logits(engine.model, batch).double()
     logprobs = logits.log_softmax(-1)
     entropy = batch.spread(-(logprobs.exp() * logprobs).sum(-1))
@@ -383,7 +383,7 @@ def test_each_token_comes_with_the_log_probability_it_was_drawn_with(
 ):
     """At temperature 0 that of temperature 1."""
     drawn = draw(engine, prompts, temperature=temperature)
-    batch = collate(prompts, drawn.ids, engine.pad_id)
+    batch = collate(prompts, drawn.ids, engine.ids.pad)
     with torch.no_grad():
         expected = gather_logprobs(
             completion_logits(engine.model, batch, temperature or 1.0), batch

@@ -21,7 +21,8 @@ from shared.tasks.exact import Exact, ExactConfig
 
 TASK = Exact(ExactConfig())
 TOKENIZER = TASK.tokenizer()
-PAD, EOS = special_ids(TOKENIZER)
+IDS = special_ids(TOKENIZER)
+PAD, EOS = IDS.pad, IDS.eos
 CAP = TASK.config.cap
 PROMPTS = [TOKENIZER(text).input_ids for text in TASK.prompts("test", 8, 0)]
 SAMPLES = 100_000

@@ -27,7 +27,6 @@ from transformers import (
 from shared.config import InputError
 from shared.models.load import (
     ModelConfig,
-    Scorer,
     frozen,
     load_policy,
     load_scalar_model,
@@ -41,6 +40,7 @@ from shared.models.load import (
     state_values,
 )
 from shared.models.logprobs import completion_logits, sequence_logps
+from shared.models.scorer import Scorer
 from shared.models.sequences import Limit, collate
 from shared.tasks.registry import TaskConfig, make_task
 
@@ -136,7 +136,7 @@ def test_a_score_is_read_at_the_last_token_whatever_stands_inside_the_row(
     reward_folder: Path, rows: Rows, tokenizer: PreTrainedTokenizerBase
 ):
     """A policy may sample PAD, and a prompt may hold EOS: neither ends a row."""
-    pad, eos = special_ids(tokenizer)
+    pad, eos = special_ids(tokenizer).pad, special_ids(tokenizer).eos
     prompts = [[eos, *rows[0][0]], [*rows[0][1][:2], pad, 9], rows[0][2], [pad, 4], rows[0][4]]
     completions = [[5, pad, 6, eos], [7, eos, 8], [pad, pad, 9], [pad], [3, 4, 5, 6, 7, 8, eos]]
     scorer = Scorer(reward_folder)
@@ -347,7 +347,8 @@ def test_a_new_policy_is_of_the_size_that_was_asked(tokenizer: PreTrainedTokeniz
     assert sum(p.numel() for p in model.parameters()) == len(tokenizer) * 64 + 3 * layer + 64
     assert model.config.head_dim == 32
     assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
-    assert (model.config.pad_token_id, model.config.eos_token_id) == special_ids(tokenizer)
+    ids = special_ids(tokenizer)
+    assert (model.config.pad_token_id, model.config.eos_token_id) == (ids.pad, ids.eos)
 
 
 # --- what is refused --------------------------------------------------------------------------

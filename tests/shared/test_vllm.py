@@ -312,7 +312,7 @@ def test_sampling_defaults_saved_with_a_model_change_nothing(
     engine: VLLMEngine, policy_folder: Path, prompts: list[list[int]]
 ):
     """Instruct models come with top-k, penalties and more ends in generation_config.json."""
-    request = vllm.sampling_params(1, Sampling(), engine.ids.eos)[0]
+    request = vllm.sampling_params(1, Sampling(), engine.ids.ends)[0]
     assert request["ignore_eos"]
     assert request["stop_token_ids"] == [engine.ids.eos]
     assert (request["top_p"], request["top_k"], request["repetition_penalty"]) == (1.0, 0, 1.0)

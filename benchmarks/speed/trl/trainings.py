@@ -48,7 +48,8 @@ from rlhf.reward import RewardConfig, normalise
 from rlhf.rollout import value_model
 from shared.data.pairs import Pair, read_pairs
 from shared.generation.engine import Sampling
-from shared.models.load import Scorer, load_tokenizer, new_scalar_model, save
+from shared.models.load import load_tokenizer, new_scalar_model, save
+from shared.models.scorer import Scorer
 from shared.seeds import seed_of
 from shared.tasks.registry import TaskConfig
 from shared.training.fit import OptimizerConfig, batches

@@ -1,0 +1,350 @@
+"""Model folders as users have them: what makes one unusable, in one line with the way out.
+
+`require_folder` reads what the files say before any weight is read; `open_model` and
+`open_tokenizer` load, and turn what the libraries raise into an InputError. Every command goes
+through these.
+"""
+
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from jinja2 import TemplateError, TemplateSyntaxError
+from safetensors import SafetensorError, safe_open
+from torch import nn
+from transformers import (
+    CONFIG_MAPPING,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from shared.config import InputError
+
+Role = Literal["policy", "reward model"]
+LOADERS: dict[Role, Any] = {
+    "policy": AutoModelForCausalLM,
+    "reward model": AutoModelForSequenceClassification,
+}
+CLASSIFIER = "ForSequenceClassification"
+WHOLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+TOKENIZER = (
+    "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt",
+)  # fmt: skip
+BUFFERS = (".attn.bias", ".masked_bias", ".inv_freq", "position_ids")  # computed, not trained
+UNREADABLE = (
+    OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError, ImportError,
+    SafetensorError, StrictDataclassError,
+)  # fmt: skip
+
+
+def require_folder(folder: Path, role: Role | None = None) -> None:
+    """InputError unless the files of `folder` can hold a model, and one of that `role`."""
+    with readable(folder):
+        _require_place(folder)
+        config = read_object(folder / "config.json")
+        _require_known(folder, config)
+        _require_role(folder, config, role)
+        _require_weights(folder)
+
+
+def _require_place(folder: Path) -> None:
+    if folder.is_file():
+        way = "[model] pretrained takes it" if folder.suffix == ".gguf" else "name its folder"
+        raise InputError(f"{folder}: a file, where a model's folder is expected: {way}")
+    if folder.is_dir() and not os.access(folder, os.R_OK | os.X_OK):
+        raise InputError(f"{folder}: no permission to read this folder")
+    if (folder / "config.json").is_file():
+        return
+    if (folder / "adapter_config.json").is_file():
+        base = read_object(folder / "adapter_config.json").get("base_model_name_or_path")
+        raise InputError(
+            f"{folder}: this is an adapter: set `model` to its base ({base}) and `adapter` to this "
+            "folder"
+        )
+    raise InputError(f"{folder}: no model here (config.json is missing)")
+
+
+def _require_known(folder: Path, config: dict[str, Any]) -> None:
+    kind = config.get("model_type")
+    if kind not in CONFIG_MAPPING:
+        own = "code of its own is never run" if "auto_map" in config else "is a newer one needed?"
+        raise InputError(
+            f"{folder}/config.json: model_type {kind!r} is none that the installed transformers "
+            f"knows; {own}"
+        )
+    if quantised := config.get("quantization_config"):
+        method = quantised.get("quant_method", "?") if isinstance(quantised, dict) else "?"
+        raise InputError(
+            f"{folder}: its weights are quantised ({method}), which does not train: name the "
+            "folder or hub name that it was made from"
+        )
+
+
+def _require_role(folder: Path, config: dict[str, Any], role: Role | None) -> None:
+    names = config.get("architectures") or []
+    scores = any(name.endswith(CLASSIFIER) for name in names)
+    if role == "reward model" and not scores:
+        raise InputError(
+            f"{folder}: not a reward model but {names}; it must be an "
+            "AutoModelForSequenceClassification with one label"
+        )
+    if role == "policy" and scores:
+        raise InputError(
+            f"{folder}: not a policy but a reward model or classifier {names}; name the model that "
+            "answers"
+        )
+    known = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    speaks = any(name in known.values() for name in names) or (
+        not names and config["model_type"] in known
+    )
+    if role == "policy" and not speaks:
+        raise InputError(
+            f"{folder}: not a policy but {names or config['model_type']}; it must be an "
+            "AutoModelForCausalLM"
+        )
+    if role == "reward model" and (labels := label_count(config)) != 1:
+        raise InputError(
+            f"{folder}: a reward model has one label; its config.json says {labels}: train it with "
+            "num_labels = 1"
+        )
+
+
+def label_count(config: dict[str, Any]) -> int:
+    """Labels of a classifier by its config.json; transformers takes two where it is silent."""
+    names = config.get("id2label")
+    return len(names) if isinstance(names, dict) else int(config.get("num_labels") or 2)
+
+
+def _require_weights(folder: Path) -> None:
+    """Safetensors that are all there and whole; their headers are read, their tensors not."""
+    shards = sorted(path.name for path in folder.glob("model-*.safetensors"))
+    if (folder / WHOLE).is_file():
+        files = [WHOLE]
+    elif (folder / INDEX).is_file():
+        files = sorted(set(map(str, read_object(folder / INDEX).get("weight_map", {}).values())))
+        if missing := [file for file in files if not (folder / file).is_file()]:
+            raise InputError(f"{folder}: {INDEX} names {missing[0]}, which is missing: fetch it")
+    elif shards:
+        raise InputError(f"{folder}: {shards[0]} is there, {INDEX} is missing: fetch it")
+    else:
+        files = []
+    if not files:
+        pickled = [path.name for kind in PICKLED for path in sorted(folder.glob(kind))]
+        if pickled and pickled != ["training_args.bin"]:
+            raise InputError(
+                f"{folder}: only pickled weights ({pickled[0]}), which can run code when they are "
+                "read: load them where you trust them and save_pretrained again, as safetensors"
+            )
+        raise InputError(f"{folder}: no weights here ({WHOLE} is missing)")
+    for file in files:
+        require_whole(folder / file)
+
+
+def require_whole(file: Path) -> None:
+    """InputError unless `file` is a safetensors file of the length that its header says."""
+    if file.stat().st_size < 1024 and file.read_bytes().startswith(b"version https://git-lfs"):
+        raise InputError(f"{file}: a Git LFS pointer in the weights' place: run `git lfs pull`")
+    try:
+        with safe_open(file, framework="pt") as _:
+            pass
+    except SafetensorError as error:
+        raise InputError(f"{file}: cut or damaged ({error}): fetch it again") from error
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """A JSON object; InputError names the file that is not one."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: not JSON: {error}") from error
+    if not isinstance(found, dict):
+        raise InputError(f"{path}: not a JSON object")
+    return found
+
+
+@contextmanager
+def readable(folder: Path) -> Iterator[None]:
+    """What the libraries cannot load is the user's folder, not our fault."""
+    try:
+        yield
+    except UNREADABLE as error:
+        if isinstance(error, torch.OutOfMemoryError):
+            raise
+        text = " ".join(str(error).split())
+        raise InputError(f"{folder}: transformers cannot load it: {text}") from error
+
+
+def load_with_info(
+    folder: Path, role: Role, dtype: torch.dtype | Literal["auto"] = torch.float32
+) -> tuple[PreTrainedModel, dict[str, Any]]:
+    """(transformers' own model in eval mode, its loading info: keys missing, unexpected, ...)."""
+    options = {"num_labels": 1} if role == "reward model" else {}
+    with readable(folder):
+        model, info = LOADERS[role].from_pretrained(
+            folder,
+            dtype=dtype,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # `weight_fault` names the first one
+            use_safetensors=True,
+            **options,
+        )
+    return model.eval(), info
+
+
+def open_model(
+    folder: Path,
+    role: Role,
+    dtype: torch.dtype | Literal["auto"] = torch.float32,
+    *,
+    new_head: bool = False,
+) -> PreTrainedModel:
+    """The model of a folder, every weight of it from the file; InputError otherwise.
+
+    `new_head`: a reward model's trunk may come from a policy; its head is then at random.
+    """
+    require_folder(folder, None if new_head else role)
+    model, info = load_with_info(folder, role, dtype)
+    if fault := weight_fault(model, info, new_head=new_head):
+        raise InputError(f"{folder}: {fault}")
+    return model
+
+
+def weight_fault(model: PreTrainedModel, info: dict[str, Any], *, new_head: bool = False) -> str:
+    """What is wrong with weights that were loaded, and the fix; empty if nothing is."""
+    if info["mismatched_keys"]:
+        name, there, here = min(info["mismatched_keys"])
+        return (
+            f"{name} is {tuple(there)} in the file and {tuple(here)} by config.json: fetch both "
+            "from one place"
+        )
+    if absent := missing_weights(model, info, new_head=new_head):
+        return f"save the whole model: {absent[0]} is not in the file and would start at random"
+    if left := leftover_weights(model, info, new_head=new_head):
+        return leftover_text(left)
+    if any(not value.isfinite().all() for value in model.parameters()):
+        return (
+            "some weights are not finite: load a checkpoint from before it broke, and lower the "
+            "learning rate"
+        )
+    head, layer = model.get_output_embeddings(), model.get_input_embeddings()
+    tied = getattr(model.config, "tie_word_embeddings", False) and head is not None
+    if tied and head.weight is not layer.weight:  # pyright: ignore[reportOptionalMemberAccess]
+        return "the output layer is not tied as config.json says; set tie_word_embeddings = false"
+    return ""
+
+
+def missing_weights(
+    model: PreTrainedModel, info: dict[str, Any], *, new_head: bool = False
+) -> list[str]:
+    """Names that the model has and the file has not, in order."""
+    below = f"{model.base_model_prefix}."
+    return sorted(n for n in info["missing_keys"] if not new_head or n.startswith(below))
+
+
+def leftover_weights(
+    model: PreTrainedModel, info: dict[str, Any], *, new_head: bool = False
+) -> list[str]:
+    """Names that the file has and the model has not, in order; buffers of old files apart."""
+    below = f"{model.base_model_prefix}."
+    return sorted(
+        name
+        for name in info["unexpected_keys"]
+        if not name.endswith(BUFFERS) and (not new_head or name.startswith(below))
+    )
+
+
+def leftover_text(names: list[str]) -> str:
+    """The fault of tensors that nobody loads, and the fix."""
+    fix = "save the model again with the class that it was trained as"
+    if any("lora_" in name for name in names):
+        fix = "merge the adapter and save again (merge_and_unload), or name it as `adapter`"
+    return f"{len(names)} tensors of the file are not loaded ({names[0]}): {fix}"
+
+
+def open_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    """The tokenizer of a folder, whatever its special tokens are; InputError if there is none."""
+    if not any((folder / file).is_file() for file in TOKENIZER):
+        _require_place(folder)
+        raise InputError(
+            f"{folder}: no tokenizer here (tokenizer.json is missing); save it with "
+            "tokenizer.save_pretrained"
+        )
+    with readable(folder):
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+    require_template(folder, tokenizer)
+    return tokenizer
+
+
+def require_template(folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    """InputError if there is a chat template that is empty or is no template."""
+    template = tokenizer.chat_template
+    if not isinstance(template, str):
+        return
+    if not template.strip():
+        raise InputError(
+            f"{folder}: its chat template is empty, so that every chat is an empty text: set "
+            "tokenizer.chat_template, or to None, and save it"
+        )
+    with suppress(TemplateError):  # what a template refuses is told where the chat is known
+        try:
+            tokenizer.apply_chat_template([{"role": "user", "content": "?"}], tokenize=False)
+        except TemplateSyntaxError as error:
+            raise InputError(f"{folder}: its chat template is not valid: {error}") from error
+
+
+def embedding_count(model: PreTrainedModel) -> int:
+    """How many tokens have an embedding."""
+    layer = model.get_input_embeddings()
+    return layer.weight.shape[0] if isinstance(layer, nn.Embedding) else model.config.vocab_size
+
+
+def require_embeddings(
+    folder: Path, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel
+) -> None:
+    """InputError if a token has no embedding. Embeddings without a token are fine: padding."""
+    top, rows = max(tokenizer.get_vocab().values()), embedding_count(model)
+    if top >= rows:
+        raise InputError(
+            f"{folder}: the tokenizer's largest id is {top}, the model has {rows} embeddings: "
+            "model.resize_token_embeddings(len(tokenizer)) and save both"
+        )
+
+
+def listed_ends(folder: Path) -> frozenset[int]:
+    """Tokens that generation_config.json, or where it says nothing config.json, ends a text with.
+
+    InputError for an id that has no embedding.
+    """
+    path, text = folder / "generation_config.json", text_config(folder)
+    found = read_object(path).get("eos_token_id") if path.is_file() else None
+    ends = as_ids(text.get("eos_token_id") if found is None else found)
+    size = text.get("vocab_size")
+    if size is not None and (wrong := sorted(end for end in ends if not 0 <= end < size)):
+        raise InputError(
+            f"{folder}: eos_token_id {wrong[0]} is no token of its {size}: set it in "
+            "generation_config.json and config.json to what ends an answer"
+        )
+    return ends
+
+
+def text_config(folder: Path) -> dict[str, Any]:
+    """What config.json says of the part of a model that reads text."""
+    config = read_object(folder / "config.json")
+    return config.get("text_config") or config
+
+
+def as_ids(value: int | list[int] | None) -> frozenset[int]:
+    """A configuration's one id, list of ids or nothing, as a set."""
+    if value is None:
+        return frozenset()
+    return frozenset(value if isinstance(value, list) else [value])

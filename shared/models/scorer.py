@@ -1,0 +1,217 @@
+"""Reward-model inference: token ids of prompts and completions -> scores.
+
+A reward model that reads the very tokens that were sampled is given them as they are. One with a
+tokenizer of its own, or an encoder (BERT's kind), is given their text: decoded, rendered and
+encoded as the reward model was trained, through its class's own forward pass.
+"""
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from shared.config import InputError
+from shared.models.cost import At, Work, count_pass
+from shared.models.folders import open_tokenizer, read_object
+from shared.models.load import WeightDtype, load_scalar_model, load_tokenizer, sequence_scores
+from shared.models.sequences import SCORING, Limit, Sequences, by_length, collate
+
+Messages = list[dict[str, Any]]
+Chats = Mapping[tuple[int, ...], Messages]  # of prompts, by their token ids
+NORMALISATION = "normalisation.json"
+
+
+class Scorer:
+    """`score` = (raw - offset) / scale, in SFT within-prompt deviations.
+
+    `reader` is the tokenizer of the ids that come, the policy's; without one they are the reward
+    model's own. `chats` holds the messages of prompts that are chats, which then go through the
+    reward model's own template; other prompts are scored as the text that they are.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        device: torch.device | str = "cpu",
+        *,
+        reader: PreTrainedTokenizerBase | None = None,
+        chats: Chats | None = None,
+        dtype: WeightDtype = "float32",
+    ):
+        model = load_scalar_model(folder, dtype)
+        self.folder, self.chats = folder, chats or {}
+        self.model: PreTrainedModel = model.to(device).eval().requires_grad_(False)  # pyright: ignore[reportArgumentType]
+        self.decoder = isinstance(getattr(model, "score", None), nn.Linear)
+        self.tokenizer = load_tokenizer(folder) if self.decoder else open_tokenizer(folder)
+        pad = self.tokenizer.pad_token_id
+        if not isinstance(pad, int):
+            raise InputError(f"{folder}: its tokenizer needs a pad token to fill batches with")
+        self.pad_id, self.reader = pad, reader or self.tokenizer
+        self.by_text = not self.decoder or not same_tokens(self.reader, self.tokenizer)
+        self.model.config.get_text_config().pad_token_id = pad  # where its class reads a score
+        self.offset, self.scale = read_normalisation(folder)
+
+    @torch.no_grad()
+    def score(self, batch: Sequences) -> Tensor:
+        """Normalised scores of one batch of the reward model's own tokens, (B,)."""
+        return (sequence_scores(self.model, batch.to(self.model.device)) - self.offset) / self.scale
+
+    def score_all(
+        self,
+        prompts: Sequence[Sequence[int]],
+        completions: Sequence[Sequence[int]],
+        limit: Limit = SCORING,
+        *,
+        finite: bool = True,
+    ) -> Tensor:
+        """Normalised scores of any number of rows, in their order, (N,), on the CPU.
+
+        InputError where one is not a number, unless `finite` is False and the caller looks.
+        """
+        if self.by_text:
+            scores = self._score_texts(prompts, completions, limit)
+        else:
+            scores = self._score_tokens(prompts, completions, limit)
+        broken = int((~scores.isfinite()).sum())
+        if finite and broken:
+            raise InputError(
+                f"{self.folder}: the reward model's score of {broken} of {len(scores)} completions "
+                "is not a number: it diverged in training, or `dtype` is too narrow for it"
+            )
+        return scores
+
+    def _score_tokens(
+        self, prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]], limit: Limit
+    ) -> Tensor:
+        scores = torch.zeros(len(prompts))
+        for rows in by_length([*map(len, completions)], [*map(len, prompts)], limit):
+            batch = collate([prompts[i] for i in rows], [completions[i] for i in rows], self.pad_id)
+            scores[torch.tensor(rows)] = self.score(batch).cpu()
+        return scores
+
+    def _score_texts(
+        self, prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]], limit: Limit
+    ) -> Tensor:
+        encoded = [self.encode(p, c) for p, c in zip(prompts, completions, strict=True)]
+        lengths = [len(row["input_ids"]) for row in encoded]
+        scores = torch.zeros(len(encoded))
+        for rows in by_length(lengths, [0] * len(lengths), limit):
+            scores[torch.tensor(rows)] = self._score_encoded([encoded[i] for i in rows])
+        return (scores - self.offset) / self.scale
+
+    @torch.no_grad()
+    def _score_encoded(self, rows: list[dict[str, list[int]]]) -> Tensor:
+        """Raw scores by the classifier's own forward pass, on rows padded on the right, (B,)."""
+        lengths = [len(row["input_ids"]) for row in rows]
+        width, fill = max(lengths), {"input_ids": self.pad_id}
+        inputs = {
+            name: torch.tensor(
+                [row[name] + [fill.get(name, 0)] * (width - len(row[name])) for row in rows],
+                device=self.model.device,
+            )
+            for name in rows[0]
+        }
+        scores = self.model(**inputs).logits.squeeze(-1).float()
+        real = sum(lengths)
+        count_pass(self.model, Work(lengths, At(real, real, len(rows)), real), scores)
+        return scores.cpu()
+
+    def encode(self, prompt: Sequence[int], completion: Sequence[int]) -> dict[str, list[int]]:
+        """The reward model's inputs for one row of the reader's tokens.
+
+        A chat: its messages and the answer in the reward model's template. Texts: a decoder reads
+        prompt + completion, and EOS unless the completion was cut, as TRL's RewardTrainer has it;
+        an encoder reads the two as its tokenizer's pair, the prompt cut on the left to fit.
+        """
+        answer = self.reader.decode(completion, skip_special_tokens=True)
+        chat = self.chats.get(tuple(prompt))
+        if chat is not None and self.tokenizer.chat_template:
+            messages = [*chat, {"role": "assistant", "content": answer}]
+            text = self.tokenizer.apply_chat_template(messages, tokenize=False)
+            return self._fitting(self.tokenizer(text, add_special_tokens=False))
+        if chat is not None:
+            before = "\n\n".join(str(message["content"]) for message in chat)
+        else:
+            before = str(self.reader.decode(prompt, skip_special_tokens=True))
+        if not self.decoder:
+            room = context_length(self.model, self.tokenizer)
+            pair = {"truncation": "only_first", "max_length": room} if room else {}
+            self.tokenizer.truncation_side = "left"
+            return self._fitting(self.tokenizer(before, answer, **pair))
+        found = self._fitting(self.tokenizer(before + str(answer)))
+        eos, ended = self.tokenizer.eos_token_id, completion[-1] in self.reader.all_special_ids
+        if ended and found["input_ids"][-1:] != [eos]:
+            found = {**found, "input_ids": [*found["input_ids"], eos]}
+            found["attention_mask"] = [*found["attention_mask"], 1]
+        return found
+
+    def _fitting(self, encoded: Any) -> dict[str, list[int]]:
+        names = ("input_ids", "attention_mask", "token_type_ids")
+        found = {name: list(encoded[name]) for name in names if name in encoded}
+        if self.decoder:
+            found.pop("token_type_ids", None)
+        room = context_length(self.model, self.tokenizer)
+        if room and (length := len(found["input_ids"])) > room:
+            raise InputError(
+                f"{self.folder}: a completion with its prompt has {length} tokens of the reward "
+                f"model's, which reads {room}: shorten prompts or lower `sampling.max_new_tokens`"
+            )
+        return found
+
+
+def reader_of(policy: Path | None) -> PreTrainedTokenizerBase | None:
+    """The tokenizer of a policy's folder, for a Scorer; None: the reward model's own."""
+    return None if policy is None else load_tokenizer(policy)
+
+
+def same_tokens(policy: PreTrainedTokenizerBase, reward: PreTrainedTokenizerBase) -> bool:
+    """Whether each of the policy's tokens is the same token, under the same id, in `reward`."""
+    theirs = reward.get_vocab()
+    return all(theirs.get(token) == number for token, number in policy.get_vocab().items())
+
+
+def context_length(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """How many tokens a classifier reads; None where neither file says."""
+    places = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if places and model.config.model_type in ("roberta", "xlm-roberta", "camembert"):
+        places -= 2  # their positions begin behind the pad token's
+    known = [n for n in (places, tokenizer.model_max_length) if n and 0 < n < 10**9]
+    return min(known, default=None)
+
+
+def save_normalisation(folder: Path, offset: float, scale: float) -> None:
+    """Write what turns raw scores into `score` beside the reward model.
+
+    InputError where they cannot: the scores are all one, or not numbers.
+    """
+    require_scale(folder, offset, scale)
+    (folder / NORMALISATION).write_text(json.dumps({"offset": offset, "scale": scale}))
+
+
+def read_normalisation(folder: Path) -> tuple[float, float]:
+    """(offset, scale); (0, 1) for a reward model without: its scores are raw."""
+    path = folder / NORMALISATION
+    if not path.is_file():
+        return 0.0, 1.0
+    values = read_object(path)
+    try:
+        offset, scale = float(values["offset"]), float(values["scale"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise InputError(f"{path}: not {{offset, scale}}: {error!r}") from error
+    require_scale(folder, offset, scale)
+    return offset, scale
+
+
+def require_scale(folder: Path, offset: float, scale: float) -> None:
+    """InputError unless scores can be centred by `offset` and divided by `scale`."""
+    if not (math.isfinite(offset) and math.isfinite(scale) and scale > 0):
+        raise InputError(
+            f"{folder}: the reward model's scores do not differ between samples of a prompt (mean "
+            f"{offset:g}, deviation {scale:g}): train it, or look for a head of zeros; and two "
+            "samples a prompt are the fewest that can differ"
+        )
