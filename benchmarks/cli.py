@@ -25,6 +25,7 @@ def commands() -> dict[str, Command]:
     from benchmarks.commands.data import data
     from benchmarks.commands.head_to_head import compare, plan, report
     from benchmarks.commands.tools import doctor, serve, speed, study
+    from benchmarks.commands.train import train
 
     return {
         "compare": compare,
@@ -35,6 +36,7 @@ def commands() -> dict[str, Command]:
         "serve": serve,
         "speed": speed,
         "study": study,
+        "train": train,
     }
 
 

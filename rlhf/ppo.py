@@ -37,7 +37,7 @@ from shared.models.load import Start, load_tokenizer, state_values
 from shared.models.logprobs import logprobs_and_values, token_logprobs
 from shared.models.sequences import Limit, by_length
 from shared.seeds import seed_of
-from shared.tasks.registry import TaskConfig, make_task
+from shared.tasks.registry import TaskInput, make_task
 from shared.training.finished import Training, TrainingLog
 from shared.training.fit import Diverged, OptimizerConfig, batches, checkpoint_steps, step
 
@@ -143,7 +143,7 @@ def train_ppo(
     folder: Path,
     start: Start,
     reward_model: Path | None,
-    task: TaskConfig,
+    task: TaskInput,
     ppo: PPOConfig,
     kl_coef: float,
     drawing: Drawing,
@@ -239,11 +239,12 @@ def engine_is_exact(actors: Actors, ppo: PPOConfig) -> bool:
 
 
 def prompt_stream(
-    tokenizer, task: TaskConfig, ppo: PPOConfig, seed: int
+    tokenizer, task: TaskInput, ppo: PPOConfig, seed: int
 ) -> Iterator[list[list[int]]]:
     """Batches of prompt ids, reshuffled on every pass over prompts for half of the episodes."""
     count = max(ppo.rollout_size, ppo.episodes // 2)
-    ids = [tokenizer(p).input_ids for p in make_task(task).prompts("ppo", count, seed)]
+    source = make_task(task)
+    ids = source.encode(tokenizer, source.prompts("ppo", count, seed))
     passes = -(-ppo.episodes // count) + 1
     for rows in batches(len(ids), ppo.rollout_size, passes, seed_of(seed, "order of prompts")):
         if len(rows) == ppo.rollout_size:

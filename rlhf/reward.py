@@ -2,7 +2,6 @@
 
 from pathlib import Path
 
-import numpy as np
 from pydantic import Field
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -18,7 +17,6 @@ from shared.models.scorer import Scorer, reader_of, require_scale, save_normalis
 from shared.models.sequences import Limit
 from shared.seeds import seed_of
 from shared.stages import write_json
-from shared.tasks.registry import TaskConfig, make_task
 from shared.training.finished import TrainingLog
 from shared.training.fit import Diverged, Loss, OptimizerConfig, batches, prepare, step, steps_of
 
@@ -112,27 +110,25 @@ def normalise(
 
 
 def examine_reward(
-    folder: Path, reward_model: Path, pairs: Path, task: TaskConfig, policy: Path | None = None
+    folder: Path, reward_model: Path, pairs: Path, policy: Path | None = None
 ) -> None:
     """Stage: `scores.json`, what the report says of the reward model is computed from.
 
-    Raw (Bradley-Terry) scores of both sides, the true P(a wins), gold, and lengths. `policy`: whose
-    tokens the pairs are, if not the reward model's own.
+    Raw (Bradley-Terry) scores of both sides, the true P(a wins) or the label, gold, and lengths.
+    `policy`: whose tokens the pairs are, if not the reward model's own.
     """
-    rows, source = read_pairs(pairs / "pairs.jsonl"), make_task(task)
-    scorer = Scorer(reward_model, reader=reader_of(policy))
+    rows, scorer = read_pairs(pairs / "pairs.jsonl"), Scorer(reward_model, reader=reader_of(policy))
     prompts = [p.prompt_ids for p in rows]
     a = scorer.score_all(prompts, [p.chosen_ids for p in rows]) * scorer.scale + scorer.offset
     b = scorer.score_all(prompts, [p.rejected_ids for p in rows]) * scorer.scale + scorer.offset
-    gold_a, gold_b = np.array([[p.chosen_gold, p.rejected_gold] for p in rows]).T
     write_json(
         folder / "scores.json",
         {
             "score_a": a.tolist(),
             "score_b": b.tolist(),
-            "p_a_wins": source.preference(gold_a, gold_b).tolist(),
-            "gold_a": gold_a.tolist(),
-            "gold_b": gold_b.tolist(),
+            "p_a_wins": [p.p for p in rows],
+            "gold_a": [p.chosen_gold for p in rows],
+            "gold_b": [p.rejected_gold for p in rows],
             "length_a": [len(p.chosen_ids) for p in rows],
             "length_b": [len(p.rejected_ids) for p in rows],
             "scale": scorer.scale,

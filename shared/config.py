@@ -10,7 +10,7 @@ import difflib
 import json
 import re
 import tomllib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, TypeVar, get_args, get_origin
 
@@ -57,16 +57,23 @@ C = TypeVar("C", bound=Config)
 COMMAND_LINE = "command line"
 
 
-def load(model: type[C], path: Path | None, overrides: Sequence[str] = ()) -> C:
+def load(
+    model: type[C],
+    path: Path | None,
+    overrides: Sequence[str] = (),
+    complete: Callable[[Mapping[str, Any]], dict[str, Any]] = dict,
+) -> C:
     """Read `path` (TOML), apply `overrides` (`--a.b value` or `--a.b=value`), and validate.
 
-    Raises InputError for an unreadable file, an unknown key or a wrong value.
+    `complete` fills in what depends on what is there. Raises InputError for an unreadable file, an
+    unknown key or a wrong value.
     """
     raw = {} if path is None else read_toml(path)
     changes = list(_parse_overrides(overrides))
     for key, value in changes:
         _assign(raw, key, value)
-    return validate(model, raw, str(path or COMMAND_LINE), [key for key, _ in changes])
+    changed = [key for key, _ in changes]
+    return validate(model, complete(raw), str(path or COMMAND_LINE), changed)
 
 
 def read_toml(path: Path) -> dict[str, Any]:

@@ -44,6 +44,14 @@ class OnlyWith(NamedTuple):
 
 
 @dataclass(frozen=True)
+class Given:
+    """A user's file or folder, or a hub's, as a stage's input: its address is its content."""
+
+    source: str
+    content: str
+
+
+@dataclass(frozen=True)
 class Stage:
     """One piece of work: `work(folder, **inputs)` fills its folder.
 
@@ -261,6 +269,8 @@ def _plain(value: Any) -> Any:
         return value.model_dump(mode="json")
     if isinstance(value, Path):
         return value.name
+    if isinstance(value, Given):
+        return value.content
     if is_dataclass(value):
         return _plain(vars(value))
     if isinstance(value, dict):

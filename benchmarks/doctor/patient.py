@@ -85,7 +85,7 @@ def of_experiment(experiment: Experiment, runs: Path) -> Patient:
     def prepare(runner: Runner) -> tuple[Path, Path, Path]:
         pipeline, seed = Pipeline(experiment, runner), experiment.seeds[0]
         start = pipeline.prepare_sft()
-        preferences = pipeline.prepare_preferences(start.sft, seed)
+        preferences = pipeline.prepare_preferences(start, seed)
         return start.sft, preferences, pipeline.prepare_reward(start, preferences, seed)
 
     set_up_process(experiment.threads)

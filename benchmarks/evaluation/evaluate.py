@@ -9,9 +9,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from benchmarks.evaluation.exact import World
 from benchmarks.evaluation.optimum import best_of_n_logps
+from benchmarks.evaluation.text import distinct, repetition
 from rlhf.best_of_n import best_of_n
 from shared.data.pairs import read_pairs
-from shared.data.samples import read_samples
+from shared.data.samples import null_for_nan, read_samples
+from shared.data.splits import Split
 from shared.generation.engine import Completions
 from shared.generation.start import Drawing, make_engine
 from shared.kl import exact_kl, k1, k3, masked_sum
@@ -22,8 +24,9 @@ from shared.models.logprobs import completion_logits, gather_logprobs, score_log
 from shared.models.scorer import Scorer, reader_of
 from shared.models.sequences import SCORING, Limit, by_length, collate
 from shared.stages import write_json, write_jsonl
-from shared.tasks.registry import TaskConfig, make_task
-from shared.tasks.task import Split, Task
+from shared.tasks.own import Own
+from shared.tasks.registry import TaskInput, make_task
+from shared.tasks.task import Task
 
 
 @dataclass(frozen=True)
@@ -33,7 +36,7 @@ class Prompts:
     `listing` is the stage that lists all completions of these prompts, if the task is finite.
     """
 
-    task: TaskConfig
+    task: TaskInput
     split: Split
     count: int
     samples: int
@@ -65,7 +68,7 @@ def evaluate(
     special = special_ids(tokenizer, policy / checkpoint)
     engine = make_engine(drawing.generation, model, special, policy / checkpoint)
     texts, samples = prompts.texts(), prompts.samples
-    ids = [tokenizer(text).input_ids for text in texts]
+    ids = source.encode(tokenizer, texts)
     many = [p for p in ids for _ in range(samples)]
     drawn = engine.generate(many, drawing.at(temperature=1.0).sampling)
     columns = describe(source, tokenizer, reward_model, texts, ids, drawn, samples)
@@ -73,7 +76,9 @@ def evaluate(
     greedy = engine.generate(ids, drawing.at(temperature=0.0).sampling)
     greedy_texts = tokenizer.batch_decode(greedy.ids, skip_special_tokens=True)
     rows = _rows(texts, columns, samples)
-    greedy_gold = source.gold(texts, greedy_texts).tolist()
+    add_sets(rows, drawn.ids, samples)
+    add_chosen(rows, source)
+    greedy_gold = null_for_nan(source.gold(texts, greedy_texts))
     for row, text, gold in zip(rows, greedy_texts, greedy_gold, strict=True):
         row.update(greedy=text, greedy_gold=gold)
     if prompts.listing is not None:
@@ -100,7 +105,7 @@ def evaluate_best_of_n(
     engine = make_engine(drawing.generation, model, special, ref)
     meter.models_held = 2
     texts, samples = prompts.texts(), prompts.samples
-    ids = [tokenizer(text).input_ids for text in texts]
+    ids = source.encode(tokenizer, texts)
     many = [p for p in ids for _ in range(samples)]
     with meter.phase("generate and score"):
         sampling = drawing.at(temperature=1.0).sampling
@@ -108,12 +113,29 @@ def evaluate_best_of_n(
     write_json(folder / "cost.json", meter.summary())
     columns = describe(source, tokenizer, reward_model, texts, ids, favourites, samples)
     rows = _rows(texts, columns, samples)
+    add_sets(rows, favourites.ids, samples)
+    add_chosen(rows, source)
     if prompts.listing is not None:
         world = World(prompts.listing)
         scores = world.scores(reward_model)
         logps = best_of_n_logps(world.log_ref, scores, n)
         add_exact(rows, world.expectations(logps, scores, special.eos))
     write_jsonl(folder / "rows.jsonl", rows)
+
+
+def add_sets(rows: list[dict[str, Any]], drawn: list[list[int]], samples: int) -> None:
+    """Add how different a prompt's answers are from each other."""
+    for i, row in enumerate(rows):
+        row["distinct_2"] = distinct(drawn[i * samples : (i + 1) * samples])
+
+
+def add_chosen(rows: list[dict[str, Any]], source: Task) -> None:
+    """Add the gold of the file's own chosen answers, where there are a file and a judge."""
+    if not isinstance(source, Own) or not source.has_gold:
+        return
+    texts = [row["prompt"] for row in rows]
+    for row, gold in zip(rows, source.chosen_gold(texts), strict=True):
+        row["chosen_gold"] = gold
 
 
 def add_exact(rows: list[dict[str, Any]], exact: list[dict[str, float]]) -> None:
@@ -153,9 +175,11 @@ def describe(
     completions = tokenizer.batch_decode(drawn.ids, skip_special_tokens=True)
     columns: dict[str, list[Any]] = {
         "completions": completions,
-        "gold": source.gold([t for t in texts for _ in range(samples)], completions).tolist(),
+        "gold": null_for_nan(source.gold([t for t in texts for _ in range(samples)], completions)),
         "length": [len(c) for c in drawn.ids],
         "truncated": drawn.truncated,
+        "repetition": [repetition(ids) for ids in drawn.ids],
+        "empty": [not text.strip() for text in completions],
         "well_formed": [
             not cut and source.well_formed(text)
             for text, cut in zip(completions, drawn.truncated, strict=True)
@@ -178,8 +202,8 @@ def measure_kl(
     pad_id: int,
     limit: Limit = SCORING,
 ) -> dict[str, list[Any]]:
-    """Nats per sequence: the exact KL summed over positions, and the sums of k1 and k3."""
-    sums = {name: torch.zeros(len(prompts)) for name in ("kl", "k1", "k3")}
+    """Nats per sequence: the exact KL summed over positions, the sums of k1 and k3, and log ref."""
+    sums = {name: torch.zeros(len(prompts)) for name in ("kl", "k1", "k3", "ref_logp")}
     row = model.config.get_text_config().vocab_size * max(map(len, completions))
     limit = limit._replace(rows=max(1, min(limit.rows, ops.active().block // row)))
     for rows in by_length([*map(len, completions)], [*map(len, prompts)], limit):
@@ -190,6 +214,7 @@ def measure_kl(
         index = torch.tensor(rows)
         sums["kl"][index] = batch.spread(exact_kl(logits, ref_logits)).sum(1).cpu()
         sums["k1"][index] = masked_sum(k1(logprobs, ref_logprobs), batch.mask).cpu()
+        sums["ref_logp"][index] = masked_sum(ref_logprobs, batch.mask).cpu()
         sums["k3"][index] = masked_sum(k3(logprobs, ref_logprobs), batch.mask).cpu()
     return {name: values.tolist() for name, values in sums.items()}
 
@@ -204,12 +229,16 @@ def _rows(texts: list[str], columns: dict[str, list[Any]], samples: int) -> list
 def _displacement(
     model: PreTrainedModel, ref_model: PreTrainedModel, preferences: Path, pad_id: int
 ) -> dict[str, float]:
-    """Mean change of log policy(chosen) and log policy(rejected) on held-out pairs, in nats."""
+    """Mean change of log policy(chosen) and log policy(rejected) on held-out pairs, in nats, and
+    `accuracy`: how often that of the chosen one is larger; ties count half.
+    """
     pairs = read_pairs(preferences / "held_out.jsonl")
     prompts = [p.prompt_ids for p in pairs]
     change = {}
     for side in ("chosen", "rejected"):
         completions = [getattr(p, f"{side}_ids") for p in pairs]
         logps, ref = (score_logps(m, prompts, completions, pad_id) for m in (model, ref_model))
-        change[side] = (logps - ref).mean().item()
-    return change
+        change[side] = logps - ref
+    prefers = (change["chosen"] - change["rejected"]).sign()
+    means = {side: values.mean().item() for side, values in change.items()}
+    return {**means, "accuracy": (0.5 + 0.5 * prefers).mean().item()}

@@ -8,27 +8,29 @@ import numpy as np
 
 from benchmarks.evaluation.evaluate import Prompts, evaluate, evaluate_best_of_n, score_samples
 from benchmarks.pipeline.experiment import Arm, Experiment
+from benchmarks.pipeline.start import StartStages, judged_task, prepare_start
 from dpo.filtered import Filter, train_filtered
 from dpo.losses import UNPAIRED
 from dpo.reference import score_mismatched, score_reference
 from dpo.train import DirectData, train_direct
 from rlhf.ppo import train_ppo
 from rlhf.reward import examine_reward, train_reward
+from shared.data.own import take_preferences, take_reward_test
 from shared.data.preferences import make_preferences, make_reward_test
 from shared.data.samples import list_reference, sample_reference
+from shared.data.splits import Split
 from shared.generation.start import Drawing
 from shared.models.load import Start
 from shared.seeds import seed_of
 from shared.stages import Runner, Work, read_json, read_jsonl
-from shared.tasks.task import Split
-from shared.training.sft import train_sft
+from shared.tasks.judge import examine_judge
+from shared.tasks.own import OwnData
 
 
 @dataclass(frozen=True)
-class SftStages:
-    """The SFT model, which is also the reference, and its samples that set the scale of scores."""
+class SftStages(StartStages):
+    """And its samples that set the scale of scores."""
 
-    sft: Path
     scale_samples: Path
 
 
@@ -36,16 +38,26 @@ class SftStages:
 class CommonStages(SftStages):
     """What all seeds share."""
 
-    frontier_samples: Path  # of a finite task: all completions
+    frontier_samples: Path | None  # of a finite task: all completions
     reward_test: Path
+    judge_scores: Path | None  # of a judge that is a model, on the same pairs
 
 
 @dataclass(frozen=True)
-class SeedData:
-    """What the arms of one seed train on."""
+class TrainingData:
+    """What one arm trains on: None is what it does not need."""
 
     seed: int
     preferences: Path
+    reward: Path | None
+    reference: Path | None
+    mismatched: Path | None
+
+
+@dataclass(frozen=True)
+class SeedData(TrainingData):
+    """What all arms of one seed train on."""
+
     reward: Path
     reference: Path
     mismatched: Path | None  # where some arm is unpaired
@@ -56,7 +68,7 @@ class SeedStages(SeedData):
     """What all arms of one seed share."""
 
     reward_scores: Path  # of the reward model on held-out pairs
-    limit_scores: Path  # of the reward model on the frontier's samples
+    limit_scores: Path | None  # of the reward model on the frontier's samples
     sft_rows: Path
 
 
@@ -66,7 +78,7 @@ class Trial:
 
     arm: str
     setting: dict[str, float]
-    data: SeedData
+    data: TrainingData
 
     def text(self, point: str = "") -> str:
         """`dpo beta=0.2, seed 1`; `point` is where on the way, such as ` at 50%`."""
@@ -102,14 +114,17 @@ class Pipeline:
     def prepare_sft(self) -> SftStages:
         """The SFT model, and the samples that reward models are centred and scaled on."""
         e = self.experiment
-        sft = self.run("sft", train_sft, task=e.task, model=e.model, sft=e.sft, seed=e.task_seed)
+        start = prepare_start(e, self.stages)
         numbers = e.evaluation.scale_prompts, e.evaluation.scale_samples
-        return SftStages(sft, self._sample(sft, "samples for score scale", "validation", *numbers))
+        scale = self._sample(start, "samples for score scale", "validation", *numbers)
+        return SftStages(judged_task(e, self.stages, start, scale), start.sft, scale)
 
     def prepare_common(self) -> CommonStages:
         """SFT, and the samples that scales, frontier and reward-model tests are read from."""
         e, start = self.experiment, self.prepare_sft()
-        of_sft = {"task": e.task, "policy": start.sft, "seed": e.task_seed}
+        task = start.task
+        of_sft = {"task": task, "policy": start.sft, "seed": e.task_seed}
+        frontier, judge_scores = None, None
         if e.task.finite:
             frontier = self.run(
                 "listing",
@@ -118,26 +133,31 @@ class Pipeline:
                 **of_sft,
                 sampling=e.sampling,
             )
-        else:
+        elif e.has_frontier:
             numbers = e.evaluation.near_prompts, e.evaluation.frontier_samples
-            frontier = self._sample(start.sft, "samples for frontier", "test", *numbers)
-        test = self.run(
-            "reward-test",
-            make_reward_test,
-            **of_sft,
-            drawing=self.drawing,
-            pairs=e.evaluation.reward_pairs,
-        )
-        return CommonStages(start.sft, start.scale_samples, frontier, test)
+            frontier = self._sample(start, "samples for frontier", "test", *numbers)
+        pairs = e.evaluation.reward_pairs
+        if isinstance(task, OwnData):
+            inputs = {"task": task, "pairs": pairs, "seed": e.task_seed}
+            test = self.run("reward-test", take_reward_test, **inputs)
+            if task.judge is not None:
+                inputs = {"pairs": test, "judge": task.judge}
+                judge_scores = self.run("judge-scores", examine_judge, **inputs)
+        else:
+            inputs = {**of_sft, "drawing": self.drawing, "pairs": pairs}
+            test = self.run("reward-test", make_reward_test, **inputs)
+        return CommonStages(task, start.sft, start.scale_samples, frontier, test, judge_scores)
 
-    def _sample(self, sft: Path, label: str, split: Split, prompts: int, per_prompt: int) -> Path:
+    def _sample(
+        self, start: StartStages, label: str, split: Split, prompts: int, per_prompt: int
+    ) -> Path:
         e = self.experiment
         return self.run(
             "reference-samples",
             sample_reference,
             label=label,
-            task=e.task,
-            policy=sft,
+            task=start.task,
+            policy=start.sft,
             seed=e.task_seed,
             drawing=self.drawing,
             split=split,
@@ -145,15 +165,25 @@ class Pipeline:
             per_prompt=per_prompt,
         )
 
-    def prepare_preferences(self, sft: Path, seed: int) -> Path:
+    def prepare_preferences(self, start: SftStages, seed: int) -> Path:
         """The labelled pairs of one seed."""
-        e = self.experiment
+        e, task = self.experiment, start.task
+        if isinstance(task, OwnData) and e.preferences.source == "data":
+            return self.run(
+                "preferences",
+                take_preferences,
+                label=f"preferences, seed {seed}",
+                data=task.data,
+                pairs=e.preferences.pairs,
+                held_out_pairs=e.preferences.held_out_pairs,
+                seed=seed,
+            )
         return self.run(
             "preferences",
             make_preferences,
             label=f"preferences, seed {seed}",
-            task=e.task,
-            policy=sft,
+            task=task,
+            policy=start.sft,
             data=e.preferences,
             seed=seed,
             drawing=self.drawing,
@@ -200,7 +230,7 @@ class Pipeline:
 
     def prepare_data(self, start: SftStages, seed: int) -> SeedData:
         """Preferences, reward model and reference log-probabilities of one seed."""
-        preferences = self.prepare_preferences(start.sft, seed)
+        preferences = self.prepare_preferences(start, seed)
         reward = self.prepare_reward(start, preferences, seed)
         reference = self.prepare_reference(start.sft, preferences, seed)
         mismatched = self.prepare_mismatched(start.sft, preferences, seed)
@@ -208,7 +238,7 @@ class Pipeline:
 
     def prepare_seed(self, common: CommonStages, seed: int) -> SeedStages:
         """The data of one seed, and what its reward model and its SFT model are worth."""
-        e, data = self.experiment, self.prepare_data(common, seed)
+        data = self.prepare_data(common, seed)
         sft = Policy(f"sft, seed {seed}", common.sft, seed, checkpoint=".")
         return SeedStages(
             seed=seed,
@@ -217,24 +247,42 @@ class Pipeline:
             reference=data.reference,
             mismatched=data.mismatched,
             reward_scores=self.examine_reward(common, data.reward, seed),
-            limit_scores=self.run(
-                "limit-scores",
-                score_samples,
-                label=f"reward model's limit, seed {seed}",
-                reward_model=data.reward,
-                samples=common.frontier_samples,
-                per_prompt=None if e.task.finite else e.evaluation.limit_samples,
-            ),
+            limit_scores=self.score_frontier(common, data.reward, seed),
             sft_rows=self.evaluate(common, sft, data.reward, data.preferences),
+        )
+
+    def score_frontier(self, common: CommonStages, reward: Path, seed: int) -> Path | None:
+        """A reward model's scores of the frontier's samples."""
+        e = self.experiment
+        if common.frontier_samples is None:
+            return None
+        return self.run(
+            "limit-scores",
+            score_samples,
+            label=f"reward model's limit, seed {seed}",
+            reward_model=reward,
+            samples=common.frontier_samples,
+            per_prompt=None if e.task.finite else e.evaluation.limit_samples,
         )
 
     def examine_reward(self, common: CommonStages, reward: Path, seed: int) -> Path:
         """A reward model's scores of held-out pairs."""
         label = f"reward model examined, seed {seed}"
-        inputs = {"reward_model": reward, "pairs": common.reward_test, "task": self.experiment.task}
+        inputs = {"reward_model": reward, "pairs": common.reward_test}
         return self.run("reward-scores", examine_reward, label=label, **inputs)
 
-    def train(self, common: CommonStages, trial: Trial, label: str = "") -> Path:
+    def prepare_arm(self, start: SftStages, arm: Arm, seed: int) -> TrainingData:
+        """What one arm needs of one seed, and nothing else."""
+        preferences, filtered = self.prepare_preferences(start, seed), arm.kind == "filtered"
+        reward = reference = None
+        if filtered or arm.kind == "best-of-n" or (arm.kind == "ppo" and not arm.gold):
+            reward = self.prepare_reward(start, preferences, seed)
+        if filtered or arm.kind == "direct":
+            reference = self.prepare_reference(start.sft, preferences, seed)
+        mismatched = self.prepare_mismatched(start.sft, preferences, seed)
+        return TrainingData(seed, preferences, reward, reference, mismatched)
+
+    def train(self, common: SftStages, trial: Trial, label: str = "") -> Path:
         """The folder of a trial's policy; best-of-n has none."""
         e, data, arm = self.experiment, trial.data, self.experiment.arms[trial.arm]
         inputs: dict[str, Any] = {
@@ -248,13 +296,15 @@ class Pipeline:
                 train_ppo,
                 **inputs,
                 reward_model=None if arm.gold else data.reward,
-                task=e.task,
+                task=common.task,
                 ppo=e.ppo,
                 kl_coef=trial.setting["kl_coef"],
                 drawing=self.drawing,
             )
         inputs |= {"setting": trial.setting, "direct": e.direct}
+        assert data.reference is not None
         if arm.kind == "filtered":
+            assert data.reward is not None
             rule = e.filtering.model_copy(update={"random": arm.random})
             return self.run(
                 "filtered",
@@ -296,6 +346,7 @@ class Pipeline:
     def evaluate_best_of_n(self, common: CommonStages, trial: Trial, split: Split) -> Path:
         """The folder with `rows.jsonl` of best-of-n."""
         n, seed = trial.setting["n"], trial.data.seed
+        assert trial.data.reward is not None
         return self.run(
             "best-of-n",
             evaluate_best_of_n,
@@ -310,7 +361,7 @@ class Pipeline:
     def _prompts(self, common: CommonStages, split: Split, ends: bool) -> Prompts:
         e, listed = self.experiment, self.experiment.task.finite and split == "test"
         return Prompts(
-            task=e.task,
+            task=common.task,
             split=split,
             count=e.evaluation.prompts if split == "test" else e.evaluation.validation_prompts,
             samples=e.evaluation.samples if ends else e.evaluation.checkpoint_samples,
@@ -327,16 +378,15 @@ class Pipeline:
         return float(np.mean([row["gold"] for row in read_jsonl(rows / "rows.jsonl")]))
 
 
-def paid_stages(arm: Arm, data: SeedData, end: Path) -> tuple[Path, ...]:
+def paid_stages(arm: Arm, data: TrainingData, end: Path) -> tuple[Path, ...]:
     """The stages whose cost is an arm's own; `end` trained it, or answered as best-of-n."""
-    if arm.kind == "best-of-n":
-        return data.reward, end
-    if arm.kind == "ppo":
-        return (end,) if arm.gold else (data.reward, end)
     if arm.kind == "filtered":
-        return data.reward, data.reference, end
-    mismatched = data.mismatched if arm.loss in UNPAIRED else None
-    return (data.reference, *([mismatched] if mismatched else []), end)
+        stages = data.reward, data.reference, end
+    elif arm.kind == "direct":
+        stages = data.reference, data.mismatched if arm.loss in UNPAIRED else None, end
+    else:
+        stages = None if arm.gold else data.reward, end
+    return tuple(stage for stage in stages if stage is not None)
 
 
 def setting_text(setting: dict[str, float]) -> str:

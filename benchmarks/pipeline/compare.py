@@ -149,7 +149,8 @@ def tune(pipelines: Pipelines, prepared: Prepared, name: str) -> Tuned:
             rows = shared.evaluate(prepared.common, policy, split="validation")
         return shared.mean_gold(rows)
 
-    seeds = [prepared.seeds[seed] for seed in tuning_seeds(experiment, arm)]
+    tuned_on = tuning_seeds(experiment, arm) if experiment.has_gold else ()
+    seeds = [prepared.seeds[seed] for seed in tuned_on]
     trials = [Trial(name, setting, seed) for setting in arm.settings for seed in seeds]
     if not trials:
         return Tuned(arm.settings[0], [None] * len(arm.settings))

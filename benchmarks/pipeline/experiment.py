@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import Field, StringConstraints, model_validator
 
+from benchmarks.pipeline.defaults import with_defaults
 from dpo.filtered import FilterConfig
 from dpo.losses import LOSSES
 from dpo.train import DirectConfig, check_setting
@@ -17,6 +18,7 @@ from shared.generation.engine import Sampling
 from shared.generation.start import GenerationConfig
 from shared.models.load import ModelConfig
 from shared.models.lora import LoRAConfig
+from shared.tasks.judge import JudgeConfig
 from shared.tasks.registry import TaskConfig
 from shared.training.sft import SftConfig
 
@@ -97,8 +99,8 @@ class EvaluationConfig(Config):
     """Samples of the SFT model for each of these prompts."""
     frontier_prompts: int = Field(default=64, gt=1)
     """Test prompts, the first ones, that the frontier of gold against KL is estimated on."""
-    frontier_samples: int = Field(default=1000, gt=1)
-    """Samples of the SFT model for each of the frontier's prompts."""
+    frontier_samples: int = Field(default=1000, ge=0)
+    """Samples of the SFT model for each of the frontier's prompts; 0: there is no frontier."""
     reward_limit_samples: int = Field(default=250, gt=1)
     """How many of these each reward model scores, for the most gold that its scores lead to."""
 
@@ -126,7 +128,7 @@ class QuickConfig(Config):
     """At most so many `evaluation.prompts`, unless the task is finite."""
     reward_pairs: int = Field(default=1000, gt=1)
     """At most so many `evaluation.reward_pairs`."""
-    frontier_samples: int = Field(default=250, gt=1)
+    frontier_samples: int = Field(default=250, ge=0)
     """At most so many `evaluation.frontier_samples`."""
 
 
@@ -150,6 +152,9 @@ class Experiment(Config):
     """Stages at a time, each in a process of its own."""
     task: TaskConfig = TaskConfig()
     """Where prompts, labels and gold scores come from."""
+    judge: JudgeConfig = JudgeConfig()
+    """Of the task `own`: who says in the end what is better. Without one gold is null, each arm has
+    its first setting, and the report names no winner."""
     model: ModelConfig = ModelConfig()
     """The policy that SFT trains from scratch, a small Llama."""
     lora: LoRAConfig | None = None
@@ -189,9 +194,39 @@ class Experiment(Config):
             raise Misfit(
                 f"the completions of {self.task.name} are endless", "preferences", "listed"
             )
+        if self.task.name == "own":
+            self.own_task_fits()
+        elif self.judge.named:
+            raise Misfit(f"the task {self.task.name} has its own true score", "judge")
         if taken := {"sft", "reward"} & set(self.arms):
             raise Misfit(f"the name {sorted(taken)[0]!r} is taken, choose another", "arms")
         return self
+
+    def own_task_fits(self) -> None:
+        """A user's pairs need a user's model; what takes the true score's place is a judge."""
+        if not self.task.pairs:
+            raise Misfit("name the file of your pairs, a folder, or a hub name", "task", "pairs")
+        if self.model.pretrained is None:
+            raise Misfit(
+                "the task own needs a model that knows its language: a folder or a hub name",
+                "model",
+                "pretrained",
+            )
+        for name, arm in self.arms.items():
+            if arm.gold:
+                raise Misfit("the task own has no true score to train on", "arms", name, "gold")
+        if self.preferences.source == "policy" and not self.judge.named:
+            raise Misfit("samples can be labelled only by a judge", "preferences", "source")
+
+    @property
+    def has_gold(self) -> bool:
+        """Whether there is a true score, or someone who stands in for it."""
+        return self.task.name != "own" or self.judge.named
+
+    @property
+    def has_frontier(self) -> bool:
+        """Whether the most that any policy can reach is estimated."""
+        return self.has_gold and self.evaluation.frontier_samples > 0
 
     def listing_fits(self) -> None:
         """A finite task is evaluated whole: all prompts, to the cap that was listed."""
@@ -205,8 +240,32 @@ class Experiment(Config):
 def load_experiment(file: str, overrides: Sequence[str], quick: bool) -> Experiment:
     """Read a TOML file, or an experiment that comes with Klash by its name, with `overrides`."""
     path = experiment_file(file)
-    experiment = load(Experiment, path, overrides)
+    experiment = found_beside(load(Experiment, path, overrides, with_defaults), path.parent)
     return smaller(experiment) if quick else experiment
+
+
+def found_beside(experiment: Experiment, folder: Path) -> Experiment:
+    """The user's files and folders by their whole paths, where they stand beside the TOML file."""
+
+    def found(name: str) -> str:
+        path = folder / Path(name).expanduser()
+        return str(path.resolve()) if path.exists() else name
+
+    def changed(config: C, *names: str) -> C:
+        values = {name: getattr(config, name) for name in names}
+        return _changed(config, **{n: v if v is None else found(v) for n, v in values.items()})
+
+    judge, pairs = changed(experiment.judge, "model"), experiment.task.pairs
+    if judge.function and judge.function.partition(":")[0].endswith(".py"):
+        file, _, function = judge.function.partition(":")
+        judge = _changed(judge, function=f"{found(file)}:{function}")
+    pairs = found(pairs) if isinstance(pairs, str) else tuple(map(found, pairs))
+    return _changed(
+        experiment,
+        model=changed(experiment.model, "pretrained", "adapter"),
+        judge=judge,
+        task=_changed(experiment.task, pairs=pairs),
+    )
 
 
 def experiment_file(file: str) -> Path:

@@ -27,6 +27,8 @@ def conclude(results: Results) -> Conclusion:
     """The comparisons of `results` in words."""
     headline = main_comparisons(results)
     facts = {
+        "Judge": _judge_sentence(results),
+        "Score": _score_sentence(results),
         "Among the others": _direct_sentence(results, headline),
         "Tuned freely": _tuned_sentence(results),
         "Room left": _limit_sentence(results),
@@ -49,6 +51,8 @@ def winner(comparison: Comparison, results: Results) -> str | None:
         seeds = min(seeds, sum(value is not None for value in difference.per_seed))
     if seeds < SEEDS_FOR_A_WINNER or difference.low is None or difference.high is None:
         return None
+    if results.judge is not None and not results.judge.knows:
+        return None
     if difference.low > 0:
         return comparison.a
     return comparison.b if difference.high < 0 else None
@@ -70,6 +74,10 @@ def nats(kl: float | None) -> str:
 
 
 def _answer_sentence(results: Results, headline: Sequence[Comparison]) -> str:
+    if not results.judged:
+        return "No winner can be named: nobody judged the answers."
+    if results.judge is not None and not results.judge.knows:
+        return "No winner can be named: on held-out pairs the judge may be no better than a coin."
     if not headline:
         return "No two methods could be compared: no level of KL was reached by both."
     seeds = len(results.seeds)
@@ -135,6 +143,37 @@ def _rivals(results: Results) -> tuple[tuple[str, Method], tuple[str, Method]] |
     if direct is None or "ppo" not in results.methods:
         return None
     return ("ppo", results.methods["ppo"]), (direct, results.methods[direct])
+
+
+def _judge_sentence(results: Results) -> str:
+    """Who gave gold, and how often it agrees with the labels of pairs that nothing trained on."""
+    judge = results.judge
+    if judge is None:
+        if results.judged:
+            return ""
+        return (
+            "Without a judge there is no gold. Shown are what is known without one: the reward "
+            "model's score, KL, accuracy on held-out pairs, length."
+        )
+    mean, limits = percent(judge.accuracy.mean), interval(judge.accuracy, 0, 100)
+    said = f"Gold is {judge.name}; of {judge.pairs} held-out pairs it prefers the chosen answer in "
+    roles = f" It is also {_and(judge.roles)}." if judge.roles else ""
+    return f"{said}{mean} {limits}.{roles}"
+
+
+def _score_sentence(results: Results) -> str:
+    """Without a judge: how far each method raised the reward model's score, and at what KL."""
+    if results.judged:
+        return ""
+    clauses = [
+        f"{look(name).label} raises the reward model's score by {number(m.proxy.mean)} at "
+        f"{number(m.kl.mean, kl_digits(m.kl.mean))} nats"
+        for name, m in results.methods.items()
+        if name != "sft" and m.proxy.mean is not None
+    ]
+    return (
+        f"{_and(clauses)}. That is what PPO and best-of-n aim at, and no proof." if clauses else ""
+    )
 
 
 def _tuned_sentence(results: Results) -> str:

@@ -86,12 +86,13 @@ def _learners(results: Results) -> list[str]:
 
 
 def _paint_learning(results: Results, figure: Figure, narrow: bool) -> None:
-    panels = figure.subplots(*((2, 1) if narrow else (1, 2)))
     origin = frontier_plot.starting_point(results)
-    for axes, metric, title, first in (
-        (panels[0], "gold", "Gold score", origin[1] if origin else None),
-        (panels[1], "kl", "KL spent (nats per sequence)", 0.0),
-    ):
+    shown: list[tuple[str, str, float | None]] = [("kl", "KL spent (nats per sequence)", 0.0)]
+    if results.judged:
+        shown.insert(0, ("gold", "Gold score", origin[1] if origin else None))
+    grid = (len(shown), 1) if narrow else (1, len(shown))
+    panels = figure.subplots(*grid, squeeze=False).ravel()
+    for axes, (metric, title, first) in zip(panels, shown, strict=True):
         for name in _learners(results):
             steps = [(c.fraction, getattr(c, metric)) for c in _checkpoints(results.methods[name])]
             _band(axes, steps, first, look(name))
@@ -99,10 +100,9 @@ def _paint_learning(results: Results, figure: Figure, narrow: bool) -> None:
         axes.set_xlim(0, 1)
         axes.xaxis.set_major_formatter(PercentFormatter(1.0))
         _style_ticks(axes)
-    panels[1].set_ylim(bottom=0)
-    panels[1].set_xlabel("Share of training done")
-    if not narrow:
-        panels[0].set_xlabel("Share of training done")
+    panels[-1].set_ylim(bottom=0)
+    for axes in panels[-1:] if narrow else panels:
+        axes.set_xlabel("Share of training done")
     _method_legend(figure, _learners(results))
 
 

@@ -20,7 +20,10 @@ KL_CAP = 60.0  # settings further out are cut off, unless a tuned one lies there
 
 
 def paint(results: Results, figure: Figure, narrow: bool) -> None:
-    """Draw the frontier figure."""
+    """Draw the frontier figure; without gold, the reward model's score in its place."""
+    label = "Gold score" if results.enumerated else "Gold score, held-out prompts"
+    if not results.judged:
+        results, label = with_score_for_gold(results), "Reward-model score gained over the start"
     axes = figure.add_subplot()
     right = _right(results)
     axes.set_xscale("function", functions=(_square_root, np.square))
@@ -32,10 +35,19 @@ def paint(results: Results, figure: Figure, narrow: bool) -> None:
         if point:
             labels.append(Label(plain(look(name).label), point))
     visible = [[p for p in line if p[0] <= right] for line in lines]
-    points = [p for line in visible for p in line]
-    _frame(axes, right, points, 0.09 if narrow else 0.045, results.enumerated)
+    points = [p for line in visible for p in line] + [label.anchor for label in labels]
+    _frame(axes, right, points, 0.09 if narrow else 0.045, label)
     _legend(axes, figure, narrow, has_seeds=len(results.seeds) > 1)
     place_labels(axes, labels, [line for line in visible if line])
+
+
+def with_score_for_gold(results: Results) -> Results:
+    """For the figure alone: what is drawn as gold is the gain in the reward model's score."""
+    methods = {
+        name: method.model_copy(update={"gold": method.proxy, "sweep": []})
+        for name, method in results.methods.items()
+    }
+    return results.model_copy(update={"methods": methods})
 
 
 def starting_point(results: Results) -> Point | None:
@@ -191,9 +203,7 @@ def _draw_tuned(
     return drawn
 
 
-def _frame(
-    axes: Axes, right: float, points: Sequence[Point], least_gap: float, enumerated: bool
-) -> None:
+def _frame(axes: Axes, right: float, points: Sequence[Point], least_gap: float, label: str) -> None:
     gold = [g for _, g in points] or [0.0, 1.0]
     pad = max(0.04, 0.07 * (max(gold) - min(gold)))
     axes.set_xlim(0, right)
@@ -208,4 +218,4 @@ def _frame(
     axes.xaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:g}"))
     axes.tick_params(length=3, color=FAINT)
     axes.set_xlabel("KL spent, nats per sequence (square-root scale)")
-    axes.set_ylabel("Gold score" if enumerated else "Gold score, held-out prompts")
+    axes.set_ylabel(label)

@@ -43,7 +43,9 @@ def place_labels(axes: Axes, labels: Sequence[Label], lines: Sequence[Line]) -> 
     figure.set_layout_engine(None)
     unit = figure.dpi / 72
     to_pixels = axes.transData.transform
-    ink = np.concatenate([_dense(to_pixels(list(line)), unit) for line in lines])
+    ink = np.concatenate(
+        [np.empty((0, 2)), *(_dense(to_pixels(list(line)), unit) for line in lines)]
+    )
     texts = [_write(axes, label) for label in labels]
     renderer = FigureCanvasAgg(figure).get_renderer()
     sizes = [np.array(text.get_window_extent(renderer).size) for text in texts]

@@ -29,6 +29,7 @@ def all_tables(results: Results) -> dict[str, Table]:
     """Every table, by name."""
     tables = [
         main_table(results),
+        text_table(results),
         matched_table(results),
         *comparison_tables(results),
         cost_table(results),
@@ -40,12 +41,13 @@ def all_tables(results: Results) -> dict[str, Table]:
 
 
 def by_gold(results: Results) -> list[tuple[str, Method]]:
-    """Methods from the highest gold down; those without gold last."""
-    missing = float("-inf")
-    return sorted(
-        results.methods.items(),
-        key=lambda item: -(missing if item[1].gold.mean is None else item[1].gold.mean),
-    )
+    """Methods from the highest gold down; those without gold last, or by score if none has any."""
+
+    def height(method: Method) -> float:
+        mean = method.gold.mean if results.judged else method.proxy.mean
+        return float("-inf") if mean is None else mean
+
+    return sorted(results.methods.items(), key=lambda item: -height(item[1]))
 
 
 def _method_cell(name: str, method: Method) -> Cell:
@@ -95,6 +97,8 @@ def _scale(estimates: Sequence[Estimate], zero: bool = True) -> Callable[[Estima
 
 def main_table(results: Results) -> Table:
     """One row per method at its tuned setting, by gold."""
+    if not results.judged:
+        return unjudged_table(results)
     share, rows = _estimate(0, scale=100, unit=" %"), []
     bar = _scale([m.gold for m in results.methods.values()], zero=False)
     for name, m in by_gold(results):
@@ -128,6 +132,67 @@ def main_table(results: Results) -> Table:
     }
     columns = [NAME, *(Column(label, _keys(key)) for label, key in headings.items())]
     return Table("main", "Every method at its tuned setting, on test prompts", columns, rows)
+
+
+def unjudged_table(results: Results) -> Table:
+    """What is known of each method without a judge."""
+    share, bar = _estimate(0, scale=100, unit=" %"), _scale([m.proxy for _, m in by_gold(results)])
+    rows = []
+    for name, m in by_gold(results):
+        score = _estimate(signed=True)(m.proxy)
+        kl = _estimate(kl_digits(m.kl.mean))(m.kl)
+        rows.append(
+            [
+                _method_cell(name, m),
+                Cell(score.text, score.note, score.values, bar=bar(m.proxy)),
+                _prefixed(kl, "≤ " if m.kl_is_bound else ""),
+                share(m.pair_accuracy),
+                _estimate(1)(m.length),
+                share(m.truncated),
+                _estimate(1, signed=True)(m.displacement),
+            ]
+        )
+    headings = {
+        "Score gained": "proxy",
+        "KL, nats": "kl",
+        "Pair accuracy": "pair_accuracy",
+        "Length": "length",
+        "Cut": "truncated",
+        "Displacement": "displacement",
+    }
+    columns = [NAME, *(Column(label, _keys(key)) for label, key in headings.items())]
+    return Table("main", "Every method at its first setting, on test prompts", columns, rows)
+
+
+def text_table(results: Results) -> Table:
+    """What the text is like, whoever judges it."""
+    share, rows = _estimate(0, scale=100, unit=" %"), []
+    for name, m in by_gold(results):
+        rows.append(
+            [
+                _method_cell(name, m),
+                _estimate(1)(m.length),
+                share(m.truncated),
+                share(m.repetition),
+                _estimate()(m.distinct_2),
+                _estimate(1)(m.perplexity),
+                share(m.win_rate_length_controlled),
+                share(m.win_rate_against_chosen),
+                share(m.pair_accuracy),
+            ]
+        )
+    headings = {
+        "Length": "length",
+        "Cut": "truncated",
+        "Repeated 4-grams": "repetition",
+        "Distinct-2": "distinct_2",
+        "Perplexity": "perplexity",
+        "Win rate, lengths equal": "win_rate_length_controlled",
+        "Against chosen": "win_rate_against_chosen",
+        "Pair accuracy": "pair_accuracy",
+    }
+    columns = [NAME, *(Column(label, _keys(key)) for label, key in headings.items())]
+    return Table("text", "The text of each method, on test prompts", columns, rows)
 
 
 def matched_table(results: Results) -> Table:

@@ -74,6 +74,7 @@ def stability_of(runs: list[ArmRun], tuned: list[ArmRun]) -> Stability:
 
     ends = [gold(run.rows[1.0]) for run in tuned]
     best = [max(gold(f) for f in run.rows.values()) for run in tuned]
+    judged = not np.isnan(ends).any()
     trained = [run for run in runs if run.model]
     overshoot = []
     for run in trained:
@@ -85,7 +86,7 @@ def stability_of(runs: list[ArmRun], tuned: list[ArmRun]) -> Stability:
         runs=len(runs),
         failed=sum(bool(stop["failed"]) for stop in stops),
         stopped_early=sum(bool(stop["stopped_early"]) for stop in stops),
-        gold_iqr=interquartile_range(ends),
+        gold_iqr=interquartile_range(ends) if judged else None,
         final_over_best=float(np.mean(np.array(ends) / best)) if ends and min(best) > 0 else None,
         kl_overshoot=max(overshoot) if overshoot else None,
         gradient_spikes=sum(int((n > 5 * np.median(n)).sum()) for n in norms if len(n)),

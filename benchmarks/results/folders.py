@@ -26,6 +26,10 @@ class EvaluationRows:
     def __getitem__(self, column: str) -> Array:
         return np.array([[row[column] for row in rows] for rows in self.raw], dtype=np.float64)
 
+    def column(self, name: str) -> Array:
+        """What has one number a prompt, (seeds, prompts)."""
+        return np.array([[row[name] for row in rows] for rows in self.raw], dtype=np.float64)
+
     @property
     def exact(self) -> bool:
         """Whether the rows hold expectations over all completions of a finite task."""

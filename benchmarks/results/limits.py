@@ -19,6 +19,7 @@ from benchmarks.pipeline.compare import HeadToHead
 from benchmarks.results.folders import Array
 from shared.data.samples import read_log_ref, read_samples
 from shared.stages import read_json
+from shared.tasks.registry import make_task
 
 
 @dataclass(frozen=True)
@@ -49,12 +50,17 @@ class Limits:
         return margin_interval(gold, kl, self.table, min_ess=self.min_ess, max_gold=self.max_gold)
 
 
-def read_limits(compared: HeadToHead, finite: bool) -> Limits:
-    """From samples of the reference; for a `finite` task, from the listing of all completions."""
+def read_limits(compared: HeadToHead, finite: bool) -> Limits | None:
+    """From samples of the reference; for a `finite` task, from the listing of all completions.
+
+    None where there are no such samples: without gold, or where too few could be had.
+    """
     samples = compared.common.frontier_samples
+    if samples is None:
+        return None
     gold = np.array([s.gold for s in read_samples(samples)])
     log_ref = np.array(read_log_ref(samples)) if finite else None
-    min_ess, max_gold = (0.0, float("inf")) if finite else (100.0, 1.0)
+    min_ess, max_gold = 0.0 if finite else 100.0, make_task(compared.common.task).most_gold
 
     def tilted(objective: Array, outcome: Array | None = None) -> TiltTable:
         if log_ref is None:
@@ -66,7 +72,8 @@ def read_limits(compared: HeadToHead, finite: bool) -> Limits:
         return frontier(table, min_ess=min_ess, max_gold=max_gold)
 
     table = tilted(gold)
-    scores = [read_json(seed.limit_scores / "scores.json") for seed in compared.seeds.values()]
+    folders = [seed.limit_scores for seed in compared.seeds.values() if seed.limit_scores]
+    scores = [read_json(folder / "scores.json") for folder in folders]
     return Limits(
         table=table,
         frontier=frontier(table, min_ess=min_ess, max_gold=max_gold),

@@ -43,6 +43,11 @@ def matched_gold(curves: Sequence[KLCurve], level: float) -> Array | None:
     return np.array(reached) if len(reached) == len(values) else None
 
 
+def has_gold(rows: EvaluationRows) -> bool:
+    """Whether every answer has gold: without a judge none has."""
+    return not np.isnan(rows["gold"]).any()
+
+
 def kl_bound(setting: dict[str, float]) -> float:
     """Best-of-n's KL where its rows have none: an upper bound, in nats."""
     return best_of_n_kl(int(setting["n"]))

@@ -1,6 +1,7 @@
 """The numbers of one method, from the evaluation rows of its runs."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -12,16 +13,20 @@ from benchmarks.evaluation.statistics import (
     paired_difference,
     seed_interval,
 )
+from benchmarks.evaluation.text import (
+    TextMeasures,
+    alarms,
+    length_controlled_win_rate,
+)
 from benchmarks.pipeline.compare import ArmRun, HeadToHead, timed_seeds
 from benchmarks.pipeline.experiment import Experiment
 from benchmarks.results.costs import cost_of, filtering_of, stability_of
 from benchmarks.results.folders import Array, EvaluationRows
 from benchmarks.results.limits import Limits
-from benchmarks.results.matched import kl_bound, kl_curve, matched_gold
-from benchmarks.results.schema import CurvePoint, Method, Setting
+from benchmarks.results.matched import has_gold, kl_bound, kl_curve, matched_gold
+from benchmarks.results.schema import UNDEFINED, CurvePoint, Method, Setting
+from shared.data.pairs import read_pairs
 from shared.stages import read_json
-
-UNDEFINED = Estimate(mean=None)
 
 
 @dataclass(frozen=True)
@@ -78,7 +83,7 @@ def matched_golds(
     experiment: Experiment, compared: HeadToHead, method: MethodRuns, sft: MethodRuns
 ) -> dict[float, Array | None]:
     """Gold (seeds, prompts) at each preset KL; None if a seed stays below it. Empty for SFT."""
-    if not method.runs:
+    if not method.runs or not has_gold(sft.rows):
         return {}
     curves = [
         kl_curve([run for run in method.runs if run.seed == seed], sft_gold)
@@ -90,7 +95,7 @@ def matched_golds(
 def method_results(
     experiment: Experiment,
     compared: HeadToHead,
-    limits: Limits,
+    limits: Limits | None,
     method: MethodRuns,
     sft: MethodRuns,
     matched: dict[float, Array | None],
@@ -99,48 +104,112 @@ def method_results(
     """`method` on test prompts; `matched` is its gold at the preset levels of KL."""
     rows, gold, kl = method.rows, method.gold, method.kl
     chosen_among_samples = method.kind == "best-of-n"  # neither greedy decoding nor KL estimates
+    against = against_limits(experiment, limits, gold, kl) if limits else {}
+    by_gold = against_gold(rows, sft.rows, chosen_among_samples) if has_gold(rows) else {}
+    return Method(
+        kind=method.kind,
+        setting=method.setting,
+        proxy=paired_difference(rows.mean("score"), sft.rows.mean("score")),
+        kl=crossed_interval(kl),
+        kl_is_bound=method.kl_is_bound,
+        k1=UNDEFINED if chosen_among_samples else crossed_interval(rows.mean("k1")),
+        k3=UNDEFINED if chosen_among_samples else crossed_interval(rows.mean("k3")),
+        regret=_regret(experiment, compared, method),
+        length=crossed_interval(rows.mean("length")),
+        truncated=crossed_interval(rows.mean("truncated")),
+        well_formed=crossed_interval(rows.mean("well_formed")),
+        repetition=crossed_interval(rows.mean("repetition")),
+        distinct_2=crossed_interval(rows.column("distinct_2")),
+        perplexity=perplexity(rows),
+        alarms=alarms(text_measures(rows), text_measures(sft.rows)),
+        displacement=_held_out(method.tuned, "chosen"),
+        pair_accuracy=_held_out(method.tuned, "accuracy"),
+        gold_at_matched_kl={
+            f"{level:g}": None if values is None else crossed_interval(values)
+            for level, values in matched.items()
+        },
+        cost=cost_of(method.tuned, labels_of(compared), matmul_rate, timed_seeds(experiment)),
+        stability=stability_of(method.runs, method.tuned),
+        sweep=_sweep(experiment, compared, method),
+        filtering=filtering_of(method.tuned) if method.kind == "filtered" else None,
+        **by_gold,
+        **against,
+    )
+
+
+def against_gold(
+    rows: EvaluationRows, sft: EvaluationRows, chosen_among_samples: bool
+) -> dict[str, Estimate]:
+    """What gold says of a method, where there is a judge."""
+    gold = rows.mean("gold")
+    wins = rows.mean("win_rate") if rows.exact else win_rate(rows["gold"], sft["gold"])
+    gap = hacking_gap(rows["score"], sft["score"], rows["gold"], sft["gold"])
+    greedy = UNDEFINED if chosen_among_samples else crossed_interval(rows["greedy_gold"])
+    return {
+        "gold": crossed_interval(gold),
+        "greedy_gold": greedy,
+        "gain": paired_difference(gold, sft.mean("gold")),
+        "hacking_gap": crossed_interval(gap),
+        "win_rate": crossed_interval(wins),
+        "win_rate_length_controlled": length_controlled(rows, sft),
+        "win_rate_against_chosen": against_chosen(rows),
+    }
+
+
+def length_controlled(rows: EvaluationRows, sft: EvaluationRows) -> Estimate:
+    """The win rate against SFT at equal lengths, a number a seed."""
+    columns = (rows["gold"], rows["length"], sft["gold"], sft["length"])
+    return seed_interval([length_controlled_win_rate(*one) for one in zip(*columns, strict=True)])
+
+
+def against_chosen(rows: EvaluationRows) -> Estimate:
+    """How often an answer's gold beats that of the file's chosen answers to its prompt."""
+    if "chosen_gold" not in rows:
+        return UNDEFINED
+    return crossed_interval(win_rate(rows["gold"], rows.column("chosen_gold")[:, :, None]))
+
+
+def perplexity(rows: EvaluationRows) -> Estimate:
+    """Of sampled text under the starting model, a token; a number a seed."""
+    if "ref_logp" not in rows:
+        return UNDEFINED
+    sums = zip(rows["ref_logp"], rows["length"], strict=True)
+    return seed_interval([float(np.exp(-logps.sum() / lengths.sum())) for logps, lengths in sums])
+
+
+def text_measures(rows: EvaluationRows) -> TextMeasures:
+    """What alarms are raised by."""
+    return TextMeasures(
+        length=float(rows["length"].mean()),
+        repetition=float(rows["repetition"].mean()),
+        distinct_2=float(rows.column("distinct_2").mean()),
+        perplexity=perplexity(rows).mean,
+        truncated=float(rows["truncated"].mean()),
+        empty=float(rows["empty"].mean()),
+    )
+
+
+def against_limits(
+    experiment: Experiment, limits: Limits, gold: Array, kl: Array
+) -> dict[str, Any]:
+    """How near a method comes to the most that can be reached; `gold` and `kl` (seeds, prompts)."""
     near = slice(0, experiment.evaluation.near_prompts)  # the frontier's prompts
     efficiencies = [
         limits.efficiency(float(g.mean()), float(k.mean()))
         for g, k in zip(gold[:, near], kl[:, near], strict=True)
     ]
-    return Method(
-        kind=method.kind,
-        setting=method.setting,
-        gold=crossed_interval(gold),
-        greedy_gold=UNDEFINED if chosen_among_samples else crossed_interval(rows["greedy_gold"]),
-        gain=paired_difference(gold, sft.gold),
-        proxy=paired_difference(rows.mean("score"), sft.rows.mean("score")),
-        hacking_gap=crossed_interval(
-            hacking_gap(rows["score"], sft.rows["score"], rows["gold"], sft.rows["gold"])
-        ),
-        kl=crossed_interval(kl),
-        kl_is_bound=method.kl_is_bound,
-        k1=UNDEFINED if chosen_among_samples else crossed_interval(rows.mean("k1")),
-        k3=UNDEFINED if chosen_among_samples else crossed_interval(rows.mean("k3")),
-        win_rate=crossed_interval(
-            rows.mean("win_rate") if rows.exact else win_rate(rows["gold"], sft.rows["gold"])
-        ),
-        frontier_efficiency=seed_interval([value for value, _ in efficiencies]),
-        efficiency_is_lower_bound=any(is_bound for _, is_bound in efficiencies),
-        frontier_margin=limits.margin(gold[:, near], kl[:, near]),
-        regret=_regret(experiment, compared, method),
-        rm_limit=seed_interval(limits.with_reward_models([float(k.mean()) for k in kl])),
-        length=crossed_interval(rows.mean("length")),
-        truncated=crossed_interval(rows.mean("truncated")),
-        well_formed=crossed_interval(rows.mean("well_formed")),
-        displacement=_mean_displacement(method.tuned),
-        gold_at_matched_kl={
-            f"{level:g}": None if values is None else crossed_interval(values)
-            for level, values in matched.items()
-        },
-        cost=cost_of(
-            method.tuned, experiment.preferences.pairs, matmul_rate, timed_seeds(experiment)
-        ),
-        stability=stability_of(method.runs, method.tuned),
-        sweep=_sweep(experiment, compared, method),
-        filtering=filtering_of(method.tuned) if method.kind == "filtered" else None,
-    )
+    return {
+        "frontier_efficiency": seed_interval([value for value, _ in efficiencies]),
+        "efficiency_is_lower_bound": any(is_bound for _, is_bound in efficiencies),
+        "frontier_margin": limits.margin(gold[:, near], kl[:, near]),
+        "rm_limit": seed_interval(limits.with_reward_models([float(k.mean()) for k in kl])),
+    }
+
+
+def labels_of(compared: HeadToHead) -> int:
+    """How many labelled pairs a seed trains on."""
+    first = next(iter(compared.seeds.values()))
+    return len(read_pairs(first.preferences / "train.jsonl"))
 
 
 def _regret(experiment: Experiment, compared: HeadToHead, method: MethodRuns) -> Estimate:
@@ -148,14 +217,17 @@ def _regret(experiment: Experiment, compared: HeadToHead, method: MethodRuns) ->
     beta = method.setting.get("beta", method.setting.get("kl_coef"))
     if not experiment.task.finite or beta is None:
         return UNDEFINED
-    world = World(compared.common.frontier_samples)
+    listing = compared.common.frontier_samples
+    assert listing is not None
+    world = World(listing)
     by_seed = zip(method.gold[:, 0].tolist(), method.kl[:, 0].tolist(), strict=True)
     return seed_interval([world.regret(beta, gold, kl) for gold, kl in by_seed])
 
 
-def _mean_displacement(tuned: list[ArmRun]) -> Estimate:
+def _held_out(tuned: list[ArmRun], key: str) -> Estimate:
+    """A number of the policies on held-out pairs."""
     files = [run.rows[1.0] / "displacement.json" for run in tuned if run.model]
-    return seed_interval([read_json(file)["chosen"] for file in files]) if files else UNDEFINED
+    return seed_interval([read_json(file)[key] for file in files]) if files else UNDEFINED
 
 
 def _sweep(experiment: Experiment, compared: HeadToHead, method: MethodRuns) -> list[Setting]:
@@ -189,4 +261,5 @@ def _curve_point(share: float, runs: list[ArmRun]) -> CurvePoint:
         kl = crossed_interval(rows.mean("kl"))
     else:
         kl = seed_interval([kl_bound(run.setting) for run in runs])
-    return CurvePoint(fraction=share, gold=crossed_interval(rows.mean("gold")), kl=kl)
+    gold = crossed_interval(rows.mean("gold")) if has_gold(rows) else UNDEFINED
+    return CurvePoint(fraction=share, gold=gold, kl=kl)

@@ -12,6 +12,8 @@ from benchmarks.evaluation.frontier import FrontierPoint
 from benchmarks.evaluation.statistics import Estimate
 from shared.config import Config
 
+UNDEFINED = Estimate(mean=None)
+
 
 class Cost(Config):
     """What one training run of the method took, averaged over seeds; shared stages (SFT) left out.
@@ -77,26 +79,34 @@ class Method(Config):
 
     kind: str
     setting: dict[str, float]
-    gold: Estimate
-    greedy_gold: Estimate
-    gain: Estimate
+    gold: Estimate = UNDEFINED  # it and what follows from it need a judge
+    greedy_gold: Estimate = UNDEFINED
+    gain: Estimate = UNDEFINED
     proxy: Estimate
-    hacking_gap: Estimate
+    hacking_gap: Estimate = UNDEFINED
     kl: Estimate
     kl_is_bound: bool = False
     k1: Estimate
     k3: Estimate
-    win_rate: Estimate
-    frontier_efficiency: Estimate
+    win_rate: Estimate = UNDEFINED
+    frontier_efficiency: Estimate = UNDEFINED
     efficiency_is_lower_bound: bool = False
-    frontier_margin: Estimate
+    frontier_margin: Estimate = UNDEFINED
     # J(pi*) - J(pi) with J = gold - beta KL, in gold's units; null where that is not defined
-    regret: Estimate = Estimate(mean=None)
-    rm_limit: Estimate
+    regret: Estimate = UNDEFINED
+    rm_limit: Estimate = UNDEFINED
     length: Estimate
     truncated: Estimate
     well_formed: Estimate
+    win_rate_length_controlled: Estimate = UNDEFINED
+    win_rate_against_chosen: Estimate = UNDEFINED  # of the file's own chosen answers
+    repetition: Estimate = UNDEFINED  # share of 4-grams that stood before in the same answer
+    distinct_2: Estimate = UNDEFINED
+    perplexity: Estimate = UNDEFINED  # a token, under the starting model
+    alarms: list[str] = Field(default_factory=list)  # measures of text that left their bounds
     displacement: Estimate
+    # share of held-out pairs whose chosen answer the policy's implicit reward prefers
+    pair_accuracy: Estimate = UNDEFINED
     gold_at_matched_kl: dict[str, Estimate | None]
     cost: Cost
     stability: Stability
@@ -108,7 +118,7 @@ class RewardModel(Config):
     """On held-out pairs, label noise integrated: mean P(the reward model's favourite wins)."""
 
     accuracy: Estimate
-    bayes_accuracy: float
+    bayes_accuracy: float | None  # null where labels are all that is known
     share_of_attainable: Estimate
     calibration_error: Estimate
     length_correlation: Estimate
@@ -116,6 +126,22 @@ class RewardModel(Config):
     score_sd: Estimate
     pairs: int
     reliability: list[tuple[float, float, int]]
+
+
+class JudgeQuality(Config):
+    """A judge on labelled pairs that nothing trained on; the interval is over pairs (Wilson)."""
+
+    kind: Literal["model", "function", "share"]
+    name: str
+    accuracy: Estimate
+    calibration_error: float
+    pairs: int
+    roles: list[str] = Field(default_factory=list)  # what else the same model does in this run
+
+    @property
+    def knows(self) -> bool:
+        """Whether it is better than a coin on these pairs: else it can name no winner."""
+        return self.accuracy.low is not None and self.accuracy.low > 0.5
 
 
 class Comparison(Config):
@@ -141,6 +167,12 @@ class Results(Config):
     enumerated: bool = False  # gold, KL and what follows are expectations over all completions
     methods: dict[str, Method]
     reward_model: RewardModel
-    frontier: list[FrontierPoint]
+    judge: JudgeQuality | None = None
+    frontier: list[FrontierPoint]  # empty where it is not estimated
     rm_frontier: list[FrontierPoint]
     comparisons: list[Comparison]
+
+    @property
+    def judged(self) -> bool:
+        """Whether there is gold: else nothing says which method is better."""
+        return any(method.gold.mean is not None for method in self.methods.values())

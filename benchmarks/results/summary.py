@@ -9,14 +9,22 @@ from benchmarks.pipeline.compare import HeadToHead
 from benchmarks.pipeline.experiment import Experiment
 from benchmarks.results.folders import Array, answers_by_method, training_curves
 from benchmarks.results.limits import read_limits
-from benchmarks.results.methods import matched_golds, method_results, runs_of, sft_runs
-from benchmarks.results.reward_model import reward_model_quality
-from benchmarks.results.schema import Comparison, Results
+from benchmarks.results.matched import has_gold
+from benchmarks.results.methods import (
+    labels_of,
+    matched_golds,
+    method_results,
+    runs_of,
+    sft_runs,
+)
+from benchmarks.results.reward_model import judge_quality, reward_model_quality
+from benchmarks.results.schema import Comparison, JudgeQuality, Results
 from shared.generation.start import engine_version
 from shared.models.cost import environment, matmul_rate
 from shared.stages import write_json
 
 FRONTIER_POINTS = 60
+COIN = "undecided: on held-out pairs the judge may be no better than a coin"
 SHOWN_PROMPTS = 12  # whose answers the report shows
 
 
@@ -46,6 +54,8 @@ def results_of(
         )
         for m in (sft, *arms)
     }
+    judge = judge_quality(experiment, compared)
+    golds = {m.name: {None: m.gold, **matched[m.name]} for m in arms}
     shown_kl = max(1.0, 1.1 * max(m.kl.mean or 0.0 for m in methods.values()))
     return Results(
         schema=1,
@@ -55,22 +65,25 @@ def results_of(
         environment=machine,
         enumerated=experiment.task.finite,
         sizes={
-            "pairs": experiment.preferences.pairs,
+            "pairs": labels_of(compared),
             "ppo_episodes": experiment.ppo.episodes,
-            "test_prompts": experiment.evaluation.prompts,
+            "test_prompts": len(sft.rows.raw[0]),
             "samples_per_prompt": experiment.evaluation.samples,
-            "frontier_prompts": experiment.evaluation.near_prompts,
-            "frontier_samples": limits.samples_per_prompt,
+            "frontier_prompts": experiment.evaluation.near_prompts if limits else 0,
+            "frontier_samples": limits.samples_per_prompt if limits else 0,
         },
         methods=methods,
         reward_model=reward_model_quality(compared),
-        frontier=limits.frontier.points(shown_kl, FRONTIER_POINTS),
-        rm_frontier=limits.reward_frontiers[0].points(shown_kl, FRONTIER_POINTS),
-        comparisons=comparisons_of({m.name: {None: m.gold, **matched[m.name]} for m in arms}),
+        judge=judge,
+        frontier=limits.frontier.points(shown_kl, FRONTIER_POINTS) if limits else [],
+        rm_frontier=limits.reward_frontiers[0].points(shown_kl, FRONTIER_POINTS) if limits else [],
+        comparisons=comparisons_of(golds, judge) if has_gold(sft.rows) else [],
     )
 
 
-def comparisons_of(golds: dict[str, dict[float | None, Array | None]]) -> list[Comparison]:
+def comparisons_of(
+    golds: dict[str, dict[float | None, Array | None]], judge: JudgeQuality | None = None
+) -> list[Comparison]:
     """Every two methods, in gold at the tuned settings and at each level of KL.
 
     `golds`, by method and level (None: the tuned setting), are (seeds, prompts), or None where the
@@ -90,7 +103,9 @@ def comparisons_of(golds: dict[str, dict[float | None, Array | None]]) -> list[C
                 metric="gold" if level is None else "gold_at_matched_kl",
                 kl=level,
                 difference=difference,
-                verdict=describe_difference(a, b, difference, what),
+                verdict=describe_difference(a, b, difference, what)
+                if judge is None or judge.knows
+                else COIN,
             )
             found.append(comparison)
     return found

@@ -47,8 +47,8 @@ from benchmarks.speed.trl.trainings import (
 )
 from dpo.losses import UNPAIRED
 from shared.config import Config
+from shared.data.splits import Split
 from shared.stages import Stages, output_folder, write_json
-from shared.tasks.task import Split
 
 NO_GUARD = 1e9
 
@@ -126,7 +126,7 @@ def compare_trainings(
 def prepare_inputs(pipeline: Pipeline) -> tuple[CommonStages, dict[int, Path]]:
     """(the SFT model with samples of it, preferences of each seed): before the clock starts."""
     common, seeds = pipeline.prepare_common(), pipeline.experiment.seeds
-    make = partial(pipeline.prepare_preferences, common.sft)
+    make = partial(pipeline.prepare_preferences, common)
     return common, dict(zip(seeds, pipeline.stages.each(make, seeds), strict=True))
 
 

@@ -74,11 +74,11 @@ class KlashSide:
         seeds, each = pipeline.experiment.seeds, pipeline.stages.each
 
         def reward(seed: int) -> tuple[Path, ...]:
-            preferences = pipeline.prepare_preferences(common.sft, seed)
+            preferences = pipeline.prepare_preferences(common, seed)
             return (pipeline.prepare_reward(common, preferences, seed),)
 
         def reference(seed: int) -> tuple[Path, ...]:
-            data = common.sft, pipeline.prepare_preferences(common.sft, seed), seed
+            data = common.sft, pipeline.prepare_preferences(common, seed), seed
             found = pipeline.prepare_reference(*data), pipeline.prepare_mismatched(*data)
             return tuple(folder for folder in found if folder)
 

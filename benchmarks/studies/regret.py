@@ -111,7 +111,9 @@ def with_beta(arm: Arm, beta: float) -> Arm:
 def listed_world(experiment: Experiment, runs: Path) -> World:
     """All completions under the reference, from the finished run's stage."""
     stages = Stages(runs / ".stages", silent, stage_context(), fill=None)
-    return World(Pipeline(experiment, stages).prepare_common().frontier_samples)
+    listing = Pipeline(experiment, stages).prepare_common().frontier_samples
+    assert listing is not None
+    return World(listing)
 
 
 def picture(points: list[Point], fixed_beta: float, fixed_pairs: int):

@@ -53,6 +53,13 @@ class Numbered(NamedTuple):
     row: Row
 
 
+OnDrop = Callable[[Dropped], object]
+
+
+def ignore(dropped: Dropped) -> None:
+    """For readers who do not ask what was dropped."""
+
+
 class Reading:
     """One pass over the rows of some sources: its report, and which rows went after they passed.
 
@@ -64,7 +71,7 @@ class Reading:
         data: DataConfig,
         *,
         finish: bool = False,
-        on_drop: Callable[[Dropped], object] = lambda dropped: None,
+        on_drop: OnDrop = ignore,
     ):
         self.data, self.finish, self.on_drop = data, finish, on_drop
         self.report, self.cleaner = Report(), Cleaner()
@@ -237,13 +244,14 @@ def read_examples(
     data: DataConfig,
     tokenizer: PreTrainedTokenizerBase,
     ends: frozenset[int],
+    on_drop: OnDrop = ignore,
 ) -> tuple[list[Example], Report]:
     """All usable rows of `sources`, encoded, and what became of the others.
 
-    `ends` are the ids that end an answer, beside the tokenizer's EOS. Raises InputError for what
-    cannot be read, and where no row is usable.
+    `ends` are the ids that end an answer, beside the tokenizer's EOS; `on_drop` sees each row that
+    is dropped. Raises InputError for what cannot be read, and where no row is usable.
     """
-    examples, report = read_all_examples(sources, beside, data, tokenizer, ends)
+    examples, report = read_all_examples(sources, beside, data, tokenizer, ends, on_drop)
     if not examples:
         raise InputError(no_rows_text(sources, report))
     if report.notes["without-end"] == report.kept > report.notes["cut"]:
@@ -260,9 +268,10 @@ def read_all_examples(
     data: DataConfig,
     tokenizer: PreTrainedTokenizerBase,
     ends: frozenset[int],
+    on_drop: OnDrop = ignore,
 ) -> tuple[list[Example], Report]:
     """As `read_examples`, for who looks into rows that no method can use: there may be none."""
-    reading = Reading(data)
+    reading = Reading(data, on_drop=on_drop)
     rows = iterate_rows(sources, beside, reading)
     found = [
         (one.number, example_of(one, encoded))

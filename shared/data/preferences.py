@@ -13,19 +13,22 @@ from pydantic import Field
 from shared.config import Config, InputError
 from shared.data.pairs import Pair, clean, swapped
 from shared.data.samples import draw_samples, list_samples
+from shared.data.splits import Split
 from shared.generation.engine import Sampling
 from shared.generation.start import Drawing
 from shared.seeds import seed_of
 from shared.stages import write_json, write_jsonl
-from shared.tasks.registry import TaskConfig, make_task
-from shared.tasks.task import Split, Task
+from shared.tasks.registry import TaskConfig, TaskInput, make_task
+from shared.tasks.task import Task
 
 
 class PreferenceConfig(Config):
-    """Pairs of the SFT model's samples, and their labels."""
+    """Pairs of the SFT model's samples, and their labels; of the task `own`, the file's pairs."""
 
+    source: Literal["data", "policy"] = "data"
+    """Of the task `own`: the file's pairs, or the SFT model's samples, labelled by the judge."""
     pairs: int = Field(default=6000, gt=0)
-    """Labelled pairs to train on."""
+    """Labelled pairs to train on; of a file with fewer, all that are there."""
     per_prompt: int = Field(default=1, gt=0)
     """Pairs drawn for each prompt, of two samples each."""
     held_out_pairs: int = Field(default=256, gt=0)
@@ -39,7 +42,7 @@ class PreferenceConfig(Config):
 
 def make_preferences(
     folder: Path,
-    task: TaskConfig,
+    task: TaskInput,
     policy: Path,
     data: PreferenceConfig,
     drawing: Drawing,
@@ -54,7 +57,7 @@ def make_preferences(
     rng = np.random.default_rng(seed_of(seed, "labels"))
     share = 1 if task.finite else 20  # some samples are identical
     prompts = -(-(count + max(64, count // share, 2 * data.per_prompt)) // data.per_prompt)
-    if data.listed:
+    if isinstance(task, TaskConfig) and data.listed:
         drawn = list_pairs(task, policy, prompts, drawing.sampling, seed)
     else:
         drawn = sample_pairs(task, policy, "preference", prompts, drawing, seed, data.per_prompt)
@@ -91,19 +94,24 @@ def label(drawn: Sequence[Pair], task: Task, labels: str, rng: np.random.Generat
 
 def make_reward_test(
     folder: Path,
-    task: TaskConfig,
+    task: TaskInput,
     policy: Path,
     pairs: int,
     drawing: Drawing,
     seed: int,
 ) -> None:
-    """Stage: `pairs.jsonl`, unlabelled pairs of other prompts, to examine reward models on."""
+    """Stage: `pairs.jsonl`, of other prompts, to examine reward models on: their labels are P(a
+    wins).
+    """
     drawn = sample_pairs(task, policy, "reward-test", pairs, drawing, seed)
+    gold = np.array([[p.chosen_gold, p.rejected_gold] for p in drawn]).T
+    shares = make_task(task).preference(*gold).tolist()
+    drawn = [pair._replace(p=share) for pair, share in zip(drawn, shares, strict=True)]
     write_jsonl(folder / "pairs.jsonl", [p._asdict() for p in drawn])
 
 
 def sample_pairs(
-    task: TaskConfig,
+    task: TaskInput,
     policy: Path,
     split: Split,
     prompts: int,

@@ -3,17 +3,19 @@
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from shared.config import InputError
 from shared.data.listing import Listing, list_completions, listed_logps
+from shared.data.splits import Split
 from shared.generation.engine import Sampling
 from shared.generation.start import Drawing, make_engine
 from shared.models.load import load_policy, load_tokenizer, special_ids
 from shared.seeds import seed_of
 from shared.stages import read_json, read_jsonl, write_json, write_jsonl
-from shared.tasks.registry import TaskConfig, make_task
-from shared.tasks.task import Split
+from shared.tasks.registry import TaskConfig, TaskInput, make_task
 
 
 class PromptSamples(NamedTuple):
@@ -22,11 +24,11 @@ class PromptSamples(NamedTuple):
     prompt: str
     prompt_ids: list[int]
     completions: list[list[int]]  # token ids
-    gold: list[float]
+    gold: list[float | None]  # None without one
 
 
 def draw_samples(
-    task: TaskConfig,
+    task: TaskInput,
     policy: Path,
     split: Split,
     prompts: int,
@@ -37,15 +39,15 @@ def draw_samples(
     """`per_prompt` samples of each of `prompts` prompts; `seed` is the run's."""
     source, tokenizer = make_task(task), load_tokenizer(policy)
     texts = source.prompts(split, prompts, seed)
-    ids = [tokenizer(text).input_ids for text in texts]
+    ids = source.encode(tokenizer, texts)
     model, special = load_policy(policy).eval(), special_ids(tokenizer, policy)
     engine = make_engine(drawing.generation, model, special, policy, drawing.sampling.temperature)
-    many = [i for i in range(prompts) for _ in range(per_prompt)]
+    many = [i for i in range(len(texts)) for _ in range(per_prompt)]
     sampling = drawing.at(seed=seed_of(seed, f"{split} samples")).sampling
     drawn = engine.generate([ids[i] for i in many], sampling).ids
     decoded = tokenizer.batch_decode(drawn, skip_special_tokens=True)
-    gold = source.gold([texts[i] for i in many], decoded).tolist()
-    blocks = [slice(i * per_prompt, (i + 1) * per_prompt) for i in range(prompts)]
+    gold = null_for_nan(source.gold([texts[i] for i in many], decoded))
+    blocks = [slice(i * per_prompt, (i + 1) * per_prompt) for i in range(len(texts))]
     return [
         PromptSamples(text, prompt_ids, drawn[block], gold[block])
         for text, prompt_ids, block in zip(texts, ids, blocks, strict=True)
@@ -54,7 +56,7 @@ def draw_samples(
 
 def sample_reference(
     folder: Path,
-    task: TaskConfig,
+    task: TaskInput,
     policy: Path,
     split: Split,
     prompts: int,
@@ -80,11 +82,11 @@ def list_samples(
     return [
         PromptSamples(
             prompt=text,
-            prompt_ids=tokenizer(text).input_ids,
+            prompt_ids=prompt_ids,
             completions=completions,
             gold=source.gold([text] * len(decoded), decoded).tolist(),
         )
-        for text in texts
+        for text, prompt_ids in zip(texts, source.encode(tokenizer, texts), strict=True)
     ]
 
 
@@ -110,6 +112,11 @@ def list_reference(
 def read_log_ref(folder: Path) -> list[list[float]]:
     """What `list_reference` wrote, (P, N)."""
     return read_json(folder / "log_ref.json")
+
+
+def null_for_nan(values: NDArray[np.float64]) -> list[float | None]:
+    """As JSON has it."""
+    return [None if np.isnan(value) else value for value in values.tolist()]
 
 
 def read_samples(folder: Path) -> list[PromptSamples]:

@@ -14,11 +14,12 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from shared.config import Config
+from shared.data.splits import Split
 from shared.seeds import seed_of
-from shared.tasks.task import Split
+from shared.tasks.task import Demonstration, encode_corpus, encode_texts
 
 PAD, EOS = "<pad>", "</s>"
 _WORDS = [
@@ -47,6 +48,8 @@ class Exact:
     """The task `exact`; see `shared.tasks.task.Task`."""
 
     name = "exact"
+    has_gold = True
+    most_gold = float("inf")
 
     def __init__(self, config: ExactConfig):
         self.config, self.words = config, list(_WORDS[: config.words])
@@ -81,6 +84,14 @@ class Exact:
         """Prompts with what the chain goes on with, cut at the cap."""
         rng = np.random.default_rng(seed_of(seed, "corpus"))
         return [(prompt, self._sample(prompt, rng)) for prompt in self.prompts("sft", count, seed)]
+
+    def encode(self, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str]) -> list[list[int]]:
+        return encode_texts(tokenizer, prompts)
+
+    def demonstrations(
+        self, tokenizer: PreTrainedTokenizerBase, count: int, seed: int
+    ) -> list[Demonstration]:
+        return encode_corpus(tokenizer, self.corpus(count, seed))
 
     def gold(self, prompts: Sequence[str], completions: Sequence[str]) -> Array:
         return np.array(

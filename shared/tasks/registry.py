@@ -3,7 +3,9 @@
 from typing import Literal
 
 from shared.config import Config
+from shared.data.rows import DataConfig
 from shared.tasks.exact import Exact, ExactConfig
+from shared.tasks.own import Own, OwnData
 from shared.tasks.reviews import Reviews, ReviewsConfig
 from shared.tasks.task import Task
 
@@ -11,12 +13,17 @@ from shared.tasks.task import Task
 class TaskConfig(Config):
     """Where prompts, labels and gold scores come from."""
 
-    name: Literal["reviews", "exact"] = "reviews"
-    """The task: short reviews, scored by VADER, or one so small that all completions are listed."""
+    name: Literal["reviews", "exact", "own"] = "reviews"
+    """The task: short reviews, scored by VADER; one so small that all completions are listed; or
+    one's own pairs."""
     reviews: ReviewsConfig = ReviewsConfig()
     """Settings of the task `reviews`."""
     exact: ExactConfig = ExactConfig()
     """Settings of the task `exact`."""
+    pairs: str | tuple[str, ...] = ()
+    """Of the task `own`: files or folders beside the experiment's file, or a hub name."""
+    data: DataConfig = DataConfig()
+    """Of the task `own`: how these are read and cleaned."""
 
     @property
     def finite(self) -> bool:
@@ -24,7 +31,14 @@ class TaskConfig(Config):
         return self.name == "exact"
 
 
-def make_task(config: TaskConfig) -> Task:
+TaskInput = TaskConfig | OwnData  # a stage's task: of one's own, what was made of the file
+
+
+def make_task(config: TaskInput) -> Task:
+    if isinstance(config, OwnData):
+        return Own(config)
+    if config.name == "own":
+        raise ValueError("the task `own` is made of its prepared data, `OwnData`")
     if config.name == "exact":
         return Exact(config.exact)
     return Reviews(config.reviews)

@@ -1,51 +1,68 @@
 """What the pipeline needs of a task: prompts, a corpus to start from, the true score, labels."""
 
-import hashlib
 from collections.abc import Sequence
-from typing import Literal, Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
-from transformers import PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerBase
 
-Split = Literal["sft", "preference", "reward-test", "ppo", "validation", "test"]
-
-_SHARES: dict[Split, float] = {
-    "sft": 0.30,
-    "preference": 0.30,
-    "reward-test": 0.10,
-    "ppo": 0.20,
-    "validation": 0.05,
-    "test": 0.05,
-}
+from shared.data.splits import Split
 
 
-def split_of(prompt: str) -> Split:
-    """The one split of a prompt, by its hash: no prompt meets two splits, whatever the seed."""
-    point = int.from_bytes(hashlib.sha256(prompt.encode()).digest()[:8], "big") / 2**64
-    for split, share in _SHARES.items():
-        if point < share:
-            return split
-        point -= share
-    return "test"
+class Demonstration(NamedTuple):
+    """Token ids of a prompt and of what follows it, its EOS included."""
+
+    prompt: list[int]
+    completion: list[int]
+
+
+def encode_texts(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str]) -> list[list[int]]:
+    """Prompts that are plain texts, with whatever the tokenizer puts before a text."""
+    return [tokenizer(prompt).input_ids for prompt in prompts]
+
+
+def encode_corpus(
+    tokenizer: PreTrainedTokenizerBase, corpus: Sequence[tuple[str, str]]
+) -> list[Demonstration]:
+    """Plain texts, prompt and completion encoded on their own; the completion gets its EOS."""
+    eos = tokenizer.eos_token_id
+    assert isinstance(eos, int)
+    return [
+        Demonstration(
+            tokenizer(prompt).input_ids,
+            [*tokenizer(completion, add_special_tokens=False).input_ids, eos],
+        )
+        for prompt, completion in corpus
+    ]
 
 
 class Task(Protocol):
-    """A source of prompts with a known true score."""
+    """A source of prompts, with a true score if `has_gold`, of `most_gold` at the most."""
 
     name: str
+    has_gold: bool
+    most_gold: float
 
-    def tokenizer(self) -> PreTrainedTokenizerFast: ...
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """That of a policy trained from scratch."""
+        ...
+
+    def encode(self, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str]) -> list[list[int]]:
+        """The token ids that a policy goes on from."""
+        ...
 
     def prompts(self, split: Split, count: int, seed: int) -> list[str]:
         """`count` prompts of `split`, different ones unless the task is finite."""
         ...
 
-    def corpus(self, count: int, seed: int) -> list[tuple[str, str]]:
-        """Prompts of the `sft` split with a completion each."""
+    def demonstrations(
+        self, tokenizer: PreTrainedTokenizerBase, count: int, seed: int
+    ) -> list[Demonstration]:
+        """What SFT trains on: `count` prompts of the `sft` split with a completion each."""
         ...
 
     def gold(self, prompts: Sequence[str], completions: Sequence[str]) -> np.ndarray:
-        """The true score of each completion, (N,)."""
+        """The true score of each completion, (N,); NaN without one."""
         ...
 
     def well_formed(self, completion: str) -> bool:

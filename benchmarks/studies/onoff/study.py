@@ -129,7 +129,7 @@ def run_seed(
     def finish(job: Job) -> JobStages:
         pipeline, resampled = under[job.variant], VARIANTS[job.variant].resampled
         if job.arm == REWARD:
-            preferences = pipeline.prepare_preferences(common.sft, number)
+            preferences = pipeline.prepare_preferences(common, number)
             made = pipeline.prepare_reward(common, preferences, number)
             return JobStages(made, pipeline.examine_reward(common, made, number))
         arm = pipeline.experiment.arms[job.arm]
