@@ -273,6 +273,8 @@ def leftover_text(names: list[str]) -> str:
 
 def open_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     """The tokenizer of a folder, whatever its special tokens are; InputError if there is none."""
+    if (folder / "config.json").is_file():
+        read_object(folder / "config.json")  # AutoTokenizer reads it too
     if not any((folder / file).is_file() for file in TOKENIZER):
         _require_place(folder)
         raise InputError(

@@ -31,6 +31,7 @@ from shared.models.folders import (
     read_object,
     readable,
     require_embeddings,
+    require_folder,
     require_template,
     require_whole,
     weight_fault,
@@ -75,6 +76,7 @@ def open_named(
     path = local_path(name, revision)
     if path.is_file() and path.suffix == ".gguf":
         return open_gguf(path)
+    require_folder(path, "policy")
     tokenizer = open_tokenizer(path)
     return open_model(path, "policy", torch.float32 if merges else "auto"), tokenizer
 
