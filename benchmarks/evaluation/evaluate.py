@@ -19,7 +19,7 @@ from shared.models import ops
 from shared.models.cost import Meter
 from shared.models.load import load_policy, load_tokenizer, special_ids
 from shared.models.logprobs import completion_logits, gather_logprobs, score_logps
-from shared.models.scorer import Scorer, reader_of
+from shared.models.scorer import Scorer, scorer_of
 from shared.models.sequences import SCORING, Limit, by_length, collate
 from shared.stages import write_json, write_jsonl
 from shared.tasks.registry import TaskConfig, make_task
@@ -30,7 +30,8 @@ from shared.tasks.task import Split, Task
 class Prompts:
     """The first `count` prompts of a split, each answered `samples` times; `seed` is the task's.
 
-    `listing` is the stage that lists all completions of these prompts, if the task is finite.
+    `listing` is the stage that lists all completions of these prompts, if the task is finite;
+    `chats` one with the messages of prompts that are chats, for reward models that read texts.
     """
 
     task: TaskConfig
@@ -39,6 +40,7 @@ class Prompts:
     samples: int
     seed: int
     listing: Path | None = None
+    chats: Path | None = None
 
     def texts(self) -> list[str]:
         """The prompts, each once."""
@@ -68,7 +70,8 @@ def evaluate(
     ids = [tokenizer(text).input_ids for text in texts]
     many = [p for p in ids for _ in range(samples)]
     drawn = engine.generate(many, drawing.at(temperature=1.0).sampling)
-    columns = describe(source, tokenizer, reward_model, texts, ids, drawn, samples)
+    scorer = None if reward_model is None else scorer_of(reward_model, ref, prompts.chats)
+    columns = describe(source, tokenizer, scorer, texts, ids, drawn, samples)
     columns.update(measure_kl(model, ref_model, many, drawn.ids, special.pad))
     greedy = engine.generate(ids, drawing.at(temperature=0.0).sampling)
     greedy_texts = tokenizer.batch_decode(greedy.ids, skip_special_tokens=True)
@@ -95,7 +98,7 @@ def evaluate_best_of_n(
 
     Its cost is that of answering the test prompts: this arm pays when it is used."""
     tokenizer, source, meter = load_tokenizer(ref), make_task(prompts.task), Meter()
-    model, scorer = load_policy(ref).eval(), Scorer(reward_model, reader=tokenizer)
+    model, scorer = load_policy(ref).eval(), scorer_of(reward_model, ref, prompts.chats)
     special = special_ids(tokenizer, ref)
     engine = make_engine(drawing.generation, model, special, ref)
     meter.models_held = 2
@@ -106,7 +109,7 @@ def evaluate_best_of_n(
         sampling = drawing.at(temperature=1.0).sampling
         favourites = best_of_n(engine, scorer, many, n, sampling)
     write_json(folder / "cost.json", meter.summary())
-    columns = describe(source, tokenizer, reward_model, texts, ids, favourites, samples)
+    columns = describe(source, tokenizer, scorer, texts, ids, favourites, samples)
     rows = _rows(texts, columns, samples)
     if prompts.listing is not None:
         world = World(prompts.listing)
@@ -128,12 +131,13 @@ def score_samples(
     samples: Path,
     per_prompt: int | None,
     policy: Path | None = None,
+    chats: Path | None = None,
 ) -> None:
     """Stage: `scores.json`, the reward model's scores of reference samples, (P, per_prompt).
 
     None: of all that there are. `policy`: whose tokens they are, if not the reward model's own.
     """
-    rows, scorer = read_samples(samples), Scorer(reward_model, reader=reader_of(policy))
+    rows, scorer = read_samples(samples), scorer_of(reward_model, policy, chats)
     per_prompt = per_prompt or len(rows[0].completions)
     prompts = [row.prompt_ids for row in rows for _ in range(per_prompt)]
     scores = scorer.score_all(prompts, [c for row in rows for c in row.completions[:per_prompt]])
@@ -143,7 +147,7 @@ def score_samples(
 def describe(
     source: Task,
     tokenizer: PreTrainedTokenizerBase,
-    reward_model: Path | None,
+    scorer: Scorer | None,
     texts: list[str],
     ids: list[list[int]],
     drawn: Completions,
@@ -161,11 +165,9 @@ def describe(
             for text, cut in zip(completions, drawn.truncated, strict=True)
         ],
     }
-    if reward_model is not None:
+    if scorer is not None:
         prompts = [p for p in ids for _ in range(samples)]
-        columns["score"] = (
-            Scorer(reward_model, reader=tokenizer).score_all(prompts, drawn.ids).tolist()
-        )
+        columns["score"] = scorer.score_all(prompts, drawn.ids).tolist()
     return columns
 
 
