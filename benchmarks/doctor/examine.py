@@ -208,9 +208,9 @@ def check_reward_model(patient: Patient, folder: Path, pairs: list[Pair]) -> Ite
 def prompt_chats(patient: Patient) -> dict[tuple[int, ...], Any]:
     """The messages of prompts that are chats, by their token ids."""
     return {
-        tuple(pair.prompt_ids): row.messages[0]
-        for pair, row in zip(patient.pairs, patient.rows, strict=False)
-        if row.messages is not None
+        tuple(example.prompt_ids): example.prompt_messages
+        for example in patient.examples
+        if example.prompt_messages is not None
     }
 
 

@@ -19,7 +19,7 @@ from shared.models import ops
 from shared.models.cost import Meter
 from shared.models.load import load_policy, load_tokenizer, special_ids
 from shared.models.logprobs import completion_logits, gather_logprobs, score_logps
-from shared.models.scorer import Scorer, scorer_of
+from shared.models.scorer import Scorer, reader_of
 from shared.models.sequences import SCORING, Limit, by_length, collate
 from shared.stages import write_json, write_jsonl
 from shared.tasks.registry import TaskConfig, make_task
@@ -30,8 +30,7 @@ from shared.tasks.task import Split, Task
 class Prompts:
     """The first `count` prompts of a split, each answered `samples` times; `seed` is the task's.
 
-    `listing` is the stage that lists all completions of these prompts, if the task is finite;
-    `chats` one with the messages of prompts that are chats, for reward models that read texts.
+    `listing` is the stage that lists all completions of these prompts, if the task is finite.
     """
 
     task: TaskConfig
@@ -40,7 +39,6 @@ class Prompts:
     samples: int
     seed: int
     listing: Path | None = None
-    chats: Path | None = None
 
     def texts(self) -> list[str]:
         """The prompts, each once."""
@@ -70,8 +68,7 @@ def evaluate(
     ids = [tokenizer(text).input_ids for text in texts]
     many = [p for p in ids for _ in range(samples)]
     drawn = engine.generate(many, drawing.at(temperature=1.0).sampling)
-    scorer = None if reward_model is None else scorer_of(reward_model, ref, prompts.chats)
-    columns = describe(source, tokenizer, scorer, texts, ids, drawn, samples)
+    columns = describe(source, tokenizer, reward_model, texts, ids, drawn, samples)
     columns.update(measure_kl(model, ref_model, many, drawn.ids, special.pad))
     greedy = engine.generate(ids, drawing.at(temperature=0.0).sampling)
     greedy_texts = tokenizer.batch_decode(greedy.ids, skip_special_tokens=True)
@@ -98,7 +95,7 @@ def evaluate_best_of_n(
 
     Its cost is that of answering the test prompts: this arm pays when it is used."""
     tokenizer, source, meter = load_tokenizer(ref), make_task(prompts.task), Meter()
-    model, scorer = load_policy(ref).eval(), scorer_of(reward_model, ref, prompts.chats)
+    model, scorer = load_policy(ref).eval(), Scorer(reward_model, reader=tokenizer)
     special = special_ids(tokenizer, ref)
     engine = make_engine(drawing.generation, model, special, ref)
     meter.models_held = 2
@@ -109,7 +106,7 @@ def evaluate_best_of_n(
         sampling = drawing.at(temperature=1.0).sampling
         favourites = best_of_n(engine, scorer, many, n, sampling)
     write_json(folder / "cost.json", meter.summary())
-    columns = describe(source, tokenizer, scorer, texts, ids, favourites, samples)
+    columns = describe(source, tokenizer, reward_model, texts, ids, favourites, samples)
     rows = _rows(texts, columns, samples)
     if prompts.listing is not None:
         world = World(prompts.listing)
@@ -131,13 +128,12 @@ def score_samples(
     samples: Path,
     per_prompt: int | None,
     policy: Path | None = None,
-    chats: Path | None = None,
 ) -> None:
     """Stage: `scores.json`, the reward model's scores of reference samples, (P, per_prompt).
 
     None: of all that there are. `policy`: whose tokens they are, if not the reward model's own.
     """
-    rows, scorer = read_samples(samples), scorer_of(reward_model, policy, chats)
+    rows, scorer = read_samples(samples), Scorer(reward_model, reader=reader_of(policy))
     per_prompt = per_prompt or len(rows[0].completions)
     prompts = [row.prompt_ids for row in rows for _ in range(per_prompt)]
     scores = scorer.score_all(prompts, [c for row in rows for c in row.completions[:per_prompt]])
@@ -147,7 +143,7 @@ def score_samples(
 def describe(
     source: Task,
     tokenizer: PreTrainedTokenizerBase,
-    scorer: Scorer | None,
+    reward_model: Path | None,
     texts: list[str],
     ids: list[list[int]],
     drawn: Completions,
@@ -165,9 +161,11 @@ def describe(
             for text, cut in zip(completions, drawn.truncated, strict=True)
         ],
     }
-    if scorer is not None:
+    if reward_model is not None:
         prompts = [p for p in ids for _ in range(samples)]
-        columns["score"] = scorer.score_all(prompts, drawn.ids).tolist()
+        columns["score"] = (
+            Scorer(reward_model, reader=tokenizer).score_all(prompts, drawn.ids).tolist()
+        )
     return columns
 
 

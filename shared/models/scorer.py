@@ -168,8 +168,12 @@ class Scorer:
 
 def scorer_of(reward_model: Path, policy: Path | None, chats: Path | None = None) -> Scorer:
     """The scorer of a policy's tokens; without `policy` they are the reward model's own."""
-    reader = None if policy is None else load_tokenizer(policy)
-    return Scorer(reward_model, reader=reader, chats=read_chats(chats))
+    return Scorer(reward_model, reader=reader_of(policy), chats=read_chats(chats))
+
+
+def reader_of(policy: Path | None) -> PreTrainedTokenizerBase | None:
+    """The tokenizer of a policy's folder, for a Scorer; None: the reward model's own."""
+    return None if policy is None else load_tokenizer(policy)
 
 
 def write_chats(folder: Path, chats: Chats) -> None:
