@@ -134,7 +134,8 @@ def judge(
     stays = keep(chosen, sampled, margin=filtering.margin, floor=floor)
     if not stays.any():
         raise InputError("filtered DPO: no pair has two scores that are numbers: see its scores")
-    floor_bound = int(stays.sum()) > int((chosen - sampled > filtering.margin).sum())
+    passing = keep(chosen, sampled, margin=filtering.margin, floor=0)
+    floor_bound = int(stays.sum()) > int(passing.sum())
     if filtering.random:
         stays = random_keep(stays, seed_of(draw.seed, "kept blindly"))
     columns = zip(pairs, numbers(chosen), numbers(sampled), stays.tolist(), strict=True)

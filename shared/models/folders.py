@@ -341,6 +341,7 @@ def listed_ends(folder: Path) -> frozenset[int]:
 
 def text_config(folder: Path) -> dict[str, Any]:
     """What config.json says of the part of a model that reads text."""
+    _require_place(folder)
     config = read_object(folder / "config.json")
     return config.get("text_config") or config
 

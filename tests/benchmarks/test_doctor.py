@@ -596,11 +596,17 @@ def test_labels_the_wrong_way_round(ward: Ward):
     ward.only("reward accuracy", "swapped")
 
 
-@pytest.mark.parametrize("text", [None, "{}", '{"offset": 0.0, "scale": 0.0}', "not json"])
-def test_a_reward_model_without_normalisation(ward: Ward, text: str | None):
-    path = ward.reward / "normalisation.json"
-    path.unlink() if text is None else path.write_text(text)
+@pytest.mark.parametrize("text", ["{}", '{"offset": 0.0, "scale": 0.0}', "not json"])
+def test_a_reward_model_with_a_normalisation_that_is_none(ward: Ward, text: str):
+    (ward.reward / "normalisation.json").write_text(text)
     ward.only("normalisation", "save_normalisation")
+
+
+def test_a_reward_model_as_it_ships_needs_no_normalisation_yet(ward: Ward):
+    (ward.reward / "normalisation.json").unlink()
+    findings = ward.findings()
+    assert not failed(findings), findings
+    assert "none yet" in findings["normalisation"].observed
 
 
 # --- wrong input -------------------------------------------------------------------------------
