@@ -12,7 +12,7 @@ from shared.config import InputError
 from shared.data.batches import PairRows
 from shared.data.pairs import read_pairs
 from shared.models.cost import Meter
-from shared.models.load import load_policy, load_tokenizer, special_ids
+from shared.models.load import WeightDtype, load_policy, load_tokenizer, special_ids
 from shared.models.logprobs import score_logps
 from shared.models.sequences import SCORING
 from shared.seeds import seed_of
@@ -28,28 +28,37 @@ class Mismatched(NamedTuple):
 
 
 def score_reference(
-    folder: Path, policy: Path, preferences: Path, precision: Precision = "float32"
+    folder: Path,
+    policy: Path,
+    preferences: Path,
+    precision: Precision = "float32",
+    dtype: WeightDtype = "float32",
 ) -> None:
     """Stage: log ref(y|x) of the 2 N completions, chosen first, in `reference.safetensors`.
 
     Depends on weights, tokens, code and `precision`, which must be the training's: then policy and
-    reference round alike. Not on any beta, rate or seed of a training.
+    reference round alike. Not on any beta, rate or seed of a training. `dtype`: of its weights.
     """
     meter = Meter()
     rows = read_rows(policy, preferences)
-    logps = score(policy, rows, rows.completions, precision)
+    logps = score(policy, rows, rows.completions, precision, dtype)
     save_file({"logps": logps}, folder / "reference.safetensors")
     write_json(folder / "cost.json", meter.summary())
 
 
 def score_mismatched(
-    folder: Path, policy: Path, preferences: Path, seed: int, precision: Precision = "float32"
+    folder: Path,
+    policy: Path,
+    preferences: Path,
+    seed: int,
+    precision: Precision = "float32",
+    dtype: WeightDtype = "float32",
 ) -> None:
     """Stage: one derangement across prompts and its log ref, in `mismatched.safetensors`."""
     meter = Meter()
     rows = read_rows(policy, preferences)
     partner = mismatch([tuple(p) for p in rows.prompts], seed_of(seed, "mismatched"))
-    logps = score(policy, rows, [rows.completions[j] for j in partner], precision)
+    logps = score(policy, rows, [rows.completions[j] for j in partner], precision, dtype)
     mismatched = Mismatched(torch.tensor(partner), logps)
     save_file(mismatched._asdict(), folder / "mismatched.safetensors")
     write_json(folder / "cost.json", meter.summary())
@@ -62,10 +71,14 @@ def read_rows(policy: Path, preferences: Path) -> PairRows:
 
 
 def score(
-    policy: Path, rows: PairRows, completions: list[list[int]], precision: Precision
+    policy: Path,
+    rows: PairRows,
+    completions: list[list[int]],
+    precision: Precision,
+    dtype: WeightDtype = "float32",
 ) -> Tensor:
     """log ref of a completion for each row's prompt, (2 N,)."""
-    model = load_policy(policy).eval()
+    model = load_policy(policy, dtype).eval()
     with arithmetic(precision, model.device):
         return score_logps(model, rows.prompts, completions, rows.pad_id)
 

@@ -1,5 +1,6 @@
 """The reward model: trained on labels, normalised on SFT samples, examined on held-out pairs."""
 
+import shutil
 from pathlib import Path
 
 from pydantic import Field
@@ -12,8 +13,10 @@ from shared.data.batches import Batch, PairRows
 from shared.data.pairs import read_pairs
 from shared.data.samples import read_samples
 from shared.models.cost import Meter
+from shared.models.folders import require_folder
 from shared.models.load import load_tokenizer, new_scalar_model, save, sequence_scores, special_ids
-from shared.models.scorer import Scorer, reader_of, require_scale, save_normalisation
+from shared.models.pretrained import is_model_file, local_path
+from shared.models.scorer import NORMALISATION, require_scale, save_normalisation, scorer_of
 from shared.models.sequences import Limit
 from shared.seeds import seed_of
 from shared.stages import write_json
@@ -76,6 +79,27 @@ def train_reward(
     write_json(folder / "cost.json", {**meter.summary(), "labels_used": len(pairs)})
 
 
+def take_reward(
+    folder: Path,
+    reward_model: str,
+    revision: str | None,
+    policy: Path,
+    references: Path,
+    chats: Path | None = None,
+) -> None:
+    """Stage: a reward model from elsewhere, as it is, with the normalisation measured here.
+
+    `reward_model` is a folder or hub name, also as TRL's RewardTrainer saved it; `references` holds
+    samples of `policy`, several a prompt, and `chats` the messages of their prompts.
+    """
+    source = local_path(reward_model, revision)
+    require_folder(source, "reward model")
+    for file in sorted(source.iterdir()):
+        if is_model_file(file) and file.name != NORMALISATION:
+            shutil.copy(file, folder / file.name)
+    normalise(folder, references, policy=policy, chats=chats)
+
+
 def reward_loss(center: float) -> Loss[Batch]:
     """Bradley-Terry on raw scores, for `step`."""
 
@@ -92,14 +116,19 @@ def reward_loss(center: float) -> Loss[Batch]:
 
 
 def normalise(
-    folder: Path, references: Path, *, scaled: bool = True, policy: Path | None = None
+    folder: Path,
+    references: Path,
+    *,
+    scaled: bool = True,
+    policy: Path | None = None,
+    chats: Path | None = None,
 ) -> None:
     """Measure `offset` (mean raw score) and `scale` (within-prompt deviation) on SFT samples.
 
     Not `scaled`: the scale is 1. `policy`: whose tokens they are, if not the reward model's own.
     InputError where the scores do not differ.
     """
-    samples, scorer = read_samples(references), Scorer(folder, reader=reader_of(policy))
+    samples, scorer = read_samples(references), scorer_of(folder, policy, chats)
     count = len(samples[0].completions)
     prompts = [row.prompt_ids for row in samples for _ in range(count)]
     raw = scorer.score_all(prompts, [c for row in samples for c in row.completions])
@@ -110,14 +139,19 @@ def normalise(
 
 
 def examine_reward(
-    folder: Path, reward_model: Path, pairs: Path, policy: Path | None = None
+    folder: Path,
+    reward_model: Path,
+    pairs: Path,
+    policy: Path | None = None,
+    chats: Path | None = None,
 ) -> None:
     """Stage: `scores.json`, what the report says of the reward model is computed from.
 
     Raw (Bradley-Terry) scores of both sides, the true P(a wins) or the label, gold, and lengths.
-    `policy`: whose tokens the pairs are, if not the reward model's own.
+    `policy`: whose tokens the pairs are, if not the reward model's own, with the messages of its
+    `chats`.
     """
-    rows, scorer = read_pairs(pairs / "pairs.jsonl"), Scorer(reward_model, reader=reader_of(policy))
+    rows, scorer = read_pairs(pairs / "pairs.jsonl"), scorer_of(reward_model, policy, chats)
     prompts = [p.prompt_ids for p in rows]
     a = scorer.score_all(prompts, [p.chosen_ids for p in rows]) * scorer.scale + scorer.offset
     b = scorer.score_all(prompts, [p.rejected_ids for p in rows]) * scorer.scale + scorer.offset

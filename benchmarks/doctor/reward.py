@@ -150,14 +150,22 @@ def preference_accuracy(scores: Scores) -> Finding:
 
 
 def normalisation(folder: Path, scores: Scores) -> Finding:
-    """`normalisation.json` lies beside the weights: a KL coefficient means the same everywhere."""
+    """`normalisation.json`, if there is one, holds numbers that scores can be divided by.
+
+    Without one, as reward models ship, it is measured where a run takes the model.
+    """
     check, path = "normalisation", folder / "normalisation.json"
     fix = (
         'write normalisation.json beside it, {"offset": mean raw score of SFT samples, '
-        '"scale": their deviation within prompts}: shared.models.load.save_normalisation'
+        '"scale": their deviation within prompts}: shared.models.scorer.save_normalisation'
     )
     if not path.is_file():
-        return Finding(check, "no normalisation.json", fix)
+        mean, deviation = scores.ours.mean().item(), scores.ours.std().item()
+        return Finding(
+            check,
+            f"none yet: a run measures it on its own samples; raw scores here are {mean:.2f} with "
+            f"deviation {deviation:.2g}",
+        )
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
         offset, scale = float(values["offset"]), float(values["scale"])

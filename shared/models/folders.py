@@ -273,6 +273,8 @@ def leftover_text(names: list[str]) -> str:
 
 def open_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     """The tokenizer of a folder, whatever its special tokens are; InputError if there is none."""
+    if (folder / "config.json").is_file():
+        read_object(folder / "config.json")  # AutoTokenizer reads it too
     if not any((folder / file).is_file() for file in TOKENIZER):
         _require_place(folder)
         raise InputError(
@@ -339,6 +341,7 @@ def listed_ends(folder: Path) -> frozenset[int]:
 
 def text_config(folder: Path) -> dict[str, Any]:
     """What config.json says of the part of a model that reads text."""
+    _require_place(folder)
     config = read_object(folder / "config.json")
     return config.get("text_config") or config
 

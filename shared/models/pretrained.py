@@ -31,6 +31,7 @@ from shared.models.folders import (
     read_object,
     readable,
     require_embeddings,
+    require_folder,
     require_template,
     require_whole,
     weight_fault,
@@ -75,6 +76,7 @@ def open_named(
     path = local_path(name, revision)
     if path.is_file() and path.suffix == ".gguf":
         return open_gguf(path)
+    require_folder(path, "policy")
     tokenizer = open_tokenizer(path)
     return open_model(path, "policy", torch.float32 if merges else "auto"), tokenizer
 
@@ -86,8 +88,9 @@ def open_gguf(path: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """
     with readable(path):
         tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
-        loaded, info = AutoModelForCausalLM.from_pretrained(
-            path.parent, gguf_file=path.name, dtype=torch.float32, output_loading_info=True
+        options: dict[str, Any] = {"gguf_file": path.name, "output_loading_info": True}
+        loaded, info = AutoModelForCausalLM.from_pretrained(  # pyright: ignore
+            path.parent, dtype=torch.float32, **options
         )
         fields = loaded.config.to_dict()
         fields.pop("quantization_config", None)
@@ -305,12 +308,13 @@ def address_of_model(name: str, revision: str | None = None) -> dict[str, Any]:
     """
     if is_local(name):
         path = Path(name)
-        files = [path] if path.is_file() else sorted(filter(_counts, path.iterdir()))
+        files = [path] if path.is_file() else sorted(filter(is_model_file, path.iterdir()))
         return {"files": {file.name: content_hash(file) for file in files}}
     return {"hub": name, "commit": commit_of(name, revision)}
 
 
-def _counts(path: Path) -> bool:
+def is_model_file(path: Path) -> bool:
+    """Whether a loader may read this file of a model's folder."""
     return path.is_file() and path.suffix in READ and path.name not in BESIDE
 
 

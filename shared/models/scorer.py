@@ -20,6 +20,7 @@ from shared.models.cost import At, Work, count_pass
 from shared.models.folders import open_tokenizer, read_object
 from shared.models.load import WeightDtype, load_scalar_model, load_tokenizer, sequence_scores
 from shared.models.sequences import SCORING, Limit, Sequences, by_length, collate
+from shared.stages import read_jsonl, write_jsonl
 
 Messages = list[dict[str, Any]]
 Chats = Mapping[tuple[int, ...], Messages]  # of prompts, by their token ids
@@ -128,22 +129,23 @@ class Scorer:
         prompt + completion, and EOS unless the completion was cut, as TRL's RewardTrainer has it;
         an encoder reads the two as its tokenizer's pair, the prompt cut on the left to fit.
         """
-        answer = self.reader.decode(completion, skip_special_tokens=True)
+        answer = str(self.reader.decode([*completion], skip_special_tokens=True))
         chat = self.chats.get(tuple(prompt))
         if chat is not None and self.tokenizer.chat_template:
             messages = [*chat, {"role": "assistant", "content": answer}]
-            text = self.tokenizer.apply_chat_template(messages, tokenize=False)
+            text = str(self.tokenizer.apply_chat_template(messages, tokenize=False))
             return self._fitting(self.tokenizer(text, add_special_tokens=False))
         if chat is not None:
             before = "\n\n".join(str(message["content"]) for message in chat)
         else:
-            before = str(self.reader.decode(prompt, skip_special_tokens=True))
+            before = str(self.reader.decode([*prompt], skip_special_tokens=True))
         if not self.decoder:
+            self._fitting(self.tokenizer("", answer))
             room = context_length(self.model, self.tokenizer)
             pair = {"truncation": "only_first", "max_length": room} if room else {}
             self.tokenizer.truncation_side = "left"
             return self._fitting(self.tokenizer(before, answer, **pair))
-        found = self._fitting(self.tokenizer(before + str(answer)))
+        found = self._fitting(self.tokenizer(before + answer))
         eos, ended = self.tokenizer.eos_token_id, completion[-1] in self.reader.all_special_ids
         if ended and found["input_ids"][-1:] != [eos]:
             found = {**found, "input_ids": [*found["input_ids"], eos]}
@@ -164,9 +166,26 @@ class Scorer:
         return found
 
 
+def scorer_of(reward_model: Path, policy: Path | None, chats: Path | None = None) -> Scorer:
+    """The scorer of a policy's tokens; without `policy` they are the reward model's own."""
+    return Scorer(reward_model, reader=reader_of(policy), chats=read_chats(chats))
+
+
 def reader_of(policy: Path | None) -> PreTrainedTokenizerBase | None:
     """The tokenizer of a policy's folder, for a Scorer; None: the reward model's own."""
     return None if policy is None else load_tokenizer(policy)
+
+
+def write_chats(folder: Path, chats: Chats) -> None:
+    """`chats.jsonl`: the messages of prompts that are chats, for stages that score."""
+    rows = [{"prompt_ids": list(ids), "messages": said} for ids, said in chats.items()]
+    write_jsonl(folder / "chats.jsonl", rows)
+
+
+def read_chats(folder: Path | None) -> Chats:
+    """What `write_chats` wrote; nothing without a folder."""
+    rows = [] if folder is None else read_jsonl(folder / "chats.jsonl")
+    return {tuple(row["prompt_ids"]): row["messages"] for row in rows}
 
 
 def same_tokens(policy: PreTrainedTokenizerBase, reward: PreTrainedTokenizerBase) -> bool:

@@ -54,6 +54,18 @@ def test_the_margin_is_how_far_above():
     assert keep(chosen, sampled, margin=-10.0).all()
 
 
+@pytest.mark.parametrize("broken", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("side", ["chosen", "sampled"])
+@pytest.mark.parametrize("floor", [0, 1, 3, 9])
+def test_a_score_that_is_no_number_never_keeps_its_pair(broken: float, side: str, floor: int):
+    """Whatever the floor asks for: `topk` would rank NaN first."""
+    scores = {"chosen": torch.tensor([5.0, 1.0, 0.5, 0.2]), "sampled": torch.full((4,), 2.0)}
+    scores[side][0] = broken
+    stays = keep(**scores, floor=floor)
+    assert not stays[0]
+    assert int(stays.sum()) == min(floor, 3)
+
+
 def test_below_the_floor_the_pairs_that_come_closest_stay():
     chosen, sampled = torch.zeros(5), torch.tensor([3.0, 1.0, 4.0, 2.0, 5.0])
     assert keep(chosen, sampled, floor=2).tolist() == [False, True, False, True, False]
@@ -335,7 +347,12 @@ def test_with_nothing_good_enough_the_floor_stays_and_says_so(start, pairs: dict
     nothing = start(epochs=2, margin=1e9, floor=0.25)
     count = round(0.25 * len(pairs))
     for epoch, row in enumerate(nothing.epochs):
-        assert row == {"epoch": epoch, "kept_share": count / len(pairs), "floor_bound": True}
+        assert row == {
+            "epoch": epoch,
+            "kept_share": count / len(pairs),
+            "floor_bound": True,
+            "not_finite": 0,
+        }
     first = [row for row in nothing.audit if row["epoch"] == 0]
     gaps = sorted((row["chosen"] - row["sample"] for row in first), reverse=True)
     kept = [row["chosen"] - row["sample"] for row in first if row["kept"]]

@@ -320,7 +320,7 @@ def test_a_family_that_cannot_share_its_trunk_is_refused(
         vocab_size=len(tokenizer), hidden_size=16, n_layer=1, n_head=2, pad_token_id=0
     )
     save(BloomForCausalLM(config), tokenizer, tmp_path / "bloom")
-    save(load_scalar_model(tmp_path / "bloom"), tokenizer, tmp_path / "reward")
+    save(load_scalar_model(tmp_path / "bloom", new_head=True), tokenizer, tmp_path / "reward")
     given = tmp_path / "bloom", tmp_path / "reward"
     with pytest.raises(InputError, match=r"bloom cannot share its trunk.*ppo\.shared_trunk"):
         actors_of(*given, shared_trunk=True)
