@@ -1,4 +1,4 @@
-"""`klash data check`: what of a user's rows can be used, and what a method would learn from them."""
+"""`klash data check`: which of a user's rows can be used, and what they teach."""
 
 import json
 import time

@@ -60,7 +60,8 @@ def statistics_text(found: dict[str, Any]) -> str:
     if told := found.get("accuracy"):
         lines += [
             "",
-            f"the longer answer is chosen in {told['longer_chosen']:.1%} of {told['pairs']:,} pairs",
+            f"the longer answer is chosen in {told['longer_chosen']:.1%} of {told['pairs']:,} "
+            "pairs",
             f"length alone is right in {told['length']:.1%}, the first words in "
             f"{told['first_words']:.1%}, the last word in {told['last_words']:.1%}",
         ]

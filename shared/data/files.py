@@ -123,7 +123,9 @@ def read_prompts(raw: Raw, data: DataConfig) -> list[Row]:
 
 def read_argilla(raw: Raw, data: DataConfig) -> list[Row]:
     """argilla/ultrafeedback-binarized-preferences."""
-    return [Row(*(text_at(raw, k) for k in ("instruction", "chosen_response", "rejected_response")))]
+    return [
+        Row(*(text_at(raw, k) for k in ("instruction", "chosen_response", "rejected_response")))
+    ]
 
 
 def read_shp(raw: Raw, data: DataConfig) -> list[Row]:
@@ -135,7 +137,9 @@ def read_shp(raw: Raw, data: DataConfig) -> list[Row]:
 
 def read_helpsteer(raw: Raw, data: DataConfig) -> list[Row]:
     """nvidia/HelpSteer3: a preference below 0 is for the first answer, above for the second."""
-    return [_signed(messages_at(raw, "context"), raw, "response1", "response2", "overall_preference")]
+    return [
+        _signed(messages_at(raw, "context"), raw, "response1", "response2", "overall_preference")
+    ]
 
 
 def read_helpsteer2(raw: Raw, data: DataConfig) -> list[Row]:
@@ -337,7 +341,12 @@ FORMATS: dict[str, Format] = {
     "chats": Format(read_chats, ("messages",)),
     "prompts": Format(read_prompts, ("prompt",), fits=_no_answers),
 }  # fmt: skip
-ALIASES = {"skywork": "implicit-pairs", "trl": "pairs", "llama-factory": "sharegpt", "kto": "labels"}
+ALIASES = {
+    "skywork": "implicit-pairs",
+    "trl": "pairs",
+    "llama-factory": "sharegpt",
+    "kto": "labels",
+}
 AROUND = ("system", "tools", "chat_template_kwargs")  # read in every format
 UNSUPPORTED = ("images", "image", "videos", "video", "audio", "audios")
 SCORES = (

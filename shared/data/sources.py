@@ -53,7 +53,9 @@ def iterate_raw(sources: Sequence[str], beside: Path, data: DataConfig) -> Itera
 def _file(path: Path, data: DataConfig) -> Iterator[Raw]:
     if (data.subset or data.split) is not None:
         key = "split" if data.split else "subset"
-        raise InputError(f"{path}: a file has no `{key}`; only a dataset of the hub or a folder has")
+        raise InputError(
+            f"{path}: a file has no `{key}`; only a dataset of the hub or a folder has"
+        )
     read = reader_of(path)
     if read is None:
         raise InputError(f"{path}: unknown kind of file (known: {', '.join(READERS)}, .gz, .zst)")
