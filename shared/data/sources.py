@@ -116,11 +116,11 @@ def read_json(path: Path) -> Iterator[Raw]:
     """An array, or an object a line, whichever the file begins with."""
     with open_binary(path) as file:
         first = _first_bytes(file)
+    with open_binary(path) as file:  # again: a packed stream does not go back
         if first[:2] in (b"\xff\xfe", b"\xfe\xff"):
             raise InputError(f"{path}: its text is UTF-16; save it as UTF-8")
         if not first:
             return
-        file.seek(0)
         if first[:1] == b"[":
             yield from _array(path, file)
         elif first.rstrip(SPACE) == b"{":
