@@ -11,7 +11,14 @@ from benchmarks.data import findings
 from benchmarks.data.check import read_all
 from shared.config import InputError
 from shared.data.chat import Encoder, answer_text
-from shared.data.examples import Example, Reading, example_of, iterate_encoded, iterate_rows
+from shared.data.examples import (
+    Example,
+    Reading,
+    example_of,
+    iterate_encoded,
+    iterate_rows,
+    no_rows_text,
+)
 from shared.data.rows import DataConfig, Message, Messages
 from shared.data.splits import SHARES, prompt_text, split_of
 
@@ -21,6 +28,8 @@ def statistics(sources: Sequence[str], data: DataConfig) -> dict[str, Any]:
     reading = Reading(data, finish=True)
     seen = read_all(sources, reading, model=None, keep_prompts=True)
     report, told = reading.report, seen.giveaways
+    if not report.kept:
+        raise InputError(no_rows_text(sources, report))
     found = report.as_json()
     lengths = {"prompt": [len(prompt) for prompt in seen.prompts]}
     names = ("desirable", "undesirable") if report.kind == "labels" else ("chosen", "rejected")

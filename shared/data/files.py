@@ -6,6 +6,7 @@ every other row must be in it. A new format is a function and a line in `FORMATS
 
 import itertools
 from collections.abc import Callable, Iterator
+from functools import cache
 from typing import Any, NamedTuple
 
 from shared.config import InputError, suggest
@@ -377,7 +378,7 @@ def format_named(name: str) -> str:
 def fits(name: str, raw: Raw) -> bool:
     """Whether a row has a format's keys, and values of its kind."""
     form = FORMATS[name]
-    return raw.keys() >= set(form.keys) and form.fits(raw)
+    return all(key in raw for key in form.keys) and form.fits(raw)
 
 
 def find_format(raw: Raw) -> str:
@@ -456,9 +457,14 @@ def _with_surroundings(row: Row, around: Raw) -> Row:
 
 def unread_keys(name: str, raw: Raw) -> Iterator[str]:
     """Keys of a row that no one reads, and that are not known to be about where it comes from."""
-    form = FORMATS[name]
-    known = {*form.keys, *form.also, *AROUND, *UNSUPPORTED} | METADATA
+    known = _known_keys(name)
     return (key for key in raw if key not in known and raw[key] is not None)
+
+
+@cache
+def _known_keys(name: str) -> set[str]:
+    form = FORMATS[name]
+    return {*form.keys, *form.also, *AROUND, *UNSUPPORTED} | METADATA
 
 
 def blank_sides(row: Row) -> bool:

@@ -671,7 +671,10 @@ def test_a_wrong_key_or_value_is_named(ward: Ward, key: str, value: Any, said: l
         ('{"prompt": "a", "chosen": "b"}', "line 2: `rejected` is missing"),
         ('{"prompt": "a", "chosen": 1, "rejected": "b"}', "line 2: `prompt`, `chosen`"),
         ('{"prompt": [{"role": "user"}], "chosen": [], "rejected": []}', "line 2: `chosen`"),
-        (json.dumps(CHATS[0]), "line 2: pairs of chats, where the rows before it are pairs of texts"),
+        (
+            json.dumps(CHATS[0]),
+            "line 2: pairs of chats, where the rows before it are pairs of texts",
+        ),
     ],
 )
 def test_a_wrong_line_is_named(ward: Ward, line: str, said: str):

@@ -361,7 +361,7 @@ DROPS: dict[str, tuple[Rows, dict[str, int]]] = {
         [{"prompt": "p", "answers": ["a", "b"], "ratings": r} for r in ([1, 2], [3, 3])],
         {"tie": 1}),
     "one rated answer": (
-        [{"prompt": "p", "answers": a, "ratings": list(range(len(a)))} for a in (["a", "b"], ["a"])],
+        [{"prompt": "p", "answers": a, "ratings": [*range(len(a))]} for a in (["a", "b"], ["a"])],
         {"single-answer": 1}),
     "a score that is not a number": (
         [GOOD, {**PAIR, "score_chosen": float("nan"), "score_rejected": 1}], {"not-finite": 1}),
@@ -425,7 +425,8 @@ UNREADABLE: dict[str, tuple[bytes, str]] = {  # the second line, and what is sai
     "a prompt that is nothing": (line({**PAIR, "prompt": None}), "three texts"),
     "a prompt that is an object": (line({**PAIR, "prompt": {"text": "a"}}), "three texts"),
     "a text beside messages": (line({**CHAT, "chosen": "So."}), "three texts"),
-    "a chat among texts": (line(CHAT), "pairs of chats, where the rows before it are pairs of texts"),
+    "a chat among texts": (
+        line(CHAT), "pairs of chats, where the rows before it are pairs of texts"),
     "another format": (line({"prompt": "a", "completion": "b", "label": True}),
                        "in the format labels, where the rows before it are pairs"),
     "no messages": (line({**CHAT, "chosen": []}), "`chosen` must be a list of messages"),

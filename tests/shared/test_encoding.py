@@ -31,8 +31,8 @@ SHIPPED = files("trl") / "chat_templates"
 ENDS = {  # the token that ends an answer, by TRL's name of the template
     "cohere": "<|END_OF_TURN_TOKEN|>",
     "cohere2": "<|END_OF_TURN_TOKEN|>",
-    "deepseek_r1_distill": "<｜end▁of▁sentence｜>",
-    "deepseekv3": "<｜end▁of▁sentence｜>",
+    "deepseek_r1_distill": "<\uff5cend▁of▁sentence\uff5c>",
+    "deepseekv3": "<\uff5cend▁of▁sentence\uff5c>",
     "gemma": "<end_of_turn>",
     "gemma3": "<end_of_turn>",
     "lfm2": "<|im_end|>",
@@ -45,7 +45,7 @@ ENDS = {  # the token that ends an answer, by TRL's name of the template
     "qwen3": "<|im_end|>",
     "qwen3_instruct_2507": "<|im_end|>",
 }
-SPECIAL = re.compile(r"<[|｜][\w▁]+[|｜]>|</?(?:start|end)_of_turn>")
+SPECIAL = re.compile(r"<[|\uff5c][\w▁]+[|\uff5c]>|</?(?:start|end)_of_turn>")
 USER = {"role": "user", "content": "Where is Oslo?"}
 TURNS = [USER, {"role": "assistant", "content": "In Norway."}, {"role": "user", "content": "And?"}]
 TOOL = {
@@ -195,7 +195,9 @@ def test_texts_are_encoded_as_trl_does_where_no_token_spans_the_boundary(tmp_pat
     tokenizer = adds(tokenizer_of("", set(), "</s>"), "<bos> $A")
     row = {"prompt": "Where is Oslo?", "chosen": " In Norway.", "rejected": " No idea.</s>"}
     expected, found = of_trl(tokenizer, row, tmp_path), ours(tokenizer, row)
-    assert found._asdict().items() >= {k: expected[k] for k in expected if k.endswith("ids")}.items()
+    assert (
+        found._asdict().items() >= {k: expected[k] for k in expected if k.endswith("ids")}.items()
+    )
     assert not found.notes
 
 
