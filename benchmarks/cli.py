@@ -63,7 +63,8 @@ def run_one(known: dict[str, Command], words: Sequence[str], prog: str) -> Any:
     if name not in known and not name.startswith("-"):
         raise InputError(f"no command `{prog} {name}`{suggest(name, list(known))}")
     parameters = inspect.signature(known[name]).parameters if name in known else {}
-    own, overrides = split_overrides(words or ["--help"], parameters, top_level_keys(name))
+    keys = top_level_keys(name) if "overrides" in parameters else ()
+    own, overrides = split_overrides(words or ["--help"], parameters, keys)
     if overrides and "overrides" not in parameters:
         raise InputError(f"{prog} {name} changes no keys (found {overrides[0]})")
     changed = {name: partial(known[name], overrides=overrides)} if overrides else {}

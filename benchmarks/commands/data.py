@@ -10,14 +10,15 @@ from benchmarks.data.check import Asked
 from benchmarks.entry import Argument
 from shared.data.rows import DataConfig
 
+ASKED, AS_FOUND = Asked(), DataConfig()
 Flat = tyro.conf.arg(name="")  # its fields are flags of the command itself
 
 
 def check(
     data: Argument[tuple[str, ...]],
     /,
-    asked: Annotated[Asked, Flat] = Asked(),
-    reading: Annotated[DataConfig, Flat] = DataConfig(),
+    asked: Annotated[Asked, Flat] = ASKED,
+    reading: Annotated[DataConfig, Flat] = AS_FOUND,
 ) -> bool:
     """What of a file can be used: rows read, kept, and dropped by reason; 1 if a finding fails.
 
@@ -35,7 +36,7 @@ def stats(
     data: Argument[tuple[str, ...]],
     /,
     out: Path | None = None,
-    reading: Annotated[DataConfig, Flat] = DataConfig(),
+    reading: Annotated[DataConfig, Flat] = AS_FOUND,
 ) -> None:
     """Lengths, how often the longer answer is chosen, balance of labels, and splits.
 
@@ -60,7 +61,7 @@ def show(
     /,
     rows: int = 3,
     model: Path | None = None,
-    reading: Annotated[DataConfig, Flat] = DataConfig(),
+    reading: Annotated[DataConfig, Flat] = AS_FOUND,
 ) -> None:
     """The first rows as they are read.
 

@@ -1,4 +1,4 @@
-"""`klash data check`: what of a user's rows can be used, and what a method would learn from them."""
+"""`klash data check`: which of a user's rows can be used, and what they teach."""
 
 import json
 import time
@@ -115,9 +115,10 @@ def read_all(
     sources: Sequence[str], reading: Reading, model: Path | None, keep_prompts: bool = False
 ) -> Seen:
     """Read every row once, through the model's tokenizer if there is one, and count."""
-    seen, started = Seen(), time.perf_counter()
-    rows = iterate_rows(sources, Path(), reading)
-    for one, encoded in _encoded(rows, reading, model, seen):
+    seen = Seen()
+    rows = _encoded(iterate_rows(sources, Path(), reading), reading, model, seen)
+    started = time.perf_counter()  # the tokenizer is there
+    for one, encoded in rows:
         seen.add(one, encoded, keep_prompts)
     seen.seconds = time.perf_counter() - started
     return seen

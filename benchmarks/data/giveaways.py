@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-FEATURES = ("first words", "last words")
+WINDOW = 100  # characters at either end in which these words are looked for
 LIMIT = 0.9  # accuracy at which one of these gives the labels away
 FEWEST = 32  # pairs below which that may be chance
 
@@ -42,7 +42,8 @@ class Answers:
     def add(self, answer: str) -> None:
         """Take what is counted of one more answer."""
         self.lengths.append(len(answer))
-        first, last = answer.lower().split(None, 3)[:3], answer.lower().rsplit(None, 1)[-1:]
+        first = answer[:WINDOW].lower().split(None, 3)[:3]
+        last = answer[-WINDOW:].lower().rsplit(None, 1)[-1:]
         for count in (1, 2, 3):
             self.words[f"first {count}"].append(hash(tuple(first[:count])))
         self.words["last 1"].append(hash(tuple(last)))

@@ -11,7 +11,14 @@ from benchmarks.data import findings
 from benchmarks.data.check import read_all
 from shared.config import InputError
 from shared.data.chat import Encoder, answer_text
-from shared.data.examples import Example, Reading, example_of, iterate_encoded, iterate_rows
+from shared.data.examples import (
+    Example,
+    Reading,
+    example_of,
+    iterate_encoded,
+    iterate_rows,
+    no_rows_text,
+)
 from shared.data.rows import DataConfig, Message, Messages
 from shared.data.splits import SHARES, prompt_text, split_of
 
@@ -21,6 +28,8 @@ def statistics(sources: Sequence[str], data: DataConfig) -> dict[str, Any]:
     reading = Reading(data, finish=True)
     seen = read_all(sources, reading, model=None, keep_prompts=True)
     report, told = reading.report, seen.giveaways
+    if not report.kept:
+        raise InputError(no_rows_text(sources, report))
     found = report.as_json()
     lengths = {"prompt": [len(prompt) for prompt in seen.prompts]}
     names = ("desirable", "undesirable") if report.kind == "labels" else ("chosen", "rejected")
@@ -60,7 +69,8 @@ def statistics_text(found: dict[str, Any]) -> str:
     if told := found.get("accuracy"):
         lines += [
             "",
-            f"the longer answer is chosen in {told['longer_chosen']:.1%} of {told['pairs']:,} pairs",
+            f"the longer answer is chosen in {told['longer_chosen']:.1%} of {told['pairs']:,} "
+            "pairs",
             f"length alone is right in {told['length']:.1%}, the first words in "
             f"{told['first_words']:.1%}, the last word in {told['last_words']:.1%}",
         ]

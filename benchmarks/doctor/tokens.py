@@ -126,9 +126,7 @@ def one_eos(pairs: Sequence[Pair], ends: frozenset[int], cap: int | None) -> Fin
     """A completion ends with EOS and holds no other; one of `cap` tokens was cut, without EOS."""
     sides = [side for p in pairs for side in (p.chosen_ids, p.rejected_ids)]
     counts = [sum(token in ends for token in side) for side in sides]
-    cut = sum(
-        not count and len(side) == cap for side, count in zip(sides, counts, strict=True)
-    )
+    cut = sum(not count and len(side) == cap for side, count in zip(sides, counts, strict=True))
     none = counts.count(0) - cut
     more = sum(count > 1 for count in counts)
     inside = sum(
@@ -205,7 +203,5 @@ def usable(pairs: Sequence[Pair]) -> tuple[list[Pair], Finding]:
     )
 
 
-def _ids(
-    tokenizer: PreTrainedTokenizerBase, texts: list[str], add_special_tokens: bool = True
-) -> list[list[int]]:
-    return tokenizer(texts, add_special_tokens=add_special_tokens).input_ids
+def _ids(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
+    return tokenizer(texts).input_ids if texts else []

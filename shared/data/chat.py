@@ -92,6 +92,7 @@ class Encoder:
         self.unknown = unk if isinstance(unk, int) and unk not in self.ends else None
         self.before = self._before()
         self.special = _pattern(tokenizer)
+        self.opens: bool | None = None  # whether the template has a generation prompt, once known
         self._ends_in: dict[str, int] = {}  # of what templates put behind an answer
 
     def _before(self) -> list[int]:
@@ -130,9 +131,7 @@ class Encoder:
             for row, text, prompt in zip(rows, texts, prompts, strict=True)
         ]
 
-    def _cut(
-        self, row: Row, text: Rendered, prompt: list[int], whole: list[list[int]]
-    ) -> Encoded:
+    def _cut(self, row: Row, text: Rendered, prompt: list[int], whole: list[list[int]]) -> Encoded:
         """Prompt and answers out of the tokens of both together."""
         notes: set[str] = set()
         ends_with_prompt = all(one.startswith(text.prompt) for one in text.whole)
@@ -159,13 +158,18 @@ class Encoder:
         for ids in sides:
             notes |= self._found_in(ids)
         notes |= self._special_in(row)
-        if chat and text.prompt == render(
-            self.tokenizer, row.prompt, tools=row.tools, template=row.template  # pyright: ignore
-        ):
+        if chat and not self._opens_answers(row, text.prompt):
             notes.add("no-generation-prompt")
         chosen, rejected = [*sides, None, None][:2]
         unknown = 0 if self.unknown is None else sum(ids.count(self.unknown) for ids in sides)
         return Encoded(text.prompt, prompt, chosen or [], rejected, tuple(sorted(notes)), unknown)
+
+    def _opens_answers(self, row: Row, prompt: str) -> bool:
+        """Whether the template ends a prompt with the answer's header; the first row tells."""
+        if self.opens is None and not isinstance(row.prompt, str):
+            words = {"tools": row.tools, "template": row.template}
+            self.opens = prompt != render(self.tokenizer, row.prompt, **words)  # pyright: ignore
+        return self.opens is not False
 
     def _lacks_bos(self, prompt: list[int]) -> bool:
         return bool(self.before) and prompt[: len(self.before)] != self.before
@@ -228,4 +232,8 @@ def _pattern(tokenizer: PreTrainedTokenizerBase) -> re.Pattern[str] | None:
     added = tokenizer.added_tokens_decoder.values()
     texts = {str(one.content) for one in added if one.special and one.content.strip()}
     texts |= {text for text in tokenizer.all_special_tokens if text.strip()}
-    return re.compile("|".join(map(re.escape, sorted(texts, key=len, reverse=True)))) if texts else None
+    return (
+        re.compile("|".join(map(re.escape, sorted(texts, key=len, reverse=True))))
+        if texts
+        else None
+    )

@@ -16,7 +16,7 @@ from shared.data.rows import Message, Messages, Place, Row
 
 REASONS = {
     "undecodable": "the row cannot be read",
-    "wrong-role": "the last turn is not the assistant's, or the prompt does not end with the user's",
+    "wrong-role": "the last turn is not the assistant's, or the prompt's not the user's",
     "several-turns": "an answer holds more than one turn",
     "prompt-mismatch": "the prompts of the two sides differ",
     "single-answer": "fewer than two rated answers",
@@ -118,8 +118,12 @@ def _spans(numbers: list[int]) -> Iterator[str]:
         if number is not None and number == last + 1:
             last = number
             continue
-        yield f"{first}" if first == last else f"{first} to {last}" if last > first + 1 else (
-            f"{first}, {last}"
+        yield (
+            f"{first}"
+            if first == last
+            else f"{first} to {last}"
+            if last > first + 1
+            else (f"{first}, {last}")
         )
         if number is not None:
             first = last = number

@@ -25,7 +25,7 @@ class Example(NamedTuple):
     """One row as the methods use it.
 
     Of a pair `label` is None; of an answer with a label `chosen` is the answer and `rejected` None;
-    of an answer alone both `rejected` and `label` are None, of a prompt alone `chosen` is empty too.
+    of an answer alone both `rejected` and `label` are None, of a prompt alone there is no answer.
     Answers hold their EOS, unless they were cut.
     """
 
@@ -178,9 +178,7 @@ class Reading:
             raise InputError(f"{where}: {said}{most}")
 
 
-def iterate_rows(
-    sources: Sequence[str], beside: Path, reading: Reading
-) -> Iterator[Numbered]:
+def iterate_rows(sources: Sequence[str], beside: Path, reading: Reading) -> Iterator[Numbered]:
     """Rows that pass, without a tokenizer; `reading.report` fills as they come.
 
     Raises InputError for what cannot be read.

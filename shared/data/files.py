@@ -6,6 +6,7 @@ every other row must be in it. A new format is a function and a line in `FORMATS
 
 import itertools
 from collections.abc import Callable, Iterator
+from functools import cache
 from typing import Any, NamedTuple
 
 from shared.config import InputError, suggest
@@ -123,7 +124,9 @@ def read_prompts(raw: Raw, data: DataConfig) -> list[Row]:
 
 def read_argilla(raw: Raw, data: DataConfig) -> list[Row]:
     """argilla/ultrafeedback-binarized-preferences."""
-    return [Row(*(text_at(raw, k) for k in ("instruction", "chosen_response", "rejected_response")))]
+    return [
+        Row(*(text_at(raw, k) for k in ("instruction", "chosen_response", "rejected_response")))
+    ]
 
 
 def read_shp(raw: Raw, data: DataConfig) -> list[Row]:
@@ -135,7 +138,9 @@ def read_shp(raw: Raw, data: DataConfig) -> list[Row]:
 
 def read_helpsteer(raw: Raw, data: DataConfig) -> list[Row]:
     """nvidia/HelpSteer3: a preference below 0 is for the first answer, above for the second."""
-    return [_signed(messages_at(raw, "context"), raw, "response1", "response2", "overall_preference")]
+    return [
+        _signed(messages_at(raw, "context"), raw, "response1", "response2", "overall_preference")
+    ]
 
 
 def read_helpsteer2(raw: Raw, data: DataConfig) -> list[Row]:
@@ -337,7 +342,12 @@ FORMATS: dict[str, Format] = {
     "chats": Format(read_chats, ("messages",)),
     "prompts": Format(read_prompts, ("prompt",), fits=_no_answers),
 }  # fmt: skip
-ALIASES = {"skywork": "implicit-pairs", "trl": "pairs", "llama-factory": "sharegpt", "kto": "labels"}
+ALIASES = {
+    "skywork": "implicit-pairs",
+    "trl": "pairs",
+    "llama-factory": "sharegpt",
+    "kto": "labels",
+}
 AROUND = ("system", "tools", "chat_template_kwargs")  # read in every format
 UNSUPPORTED = ("images", "image", "videos", "video", "audio", "audios")
 SCORES = (
@@ -368,7 +378,7 @@ def format_named(name: str) -> str:
 def fits(name: str, raw: Raw) -> bool:
     """Whether a row has a format's keys, and values of its kind."""
     form = FORMATS[name]
-    return raw.keys() >= set(form.keys) and form.fits(raw)
+    return all(key in raw for key in form.keys) and form.fits(raw)
 
 
 def find_format(raw: Raw) -> str:
@@ -447,9 +457,14 @@ def _with_surroundings(row: Row, around: Raw) -> Row:
 
 def unread_keys(name: str, raw: Raw) -> Iterator[str]:
     """Keys of a row that no one reads, and that are not known to be about where it comes from."""
-    form = FORMATS[name]
-    known = {*form.keys, *form.also, *AROUND, *UNSUPPORTED} | METADATA
+    known = _known_keys(name)
     return (key for key in raw if key not in known and raw[key] is not None)
+
+
+@cache
+def _known_keys(name: str) -> set[str]:
+    form = FORMATS[name]
+    return {*form.keys, *form.also, *AROUND, *UNSUPPORTED} | METADATA
 
 
 def blank_sides(row: Row) -> bool:

@@ -22,14 +22,14 @@ class DataConfig(Config):
     """How a file of preferences is read."""
 
     format: str = "auto"
-    """The files' format, a name that `klash data check --help` lists; `auto` finds it."""
+    """The files' format by its name in docs/settings.md; `auto` finds it."""
     subset: str | None = None
     """Configuration of a dataset of the hub, such as `preference` of `nvidia/HelpSteer3`."""
     split: str | None = None
     """Split of a dataset of the hub or of a folder laid out like one, such as `train`."""
     chat: Literal["as-is", "messages"] = "as-is"
-    """`messages` makes a text prompt the user's message and its answer the assistant's (a
-    transcript its turns), for the model's chat template; `as-is` reads texts as texts."""
+    """`messages` makes a text prompt the user's message and its answer the assistant's (and of a
+    transcript its turns) for the model's chat template; `as-is` reads texts as texts."""
     rated: Literal["best-worst", "all", "margin"] = "best-worst"
     """Which pairs n rated answers of one prompt make: the best with the worst, all that differ, or
     all whose ratings differ by `margin`."""

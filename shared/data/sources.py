@@ -53,7 +53,9 @@ def iterate_raw(sources: Sequence[str], beside: Path, data: DataConfig) -> Itera
 def _file(path: Path, data: DataConfig) -> Iterator[Raw]:
     if (data.subset or data.split) is not None:
         key = "split" if data.split else "subset"
-        raise InputError(f"{path}: a file has no `{key}`; only a dataset of the hub or a folder has")
+        raise InputError(
+            f"{path}: a file has no `{key}`; only a dataset of the hub or a folder has"
+        )
     read = reader_of(path)
     if read is None:
         raise InputError(f"{path}: unknown kind of file (known: {', '.join(READERS)}, .gz, .zst)")
@@ -114,11 +116,11 @@ def read_json(path: Path) -> Iterator[Raw]:
     """An array, or an object a line, whichever the file begins with."""
     with open_binary(path) as file:
         first = _first_bytes(file)
+    with open_binary(path) as file:  # again: a packed stream does not go back
         if first[:2] in (b"\xff\xfe", b"\xfe\xff"):
             raise InputError(f"{path}: its text is UTF-16; save it as UTF-8")
         if not first:
             return
-        file.seek(0)
         if first[:1] == b"[":
             yield from _array(path, file)
         elif first.rstrip(SPACE) == b"{":

@@ -1,7 +1,7 @@
 """Which split a prompt belongs to: by the hash of its normalised text, whatever else is there.
 
 A prompt written with other capitals, blanks or forms of the same letters is the same prompt. The
-same in other words is found by the 13-character shingles that two prompts share (`near_duplicates`).
+same in other words is found by the runs of 13 characters that two prompts share.
 """
 
 import hashlib

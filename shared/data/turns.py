@@ -103,7 +103,9 @@ def answer_of(prompt: Messages, answer: Messages, name: str) -> Message:
 
 def pair_of_chats(chosen: Messages, rejected: Messages, asking: str | None = None) -> Row:
     """Whole chats whose shared messages are the prompt; `asking` is its last message as text."""
-    first, second = (split_chat(chat, name) for chat, name in ((chosen, "chosen"), (rejected, "rejected")))
+    first, second = (
+        split_chat(chat, name) for chat, name in ((chosen, "chosen"), (rejected, "rejected"))
+    )
     if first[0] != second[0]:
         shared = list(takewhile(lambda two: two[0] == two[1], zip(chosen, rejected)))  # noqa: B905
         if shared and shared[-1][0]["role"] in ASKING:

@@ -81,6 +81,10 @@ EXAMINED_ALWAYS = {
     "stop token", "vocabulary", "weights", "padding", "step 0", "dropout", "adapter off",
     "engine parity",
 }  # fmt: skip
+OF_FILES = {
+    "rows", "length alone", "first words", "last words", "control tokens", "unknown tokens",
+}  # fmt: skip
+OF_CHATS = OF_FILES | {"generation prompt", "bos of chats"}
 OF_REWARD = {
     "reward model's eos and pad", "reward model's tokens", "reward model's vocabulary",
     "reward model's weights", "score at eos", "score moves", "reward accuracy", "normalisation",
@@ -206,7 +210,7 @@ def test_a_sound_experiment_passes(
         policy=policy_folder,
         tokenizer=AutoTokenizer.from_pretrained(policy_folder),
         pairs=read_pairs(preferences_folder / "train.jsonl"),
-        rows=[],
+        examples=[],
         sampling=Sampling(max_new_tokens=10),
         cap=10,
         reward_model=reward_folder,
@@ -221,7 +225,7 @@ def test_a_sound_chat_model_passes(ward: Ward, temperature: float):
     ward.keys |= {"temperature": temperature, "max_length": 128, "max_new_tokens": 40}
     findings = ward.findings()
     assert not failed(findings), findings
-    assert set(findings) == EXAMINED_ALWAYS | OF_REWARD | {"generation prompt"}
+    assert set(findings) == EXAMINED_ALWAYS | OF_REWARD | OF_CHATS
     assert f"temperature {temperature:g}" in findings["engine parity"].observed
 
 
@@ -239,7 +243,7 @@ def test_a_sound_model_passes_on_texts_and_without_a_reward_model(ward: Ward):
     del ward.keys["reward_model"]
     findings = ward.findings()
     assert not failed(findings), findings
-    assert set(findings) == EXAMINED_ALWAYS
+    assert set(findings) == EXAMINED_ALWAYS | OF_FILES
 
 
 def test_completions_that_repeat_the_prompt_are_read_from_the_answer_on(ward: Ward):
@@ -309,11 +313,35 @@ def adds_bos(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
     return tokenizer
 
 
-def test_two_bos_from_template_and_tokenizer(ward: Ward):
+def test_a_template_and_a_tokenizer_that_both_know_bos(ward: Ward):
+    """As Llama 3 and Gemma ship: chats are encoded with one."""
     tokenizer = adds_bos(chat_tokenizer())
     tokenizer.chat_template = "<s>" + TEMPLATE
     tokenizer.save_pretrained(ward.model)
-    ward.only("one bos", "add_bos_token = False")
+    findings = ward.findings()
+    assert not failed(findings), findings
+    assert "add_special_tokens = False" in findings["one bos"].observed
+
+
+def test_chats_without_the_bos_that_texts_get(ward: Ward):
+    adds_bos(chat_tokenizer()).save_pretrained(ward.model)
+    findings = ward.only("bos of chats", "bos_token")
+    assert "12 rows" in findings["bos of chats"].observed
+
+
+def test_a_tokenizer_that_ends_texts_with_eos(ward: Ward):
+    """Prompts are encoded without it, and answers end with one."""
+    tokenizer = chat_tokenizer()
+    processor = processors.TemplateProcessing(
+        single="<s> $A </s>", special_tokens=[("<s>", BOS), ("</s>", EOS)]
+    )
+    tokenizer.backend_tokenizer.post_processor = processor  # pyright: ignore
+    tokenizer.save_pretrained(ward.model)
+    ward.rows(TEXTS)
+    patient = admit(str(ward.write()), Path("none"), [], quick=False)
+    assert all(p.prompt_ids[0] == BOS and EOS not in p.prompt_ids for p in patient.pairs)
+    assert all(p.chosen_ids.count(EOS) == 1 and p.chosen_ids[-1] == EOS for p in patient.pairs)
+    assert not failed(ward.findings())
 
 
 def test_two_bos_from_data_and_tokenizer(ward: Ward):
@@ -335,13 +363,24 @@ def test_a_token_across_the_boundary(ward: Ward):
     """'!' and a space are one token of this tokenizer: it is never read where they are apart."""
     ward.rows([{**TEXTS[0], "prompt": "Say so!"}, *TEXTS[1:]])
     findings = ward.only("boundary", "end prompts without a space", "sampled")
-    assert "in 2 of 24 completions (first in row 1)" in findings["boundary"].observed
+    assert "1 rows" in findings["boundary"].observed
+    assert "line 1)" in findings["boundary"].observed
 
 
-def test_two_eos(ward: Ward):
+def test_the_eos_as_text_behind_an_answer_is_its_one_end(ward: Ward):
     ward.rows([{**TEXTS[0], "chosen": " Yes.</s>"}, *TEXTS[1:]])
-    findings = ward.only("one eos", "take the EOS text out of the data")
+    findings = ward.findings()
+    assert not failed(findings), findings
+    assert "0 without, 0 with several" in findings["one eos"].observed
+
+
+def test_an_eos_within_an_answer(ward: Ward):
+    ward.rows([{**TEXTS[0], "chosen": " Yes.</s> No."}, *TEXTS[1:]])
+    findings = ward.findings()
+    assert failed(findings) == {"one eos", "control tokens"}
+    assert "take the EOS text out of the data" in findings["one eos"].fix
     assert "1 with several" in findings["one eos"].observed
+    assert "line 1" in findings["control tokens"].observed
 
 
 def test_a_sampled_completion_that_ends_in_pad(
@@ -357,7 +396,7 @@ def test_a_sampled_completion_that_ends_in_pad(
                 policy=policy_folder,
                 tokenizer=AutoTokenizer.from_pretrained(policy_folder),
                 pairs=[odd, *rest],
-                rows=[],
+                examples=[],
                 sampling=Sampling(max_new_tokens=10),
                 cap=10,
                 reward_model=reward_folder,
@@ -617,7 +656,7 @@ def test_a_reward_model_as_it_ships_needs_no_normalisation_yet(ward: Ward):
     [
         ("reward_modle", "reward", ["`reward_modle`", "did you mean `reward_model`"]),
         ("model", "nosuch", ["nosuch", "config.json"]),
-        ("data", "nosuch.jsonl", ["nosuch.jsonl", "cannot read"]),
+        ("data", "nosuch.jsonl", ["nosuch.jsonl", "no such file"]),
         ("reward_model", "model", ["not a reward model"]),
         ("reward_model", "nosuch", ["nosuch", "config.json"]),
         ("reference", "nosuch", ["nosuch"]),
@@ -640,8 +679,11 @@ def test_a_wrong_key_or_value_is_named(ward: Ward, key: str, value: Any, said: l
         ("[1]", "line 2: not an object"),
         ('{"prompt": "a", "chosen": "b"}', "line 2: `rejected` is missing"),
         ('{"prompt": "a", "chosen": 1, "rejected": "b"}', "line 2: `prompt`, `chosen`"),
-        ('{"prompt": [{"role": "user"}], "chosen": [], "rejected": []}', "line 2: `prompt`"),
-        (json.dumps(CHATS[0]), "some rows are texts and some are chats"),
+        ('{"prompt": [{"role": "user"}], "chosen": [], "rejected": []}', "line 2: `chosen`"),
+        (
+            json.dumps(CHATS[0]),
+            "line 2: pairs of chats, where the rows before it are pairs of texts",
+        ),
     ],
 )
 def test_a_wrong_line_is_named(ward: Ward, line: str, said: str):
@@ -653,8 +695,9 @@ def test_a_wrong_line_is_named(ward: Ward, line: str, said: str):
 
 def test_a_template_that_refuses_a_chat(ward: Ward):
     ward.tokenizer(chat_template="{{ raise_exception('only one turn') }}" + TEMPLATE)
-    with pytest.raises(InputError, match="line 1: the chat template refuses it: only one turn"):
-        ward.findings()
+    findings = ward.only("rows")
+    assert "the chat template refuses it: only one turn" in findings["rows"].observed
+    assert "lines 1 to 12" in findings["rows"].observed
 
 
 def test_a_folder_that_transformers_cannot_load(ward: Ward):
@@ -682,13 +725,13 @@ def test_each_line_says_pass_or_the_fix(ward: Ward, capsys: pytest.CaptureFixtur
     (at,) = [n for n, line in enumerate(lines) if line.startswith("FAIL")]
     assert lines[at].startswith("FAIL  score at eos: ")
     assert lines[at + 1].startswith("      fix: its config.json has pad_token_id 1")
-    assert lines[-1] == "23 of 24 checks pass"
+    assert lines[-1] == "30 of 31 checks pass"
 
 
 @pytest.mark.parametrize(
     ("fault", "code", "said"),
     [
-        ({}, 0, "24 of 24 checks pass"),
+        ({}, 0, "31 of 31 checks pass"),
         ({"max_length": 16}, 1, "fix: drop these rows, or raise max_length"),
         ({"modle": "model"}, 2, "did you mean `model`?"),
     ],

@@ -215,7 +215,13 @@ def test_an_edited_judge_reruns_what_it_judges_and_no_training(planned):
     before = keys()
     (folder / "judges.py").write_text(JUDGE.replace("aeiou", "aeiouy"))
     changed = kinds(keys() - before)
-    assert changed == {"reward-test", "judge-scores", "reward-scores", "evaluation", "best-of-n"} | {
+    assert changed == {
+        "reward-test",
+        "judge-scores",
+        "reward-scores",
+        "evaluation",
+        "best-of-n",
+    } | {
         "summary",
         "report",
     }
@@ -232,15 +238,14 @@ def test_where_the_files_are_changes_no_training(planned, tmp_path: Path):
     assert kinds({f.name for f in plan.stages} - before) <= {"summary", "report"}
 
 
-def test_a_judge_by_share_trains_on_pairs_that_nothing_else_sees(planned, own: Path):
-    _, keys = planned
+def test_a_judge_by_share_trains_on_pairs_that_nothing_else_sees(own: Path):
     file = own.parent / "mine.toml"
     overrides = ["--judge.share", "0.3", "--name", "shared-judge"]
     run = run_experiment(load_experiment(str(file), overrides, False), own.parent / "share-runs")
     judge = results_of(run).judge
     assert judge is not None and judge.kind == "share"
     made = {
-        manifest["inputs"]["side"] if "side" in manifest["inputs"] else "train": folder
+        manifest["inputs"].get("side", "train"): folder
         for folder, manifest in folders(run.parent, "preferences").items()
     }
     prompts = {
