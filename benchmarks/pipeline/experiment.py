@@ -245,11 +245,13 @@ def load_experiment(file: str, overrides: Sequence[str], quick: bool) -> Experim
 
 
 def found_beside(experiment: Experiment, folder: Path) -> Experiment:
-    """The user's files and folders by their whole paths, where they stand beside the TOML file."""
+    """The user's files and folders by their whole paths: beside the TOML file, or else here."""
 
     def found(name: str) -> str:
-        path = folder / Path(name).expanduser()
-        return str(path.resolve()) if path.exists() else name
+        for path in (folder / Path(name).expanduser(), Path(name).expanduser()):
+            if name and path.exists():
+                return str(path.resolve())
+        return name
 
     def changed(config: C, *names: str) -> C:
         values = {name: getattr(config, name) for name in names}
