@@ -142,10 +142,11 @@ def require_adapter(adapter: Path, rows: int) -> None:
             if not re.search(r"(embed_tokens|wte|embed_in|lm_head)\.weight$", name):
                 continue
             if (count := file.get_slice(name).get_shape()[0]) != rows:
+                base = config.get("base_model_name_or_path")
                 raise InputError(
                     f"{adapter}: the adapter has {count} embeddings, the model {rows}: resize the "
-                    "model as it was before the adapter was trained, or use the adapter's own base "
-                    f"({config.get('base_model_name_or_path')})"
+                    "model as it was before the adapter was trained, or use the adapter's own base"
+                    + (f" ({base})" if base else "")
                 )
 
 
