@@ -42,7 +42,7 @@ READ = (".json", ".safetensors", ".jinja", ".model", ".txt", ".tiktoken", ".gguf
 BESIDE = ("manifest.json", "cost.json", "trainer_state.json", "training_args.bin")
 PADS = (  # special tokens that no text holds, the best first
     re.compile(r"pad", re.IGNORECASE),
-    re.compile(r"reserved|unused", re.IGNORECASE),
+    re.compile(r"reserved|unused|placeholder", re.IGNORECASE),
     re.compile(r"endoftext", re.IGNORECASE),
 )
 NEW_PAD = "<|pad|>"

@@ -70,12 +70,16 @@ def test_a_sound_model_is_taken_as_it_is(tmp_path: Path):
 
 
 @pytest.mark.parametrize("pad", ["<|endoftext|>", None, "<|im_end|>"])
-def test_pad_is_never_a_token_that_ends(tmp_path: Path, pad: str | None):
+@pytest.mark.parametrize(
+    "reserved",
+    ["<|finetune_right_pad_id|>", "<|reserved_special_token_0|>", "<unused0>", "<|placeholder1|>"],
+)
+def test_pad_is_never_a_token_that_ends(tmp_path: Path, reserved: str, pad: str | None):
     """As Llama's (none), GPT-2's (EOS) and Qwen's (the second end) ship; a reserved one is there.
 
     `<|im_end|>` is no EOS of the tokenizer, but generation_config lists it.
     """
-    special = ("<|finetune_right_pad_id|>", "<|endoftext|>", "<|im_start|>", "<|im_end|>")
+    special = (reserved, "<|endoftext|>", "<|im_start|>", "<|im_end|>")
     tokenizer = byte_tokenizer(
         special, eos_token="<|endoftext|>", pad_token=pad, chat_template=CHATML
     )
