@@ -22,7 +22,7 @@ from shared.generation.engine import Engine, Sampling
 from shared.generation.start import Drawing, make_engine
 from shared.models.cost import Meter
 from shared.models.load import Start, load_tokenizer, special_ids
-from shared.models.scorer import Scorer, read_chats
+from shared.models.scorer import Scorer
 from shared.seeds import seed_of
 from shared.stages import write_json, write_jsonl
 from shared.training.finished import Training, TrainingLog
@@ -50,7 +50,6 @@ class Filter:
     reward_model: Path
     config: FilterConfig
     drawing: Drawing
-    chats: Path | None = None  # the messages of prompts that are chats, where it reads texts
 
 
 def train_filtered(
@@ -75,8 +74,7 @@ def train_filtered(
     pairs = read_pairs(data.preferences / "train.jsonl")
     objective = Objective(data, special.pad, "dpo", hyperparameters, direct.limit)
     model = start.load()
-    chats = read_chats(filtering.chats)
-    scorer = Scorer(filtering.reward_model, reader=tokenizer, chats=chats, dtype=start.dtype)
+    scorer = Scorer(filtering.reward_model, reader=tokenizer, dtype=start.dtype)
     drawing, temperature = filtering.drawing, filtering.drawing.sampling.temperature
     engine = make_engine(drawing.generation, model, special, start.policy, temperature)
     meter.models_held = 2

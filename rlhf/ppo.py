@@ -148,17 +148,16 @@ def train_ppo(
     kl_coef: float,
     drawing: Drawing,
     checkpoints: Sequence[float],
-    chats: Path | None = None,
 ) -> None:
     """Stage: the policy after PPO in `final`, on the way in `checkpoint-<update>`, and its log.
 
-    Without a `reward_model` the reward is the task's gold; `chats` as in `make_actors`. If the
-    engine is lost, the next attempt goes on from the last update.
+    Without a `reward_model` the reward is the task's gold. If the engine is lost, the next attempt
+    goes on from the last update.
     """
     tokenizer, meter, seed = load_tokenizer(start.policy), Meter(), start.seed
     updates = max(1, ppo.episodes // ppo.rollout_size)
     judge = reward_model or GoldScorer(make_task(task), tokenizer)
-    actors = make_actors(start, judge, ppo.optimizers(updates), drawing, meter, chats)
+    actors = make_actors(start, judge, ppo.optimizers(updates), drawing, meter)
     log = TrainingLog(folder, updates, goes_on=paused(folder))
     controller = KLController(take_up(folder, actors, kl_coef), ppo.kl_target, ppo.kl_horizon)
     prompts = islice(prompt_stream(tokenizer, task, ppo, seed), len(log), None)

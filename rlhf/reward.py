@@ -16,7 +16,7 @@ from shared.models.cost import Meter
 from shared.models.folders import require_folder
 from shared.models.load import load_tokenizer, new_scalar_model, save, sequence_scores, special_ids
 from shared.models.pretrained import is_model_file, local_path
-from shared.models.scorer import NORMALISATION, require_scale, save_normalisation, scorer_of
+from shared.models.scorer import CHATS, NORMALISATION, require_scale, save_normalisation, scorer_of
 from shared.models.sequences import Limit
 from shared.seeds import seed_of
 from shared.stages import write_json
@@ -90,14 +90,17 @@ def take_reward(
     """Stage: a reward model from elsewhere, as it is, with the normalisation measured here.
 
     `reward_model` is a folder or hub name, also as TRL's RewardTrainer saved it; `references` holds
-    samples of `policy`, several a prompt, and `chats` the messages of their prompts.
+    samples of `policy`, several a prompt. `chats` holds `chats.jsonl`, the messages of all prompts
+    that it will score, if they are chats: every scorer of the folder finds them in it.
     """
     source = local_path(reward_model, revision)
     require_folder(source, "reward model")
     for file in sorted(source.iterdir()):
         if is_model_file(file) and file.name != NORMALISATION:
             shutil.copy(file, folder / file.name)
-    normalise(folder, references, policy=policy, chats=chats)
+    if chats is not None:
+        shutil.copy(chats / CHATS, folder / CHATS)
+    normalise(folder, references, policy=policy)
 
 
 def reward_loss(center: float) -> Loss[Batch]:
@@ -121,14 +124,13 @@ def normalise(
     *,
     scaled: bool = True,
     policy: Path | None = None,
-    chats: Path | None = None,
 ) -> None:
     """Measure `offset` (mean raw score) and `scale` (within-prompt deviation) on SFT samples.
 
     Not `scaled`: the scale is 1. `policy`: whose tokens they are, if not the reward model's own.
     InputError where the scores do not differ.
     """
-    samples, scorer = read_samples(references), scorer_of(folder, policy, chats)
+    samples, scorer = read_samples(references), scorer_of(folder, policy)
     count = len(samples[0].completions)
     prompts = [row.prompt_ids for row in samples for _ in range(count)]
     raw = scorer.score_all(prompts, [c for row in samples for c in row.completions])
@@ -143,15 +145,13 @@ def examine_reward(
     reward_model: Path,
     pairs: Path,
     policy: Path | None = None,
-    chats: Path | None = None,
 ) -> None:
     """Stage: `scores.json`, what the report says of the reward model is computed from.
 
     Raw (Bradley-Terry) scores of both sides, the true P(a wins) or the label, gold, and lengths.
-    `policy`: whose tokens the pairs are, if not the reward model's own, with the messages of its
-    `chats`.
+    `policy`: whose tokens the pairs are, if not the reward model's own.
     """
-    rows, scorer = read_pairs(pairs / "pairs.jsonl"), scorer_of(reward_model, policy, chats)
+    rows, scorer = read_pairs(pairs / "pairs.jsonl"), scorer_of(reward_model, policy)
     prompts = [p.prompt_ids for p in rows]
     a = scorer.score_all(prompts, [p.chosen_ids for p in rows]) * scorer.scale + scorer.offset
     b = scorer.score_all(prompts, [p.rejected_ids for p in rows]) * scorer.scale + scorer.offset

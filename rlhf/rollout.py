@@ -29,7 +29,7 @@ from shared.models.load import (
 from shared.models.logprobs import logprobs_and_values, policy_values, token_logprobs
 from shared.models.lora import add_value_head
 from shared.models.packing import packs
-from shared.models.scorer import Scorer, read_chats
+from shared.models.scorer import Scorer
 from shared.models.sequences import SCORING, Sequences, by_length, collate
 from shared.tasks.task import Task
 from shared.training.fit import OptimizerConfig, Trainee, arithmetic, prepare
@@ -134,19 +134,13 @@ class Optimizers:
 
 
 def make_actors(
-    start: Start,
-    judge: Path | GoldScorer,
-    optimizers: Optimizers,
-    drawing: Drawing,
-    meter: Meter,
-    chats: Path | None = None,
+    start: Start, judge: Path | GoldScorer, optimizers: Optimizers, drawing: Drawing, meter: Meter
 ) -> Actors:
     """Policy and reference from the SFT model, value model and scorer from the reward model.
 
     `judge`: a reward model's folder, or what takes its place; then the value model starts from the
     SFT model too, as it does where the reward model reads other tokens. With a shared trunk there
-    is none, with LoRA no copy as reference. `chats`: the messages of prompts that are chats, for a
-    reward model that reads texts.
+    is none, with LoRA no copy as reference.
     """
     tokenizer, model = load_tokenizer(start.policy), start.load()
     ids, shared_trunk = special_ids(tokenizer, start.policy), optimizers.shared_trunk
@@ -163,8 +157,7 @@ def make_actors(
     if isinstance(judge, GoldScorer):
         scorer, value = judge, None if shared_trunk else with_zero_head(start.policy)
     else:
-        said = read_chats(chats)
-        scorer = Scorer(judge, device, reader=tokenizer, chats=said, dtype=start.dtype)
+        scorer = Scorer(judge, device, reader=tokenizer, dtype=start.dtype)
         value = None if shared_trunk else first_values(start.policy, judge, scorer)
     models = trainee.model, value, ref, scorer.model
     meter.models_held = sum(model is not None for model in models)

@@ -7,6 +7,7 @@ through these.
 
 import json
 import os
+import struct
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -42,8 +43,8 @@ TOKENIZER = (
 )  # fmt: skip
 BUFFERS = (".attn.bias", ".masked_bias", ".inv_freq", "position_ids")  # computed, not trained
 UNREADABLE = (
-    OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError, ImportError,
-    SafetensorError, StrictDataclassError,
+    OSError, ValueError, RuntimeError, LookupError, TypeError, AttributeError, ImportError,
+    SafetensorError, StrictDataclassError, struct.error,
 )  # fmt: skip
 
 
@@ -67,8 +68,9 @@ def _require_place(folder: Path) -> None:
         return
     if (folder / "adapter_config.json").is_file():
         base = read_object(folder / "adapter_config.json").get("base_model_name_or_path")
+        named = f" ({base})" if base else ""
         raise InputError(
-            f"{folder}: this is an adapter: set `model` to its base ({base}) and `adapter` to this "
+            f"{folder}: this is an adapter: set `model` to its base{named} and `adapter` to this "
             "folder"
         )
     raise InputError(f"{folder}: no model here (config.json is missing)")

@@ -42,7 +42,7 @@ READ = (".json", ".safetensors", ".jinja", ".model", ".txt", ".tiktoken", ".gguf
 BESIDE = ("manifest.json", "cost.json", "trainer_state.json", "training_args.bin")
 PADS = (  # special tokens that no text holds, the best first
     re.compile(r"pad", re.IGNORECASE),
-    re.compile(r"reserved|unused", re.IGNORECASE),
+    re.compile(r"reserved|unused|placeholder", re.IGNORECASE),
     re.compile(r"endoftext", re.IGNORECASE),
 )
 NEW_PAD = "<|pad|>"
@@ -142,10 +142,11 @@ def require_adapter(adapter: Path, rows: int) -> None:
             if not re.search(r"(embed_tokens|wte|embed_in|lm_head)\.weight$", name):
                 continue
             if (count := file.get_slice(name).get_shape()[0]) != rows:
+                base = config.get("base_model_name_or_path")
                 raise InputError(
                     f"{adapter}: the adapter has {count} embeddings, the model {rows}: resize the "
-                    "model as it was before the adapter was trained, or use the adapter's own base "
-                    f"({config.get('base_model_name_or_path')})"
+                    "model as it was before the adapter was trained, or use the adapter's own base"
+                    + (f" ({base})" if base else "")
                 )
 
 

