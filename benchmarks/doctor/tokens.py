@@ -27,6 +27,8 @@ def eos_and_pad(tokenizer: PreTrainedTokenizerBase, owner: str = "") -> Finding:
             "resize the embeddings, set model.config.pad_token_id and save both: with pad == eos "
             "no score is read at EOS and no EOS is learnt",
         )
+    if tokenizer("a").input_ids[-1:] == [eos]:
+        observed += "; it ends every text with EOS, prompts are encoded without it"
     words = (str(tokenizer.eos_token), str(tokenizer.pad_token))
     split = [w for w in words if len(tokenizer(w, add_special_tokens=False).input_ids) != 1]
     return make_finding(

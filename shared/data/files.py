@@ -124,9 +124,8 @@ def read_prompts(raw: Raw, data: DataConfig) -> list[Row]:
 
 def read_argilla(raw: Raw, data: DataConfig) -> list[Row]:
     """argilla/ultrafeedback-binarized-preferences."""
-    return [
-        Row(*(text_at(raw, k) for k in ("instruction", "chosen_response", "rejected_response")))
-    ]
+    prompt, chosen = text_at(raw, "instruction"), text_at(raw, "chosen_response")
+    return [Row(prompt, chosen, text_at(raw, "rejected_response"))]
 
 
 def read_shp(raw: Raw, data: DataConfig) -> list[Row]:

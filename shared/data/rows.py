@@ -22,7 +22,9 @@ class DataConfig(Config):
     """How a file of preferences is read."""
 
     format: str = "auto"
-    """The files' format by its name in docs/settings.md; `auto` finds it."""
+    """The files' format; `auto` finds it among ultrafeedback, pairs, sharegpt, alpaca, hh-rlhf,
+    implicit-pairs, argilla, shp, helpsteer3, helpsteer2, summarize-from-feedback, rated, labels,
+    chat-labels, answers, chats and prompts."""
     subset: str | None = None
     """Configuration of a dataset of the hub, such as `preference` of `nvidia/HelpSteer3`."""
     split: str | None = None

@@ -4,6 +4,7 @@ import csv
 import gzip
 import json
 import os
+import re
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -159,6 +160,11 @@ def test_a_row_of_each_format(name: str, tmp_path: Path):
 
 def test_every_format_has_a_row_here():
     assert {find_format(raw) for raw, _ in ABOUT.values()} == set(FORMATS)
+
+
+def test_the_setting_names_every_format():
+    sentence = DataConfig.model_fields["format"].description or ""
+    assert all(re.search(rf"\b{name}\b", sentence) for name in FORMATS)
 
 
 def test_what_nobody_reads_is_told(tmp_path: Path):
