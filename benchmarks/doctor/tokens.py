@@ -86,8 +86,10 @@ def one_bos(
     texts = [e.prompt for e in examples if e.prompt_messages is None] or (
         [p.prompt for p in pairs] if not chats else []
     )
-    again = sum(ids[:2] == [bos, bos] for ids in _ids(tokenizer, texts))
-    rendered = sum(ids[:2] == [bos, bos] for ids in _ids(tokenizer, chats))
+    again, rendered = (
+        sum(ids[:2] == [bos, bos] for ids in _ids(tokenizer, found)) if found else 0
+        for found in (texts, chats)
+    )
     note = (
         "; sent through the tokenizer as text, a rendered chat would get a second: pass "
         "add_special_tokens = False there"
@@ -217,5 +219,7 @@ def same_tokens(policy: PreTrainedTokenizerBase, reward: PreTrainedTokenizerBase
     )
 
 
-def _ids(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
-    return tokenizer(texts).input_ids if texts else []
+def _ids(
+    tokenizer: PreTrainedTokenizerBase, texts: list[str], add_special_tokens: bool = True
+) -> list[list[int]]:
+    return tokenizer(texts, add_special_tokens=add_special_tokens).input_ids

@@ -16,8 +16,8 @@ from transformers import PreTrainedTokenizerFast
 from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
 
 from shared.config import Config, InputError
-from shared.data.splits import Split, split_of
 from shared.seeds import seed_of
+from shared.tasks.task import Split, split_of
 
 Grammar = dict[str, list[tuple[float, tuple[str, ...]]]]
 
