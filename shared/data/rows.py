@@ -154,6 +154,15 @@ def is_blank(answer: str | Message) -> bool:
     return not str(answer.get("content") or "").strip() and not answer.get("tool_calls")
 
 
+def blank_sides(row: Row) -> bool:
+    """Whether the prompt or an answer says nothing."""
+    prompt = row.prompt
+    nothing = not prompt.strip() if isinstance(prompt, str) else all(map(is_blank, prompt))
+    return nothing or any(
+        answer is not None and is_blank(answer) for answer in (row.chosen, row.rejected)
+    )
+
+
 def messages_at(raw: dict[str, Any], key: str) -> Messages:
     """A key's messages; InputError's kin if one is not {role, content}."""
     value = raw[key]

@@ -21,7 +21,8 @@ from hypothesis import strategies as st
 from shared.config import InputError
 from shared.data.cleaning import Dropped
 from shared.data.examples import Numbered, Reading, iterate_rows
-from shared.data.files import ALIASES, FORMATS, find_format
+from shared.data.files import ALIASES, FORMATS
+from shared.data.formats import find_format
 from shared.data.rows import DataConfig, Row
 
 Rows = list[dict[str, Any]]
