@@ -124,7 +124,7 @@ def of_tokens(report: Report) -> Iterator[Finding]:
             for note in found
         )
         fix = FIXES[found[0]] if found else ""
-        yield Finding(check, said or f"nothing to say of {report.kept} rows", fix)
+        yield Finding(check, said or f"0 of {report.kept} rows", fix)
     prompts = report.notes["control-tokens-in-prompts"]
     if 0 < prompts < 0.5 * report.kept:  # more than that, and they were rendered on purpose
         where = places_text(report.places["control-tokens-in-prompts"])

@@ -115,8 +115,8 @@ def rows_text(
         for one in islice(rows, count):
             prompt = one.row.prompt
             said = prompt if isinstance(prompt, str) else chat_text(prompt)
-            answers = (None if a is None else answer_text(a) for a in one.row[1:3])
-            yield _row_text(str(one.where), prompt_text(prompt), said, *answers, one.row.label)
+            first, second = (None if a is None else answer_text(a) for a in one.row[1:3])
+            yield _row_text(str(one.where), prompt_text(prompt), said, first, second, one.row.label)
         return
     from benchmarks.doctor.patient import any_tokenizer, end_ids
 
@@ -124,12 +124,12 @@ def rows_text(
     encoder = Encoder(tokenizer, end_ids(tokenizer, model))
     for one, encoded in islice(iterate_encoded(rows, reading, encoder), count):
         example: Example = example_of(one, encoded)
-        sides = (
+        first, second = (
             None if ids is None else f"{tokenizer.decode(ids)}  [{len(ids)} tokens]"
             for ids in (example.chosen_ids, example.rejected_ids)
         )
         said = f"{tokenizer.decode(example.prompt_ids)}  [{len(example.prompt_ids)} tokens]"
-        yield _row_text(example.where, example.key, said, *sides, example.label)
+        yield _row_text(example.where, example.key, said, first, second, example.label)
 
 
 def chat_text(messages: Messages) -> str:

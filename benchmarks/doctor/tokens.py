@@ -27,6 +27,8 @@ def eos_and_pad(tokenizer: PreTrainedTokenizerBase, owner: str = "") -> Finding:
             "resize the embeddings, set model.config.pad_token_id and save both: with pad == eos "
             "no score is read at EOS and no EOS is learnt",
         )
+    if tokenizer("a").input_ids[-1:] == [eos]:
+        observed += "; it ends every text with EOS, prompts are encoded without it"
     words = (str(tokenizer.eos_token), str(tokenizer.pad_token))
     split = [w for w in words if len(tokenizer(w, add_special_tokens=False).input_ids) != 1]
     return make_finding(
@@ -84,8 +86,10 @@ def one_bos(
     texts = [e.prompt for e in examples if e.prompt_messages is None] or (
         [p.prompt for p in pairs] if not chats else []
     )
-    again = sum(ids[:2] == [bos, bos] for ids in _ids(tokenizer, texts))
-    rendered = sum(ids[:2] == [bos, bos] for ids in _ids(tokenizer, chats))
+    again, rendered = (
+        sum(ids[:2] == [bos, bos] for ids in _ids(tokenizer, found)) if found else 0
+        for found in (texts, chats)
+    )
     note = (
         "; sent through the tokenizer as text, a rendered chat would get a second: pass "
         "add_special_tokens = False there"
@@ -203,5 +207,7 @@ def usable(pairs: Sequence[Pair]) -> tuple[list[Pair], Finding]:
     )
 
 
-def _ids(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
-    return tokenizer(texts).input_ids if texts else []
+def _ids(
+    tokenizer: PreTrainedTokenizerBase, texts: list[str], add_special_tokens: bool = True
+) -> list[list[int]]:
+    return tokenizer(texts, add_special_tokens=add_special_tokens).input_ids

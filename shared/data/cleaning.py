@@ -11,8 +11,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from shared.data.files import blank_sides
-from shared.data.rows import Message, Messages, Place, Row
+from shared.data.rows import Message, Messages, Place, Row, blank_sides
 
 REASONS = {
     "undecodable": "the row cannot be read",

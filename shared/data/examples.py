@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from shared.config import InputError
 from shared.data.chat import Encoded, Encoder, Rendered, answer_text
 from shared.data.cleaning import REASONS, Cleaner, Dropped, Report, places_text
-from shared.data.files import find_format, fits, format_named, read_row, unread_keys
+from shared.data.formats import find_format, fits, format_named, read_row, unread_keys
 from shared.data.rows import DataConfig, Messages, Place, Row, Unreadable, Unusable
 from shared.data.sources import Raw, iterate_raw
 from shared.data.splits import prompt_text

@@ -22,7 +22,9 @@ class DataConfig(Config):
     """How a file of preferences is read."""
 
     format: str = "auto"
-    """The files' format by its name in docs/settings.md; `auto` finds it."""
+    """The files' format; `auto` finds it among ultrafeedback, pairs, sharegpt, alpaca, hh-rlhf,
+    implicit-pairs, argilla, shp, helpsteer3, helpsteer2, summarize-from-feedback, rated, labels,
+    chat-labels, answers, chats and prompts."""
     subset: str | None = None
     """Configuration of a dataset of the hub, such as `preference` of `nvidia/HelpSteer3`."""
     split: str | None = None
@@ -150,6 +152,15 @@ def is_blank(answer: str | Message) -> bool:
     if isinstance(answer, str):
         return not answer.strip()
     return not str(answer.get("content") or "").strip() and not answer.get("tool_calls")
+
+
+def blank_sides(row: Row) -> bool:
+    """Whether the prompt or an answer says nothing."""
+    prompt = row.prompt
+    nothing = not prompt.strip() if isinstance(prompt, str) else all(map(is_blank, prompt))
+    return nothing or any(
+        answer is not None and is_blank(answer) for answer in (row.chosen, row.rejected)
+    )
 
 
 def messages_at(raw: dict[str, Any], key: str) -> Messages:

@@ -40,8 +40,8 @@ def pair_of_transcripts(chosen: str, rejected: str, chat: str = "as-is") -> Row:
         raise Unusable("prompt-mismatch", "the two dialogues differ before their last answer")
     if chat == "as-is":
         return Row(sides[0][0] + TURN, sides[0][2], sides[1][2])
-    answers = ({"role": "assistant", "content": answer.strip()} for _, _, answer in sides)
-    return Row(turns_of(sides[0][0]), *answers)
+    first, second = ({"role": "assistant", "content": side[2].strip()} for side in sides)
+    return Row(turns_of(sides[0][0]), first, second)
 
 
 def turns_of(text: str) -> Messages:

@@ -36,7 +36,11 @@ def chats(count: int = 12) -> Rows:
         {
             "prompt": [say("user", f"Is {n} even?")],
             "chosen": [say("assistant", f"{n} is{'' if n % 3 else ' surely'} so {n * n % 7}.")],
-            "rejected": [say("assistant", f"{n} is{' surely' if n % 2 else ''} so {n * 5 % 11}?")],
+            "rejected": [
+                say(
+                    "assistant", f"{n} is{' surely' if n % 2 else ''} so {(n * n + 1 + n % 3) % 7}."
+                )
+            ],
         }
         for n in range(count)
     ]
@@ -122,6 +126,7 @@ def test_any_listed_end_ends_an_answer(check: Check, model: Model):
     """The tokenizer's EOS is another token than the one that the template ends turns with."""
     model.tokenizer.eos_token = "</s>"
     model.save()
+    LlamaConfig(vocab_size=300, eos_token_id=1).save_pretrained(model.folder)
     passed, said, _ = check(chats())
     assert not passed and "an answer holds no token that ends it: 12 rows" in said
     GenerationConfig(eos_token_id=[1, 4]).save_pretrained(model.folder)

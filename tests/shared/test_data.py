@@ -4,6 +4,7 @@ import csv
 import gzip
 import json
 import os
+import re
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -20,7 +21,8 @@ from hypothesis import strategies as st
 from shared.config import InputError
 from shared.data.cleaning import Dropped
 from shared.data.examples import Numbered, Reading, iterate_rows
-from shared.data.files import ALIASES, FORMATS, find_format
+from shared.data.files import ALIASES, FORMATS
+from shared.data.formats import find_format
 from shared.data.rows import DataConfig, Row
 
 Rows = list[dict[str, Any]]
@@ -159,6 +161,11 @@ def test_a_row_of_each_format(name: str, tmp_path: Path):
 
 def test_every_format_has_a_row_here():
     assert {find_format(raw) for raw, _ in ABOUT.values()} == set(FORMATS)
+
+
+def test_the_setting_names_every_format():
+    sentence = DataConfig.model_fields["format"].description or ""
+    assert all(re.search(rf"\b{name}\b", sentence) for name in FORMATS)
 
 
 def test_what_nobody_reads_is_told(tmp_path: Path):

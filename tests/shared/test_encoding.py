@@ -24,7 +24,7 @@ from trl.data_utils import extract_prompt
 from shared.config import InputError
 from shared.data.chat import Encoded, Encoder
 from shared.data.examples import fit
-from shared.data.files import read_row
+from shared.data.formats import read_row
 from shared.data.rows import DataConfig, Unusable
 
 SHIPPED = files("trl") / "chat_templates"
