@@ -31,7 +31,7 @@ from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
 from shared.config import Config, InputError
 from shared.seeds import seed_of
 from shared.tasks.regression import TextRegression, choose_strength, words_of
-from shared.tasks.snippets_data import Sentence, read_sentences
+from shared.tasks.snippets_data import Sentence, read_sentences, require_published
 from shared.tasks.task import Split, part_of
 
 Array = NDArray[np.float64]
@@ -179,14 +179,18 @@ class Film:
 
 @functools.lru_cache(maxsize=4)  # a process makes the task many times, and fitting takes seconds
 def read_film(folder: Path) -> Film:
-    """The sentences in `folder`, without near-copies, by split; gold fitted to those of `sft`."""
-    sentences = without_copies(read_sentences(folder))
+    """The published sentences in `folder` by split; any others are refused, since a stage's address
+    holds the folder's name and not what is in it."""
+    require_published(folder)
+    return fit_film(read_sentences(folder))
+
+
+def fit_film(sentences: Sequence[Sentence]) -> Film:
+    """The sentences, without near-copies, by split; gold fitted to those of `sft`."""
     splits: dict[Split, list[Sentence]] = {split: [] for split in _SHARES}
-    for sentence in sentences:
+    for sentence in without_copies(sentences):
         splits[part_of(key_of(sentence.text), _SHARES)].append(sentence)
     fitted, ratings = [s.text for s in splits["sft"]], _means(splits["sft"])
-    if len(fitted) < 20:
-        raise InputError(f"{folder}: {len(sentences)} sentences are too few to fit gold on")
     gold = TextRegression.fit(fitted, ratings, choose_strength(fitted, ratings, STRENGTHS))
     within = np.mean([np.var(s.ratings, ddof=1) for s in splits["sft"]])
     vocabulary = frozenset(word for s in sentences for word in words_of(s.text))

@@ -64,6 +64,15 @@ def is_there(folder: Path) -> bool:
     return all((folder / f).is_file() and _sha256(folder / f) == sha for f, sha in SHA256.items())
 
 
+def require_published(folder: Path) -> None:
+    """InputError unless `folder` holds the sentences and ratings as they were published."""
+    for name in (TEXTS, RATINGS):
+        if not (folder / name).is_file():
+            raise InputError(f"{folder / name}: the film sentences are not here; {HOW}")
+        if _sha256(folder / name) != SHA256[name]:
+            raise InputError(f"{folder / name}: not as {PACKAGE} has it; {HOW}")
+
+
 def unpack(package: Path, folder: Path) -> None:
     """Write the film sentences of a source package, with readme and licence, to `folder`."""
     try:

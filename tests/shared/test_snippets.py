@@ -17,7 +17,7 @@ from shared.data.preferences import label
 from shared.tasks import snippets_data
 from shared.tasks.registry import TaskConfig, make_task
 from shared.tasks.regression import Terms, TextRegression, choose_strength, words_of
-from shared.tasks.snippets import Snippets, SnippetsConfig, key_of, read_film
+from shared.tasks.snippets import Snippets, SnippetsConfig, fit_film, key_of
 from shared.tasks.snippets_data import RATINGS, SHA256, TEXTS, fetch, mended, read_sentences, unpack
 from shared.tasks.task import Split
 
@@ -56,9 +56,18 @@ def folder(tmp_path_factory) -> Path:
     return written(tmp_path_factory.mktemp("snippets"), made_up(1500))
 
 
+def published(folder: Path) -> dict[str, str]:
+    """What the files in `folder` would have to be, if they were the published ones."""
+    return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in folder.iterdir()}
+
+
 @pytest.fixture(scope="module")
 def task(folder) -> Snippets:
-    return Snippets(SnippetsConfig(data=folder))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(snippets_data, "SHA256", published(folder))
+        made = make_task(TaskConfig(name="snippets", snippets=SnippetsConfig(data=folder)))
+    assert isinstance(made, Snippets)
+    return made
 
 
 def test_what_is_read_is_what_was_written(tmp_path):
@@ -101,9 +110,9 @@ def test_a_missing_folder_says_how_to_get_it(tmp_path):
         make_task(config)
 
 
-def test_too_few_sentences_are_refused(tmp_path):
-    with pytest.raises(InputError, match="too few"):
-        read_film(written(tmp_path, made_up(20)))
+def test_sentences_that_were_changed_are_refused(folder):
+    with pytest.raises(InputError, match=r"not as vaderSentiment==0\.5 has it; `make snippets`"):
+        Snippets(SnippetsConfig(data=folder))
 
 
 def package(path: Path, names: list[str]) -> Path:
@@ -142,8 +151,7 @@ def test_fetching_twice_downloads_once(tmp_path, monkeypatch):
     unpack(package(tmp_path / "p.zip", [TEXTS, RATINGS, "_README_.txt"]), tmp_path / "out")
     with pytest.raises(InputError, match=r"^pip could not download vaderSentiment==0.5: [^\n]+$"):
         fetch(tmp_path / "out")  # there, but not what the package holds
-    of = {f: hashlib.sha256((tmp_path / "out" / f).read_bytes()).hexdigest() for f in SHA256}
-    monkeypatch.setattr(snippets_data, "SHA256", of)
+    monkeypatch.setattr(snippets_data, "SHA256", published(tmp_path / "out"))
     assert fetch(tmp_path / "out") is False
 
 
@@ -158,7 +166,7 @@ def test_no_opening_and_no_sentence_is_in_two_splits(task):
 def test_a_sentence_keeps_its_split_when_others_come(task, tmp_path):
     ours = made_up(1500)
     others = [(f"Then {text.lower()}", ratings) for text, ratings in made_up(400)]
-    more = read_film(written(tmp_path, [*others, *ours]))
+    more = fit_film(read_sentences(written(tmp_path, [*others, *ours])))
     of = {s.text: split for split, found in more.splits.items() for s in found}
     for split, sentences in task.film.splits.items():
         assert {of.get(s.text, split) for s in sentences} <= {split}
@@ -167,7 +175,7 @@ def test_a_sentence_keeps_its_split_when_others_come(task, tmp_path):
 def test_a_sentence_that_repeats_most_of_another_is_left_out(tmp_path):
     rows = made_up(1000)
     copy = f"Surely it is true that {rows[0][0].lower()}"
-    film = read_film(written(tmp_path, [*rows, (copy, [0, 1])]))
+    film = fit_film(read_sentences(written(tmp_path, [*rows, (copy, [0, 1])])))
     texts = [s.text for found in film.splits.values() for s in found]
     assert rows[0][0] in texts and copy not in texts
 
