@@ -32,10 +32,11 @@ def made_up(count: int) -> list[tuple[str, list[int]]]:
     starts, ends = ("bo", "ka", "li", "mu", "ne", "ro", "so", "ta"), ("ran", "tis", "vel", "zon")
     names = [start + end for start in starts for end in ends]
     rows = []
-    for _ in range(count):
+    for number in range(count):
         word = list(MOODS)[rng.integers(len(MOODS))]
         a, b, c, d, e = rng.choice(names, 5)
-        text = f"{a.title()} and {b} {c} made {d} look {word} in the {e} scenes."
+        before = "" if number % 4 else f"{e.title()} is {d} {c}. "
+        text = f"{before}{a.title()} and {b} {c} made {d} look {word} in the {e} scenes."
         rows.append((text, [MOODS[word] + int(r) for r in rng.integers(-1, 2, size=15)]))
     return rows
 
@@ -188,6 +189,11 @@ def test_openings_are_four_to_eight_words_that_leave_four(task):
         assert began and all(len(t.split()) >= len(prompt.split()) + 4 for t in began)
 
 
+def test_an_opening_does_not_end_a_sentence(task):
+    assert any(s.text.split()[3].endswith(".") for s in task.film.splits["ppo"])
+    assert not any(p.endswith(".") for p in _all_prompts(task, "ppo"))
+
+
 def test_every_sentence_gives_one_opening_before_any_gives_two(task):
     sentences = [s.text for s in task.film.splits["preference"]]
     count = len({key_of(text) for text in sentences})
@@ -284,7 +290,8 @@ def test_drawn_labels_follow_the_probability(task):
         (" look dull in muran scenes", False),  # goes on
         ("", False),
         (" .", False),
-        (" dull.", False),
+        (" dull.", True),
+        (" zzz.", False),
         (" look dull dull dull in muran scenes.", False),
         (" look dull look dull look dull.", False),
         (" zzz qqq www eee look dull.", False),
@@ -305,7 +312,7 @@ def test_real_sentences_give_a_gold_far_above_vader():
     task = Snippets(SnippetsConfig(data=REAL))
     quality = task.gold_quality()
     assert quality.sentences > 800
-    assert quality.correlation > max(0.6, quality.second_opinion + 0.15)
+    assert quality.correlation > max(0.65, quality.second_opinion + 0.2)
     assert len(read_sentences(REAL)) == 10_605
     # published means are those of the ratings
     rows = [line.split("\t") for line in (REAL / RATINGS).read_text().splitlines()]
