@@ -44,11 +44,12 @@ def split_of(prompt: str, judge_share: float = 0.0) -> Split:
 def part_of(text: str, shares: Mapping[Split, float]) -> Split:
     """The split of a text that is normalised, by its hash: each has its share of all texts."""
     point = _point(text)
-    for split, share in shares.items():
-        if point < share:
+    splits = list(shares)
+    for split in splits[:-1]:
+        if point < shares[split]:
             return split
-        point -= share
-    return [*shares][-1]
+        point -= shares[split]
+    return splits[-1]
 
 
 def _point(text: str) -> float:

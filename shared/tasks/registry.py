@@ -16,7 +16,7 @@ class TaskConfig(Config):
 
     name: Literal["reviews", "exact", "snippets", "own"] = "reviews"
     """The task: short reviews, scored by VADER; one so small that all completions are listed;
-    openings of real film reviews, scored by a regression on people's ratings; or one's own pairs."""
+    openings of real film reviews, scored by what people's ratings teach; or one's own pairs."""
     reviews: ReviewsConfig = ReviewsConfig()
     """Settings of the task `reviews`."""
     exact: ExactConfig = ExactConfig()

@@ -25,14 +25,15 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 from scipy.stats import norm
-from transformers import PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerBase
 from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
 
 from shared.config import Config, InputError
+from shared.data.splits import Split, part_of
 from shared.seeds import seed_of
 from shared.tasks.regression import TextRegression, choose_strength, words_of
 from shared.tasks.snippets_data import Sentence, read_sentences, require_published
-from shared.tasks.task import Split, part_of
+from shared.tasks.task import Demonstration, encode_corpus, encode_texts
 
 Array = NDArray[np.float64]
 
@@ -74,12 +75,14 @@ class Snippets:
     """The task `snippets`; see `shared.tasks.task.Task`."""
 
     name = "snippets"
+    has_gold = True
+    most_gold = 4.0
 
     def __init__(self, config: SnippetsConfig):
         self.config = config
         self.film = read_film(config.data)
 
-    def tokenizer(self) -> PreTrainedTokenizerFast:
+    def tokenizer(self) -> PreTrainedTokenizerBase:
         """None of its own: prompts are plain text, and the policy brings its tokenizer."""
         raise InputError(
             "task `snippets` needs a pretrained model, whose tokenizer it takes: set "
@@ -108,13 +111,21 @@ class Snippets:
             )
         return rows[:count]
 
+    def encode(self, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str]) -> list[list[int]]:
+        return encode_texts(tokenizer, prompts)
+
+    def demonstrations(
+        self, tokenizer: PreTrainedTokenizerBase, count: int, seed: int
+    ) -> list[Demonstration]:
+        return encode_corpus(tokenizer, self.corpus(count, seed))
+
     def gold(self, prompts: Sequence[str], completions: Sequence[str]) -> Array:
         """The rating, -4 to 4, that the regression expects of prompt and completion."""
         return self.rate([p + c for p, c in zip(prompts, completions, strict=True)])
 
     def rate(self, texts: Sequence[str]) -> Array:
         """Gold of whole texts, (N,)."""
-        return self.film.gold(texts).clip(-4.0, 4.0)
+        return self.film.gold(texts).clip(-self.most_gold, self.most_gold)
 
     def second_opinion(self, prompts: Sequence[str], completions: Sequence[str]) -> Array:
         """VADER's compound score of prompt and completion, -1 to 1, (N,)."""

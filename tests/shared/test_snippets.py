@@ -14,12 +14,12 @@ from checks import close
 from shared.config import InputError
 from shared.data.pairs import Pair
 from shared.data.preferences import label
+from shared.data.splits import Split
 from shared.tasks import snippets_data
 from shared.tasks.registry import TaskConfig, make_task
 from shared.tasks.regression import Terms, TextRegression, choose_strength, words_of
 from shared.tasks.snippets import Snippets, SnippetsConfig, fit_film, key_of
 from shared.tasks.snippets_data import RATINGS, SHA256, TEXTS, fetch, mended, read_sentences, unpack
-from shared.tasks.task import Split
 
 REAL = Path("data/snippets")
 SPLITS: tuple[Split, ...] = ("sft", "preference", "reward-test", "ppo", "validation", "test")
