@@ -6,12 +6,16 @@ READY := .venv/.ready
 VLLM := .venv/.ready-vllm
 SMOLLM2 := .venv/.ready-smollm2
 
-.PHONY: compare quick test lint slow mutants smollm2 vllm setup
+.PHONY: compare quick snippets test lint slow mutants smollm2 vllm setup
 compare: $(READY)  ## the default head-to-head; prints where the report is
 	$(BIN)/klash compare reviews
 
 quick: $(READY)  ## the same, smaller: one seed
 	$(BIN)/klash compare reviews --quick
+
+snippets: smollm2  ## real film reviews, continued by SmolLM2-135M; `QUICK=--quick`: one seed
+	$(BIN)/python -m benchmarks.commands.snippets data/snippets
+	$(BIN)/klash compare snippets $(QUICK)
 
 test: lint $(SMOLLM2)  ## lint, types and the tests
 	$(BIN)/python -m pytest -m "not slow and not gpu and not vllm" -n 2 --dist worksteal

@@ -6,7 +6,7 @@ same in other words is found by the runs of 13 characters that two prompts share
 
 import hashlib
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -38,12 +38,18 @@ def split_of(prompt: str, judge_share: float = 0.0) -> Split:
     text = normalised(prompt)
     if judge_share > 0 and _point(f"judge\0{text}") < judge_share:
         return "judge"
+    return part_of(text, SHARES)
+
+
+def part_of(text: str, shares: Mapping[Split, float]) -> Split:
+    """The split of a text that is normalised, by its hash: each has its share of all texts."""
     point = _point(text)
-    for split, share in SHARES.items():
-        if point < share:
+    splits = list(shares)
+    for split in splits[:-1]:
+        if point < shares[split]:
             return split
-        point -= share
-    return "test"
+        point -= shares[split]
+    return splits[-1]
 
 
 def _point(text: str) -> float:

@@ -7,19 +7,22 @@ from shared.data.rows import DataConfig
 from shared.tasks.exact import Exact, ExactConfig
 from shared.tasks.own import Own, OwnData
 from shared.tasks.reviews import Reviews, ReviewsConfig
+from shared.tasks.snippets import Snippets, SnippetsConfig
 from shared.tasks.task import Task
 
 
 class TaskConfig(Config):
     """Where prompts, labels and gold scores come from."""
 
-    name: Literal["reviews", "exact", "own"] = "reviews"
-    """The task: short reviews, scored by VADER; one so small that all completions are listed; or
-    one's own pairs."""
+    name: Literal["reviews", "exact", "snippets", "own"] = "reviews"
+    """The task: short reviews, scored by VADER; one so small that all completions are listed;
+    openings of real film reviews, scored by what people's ratings teach; or one's own pairs."""
     reviews: ReviewsConfig = ReviewsConfig()
     """Settings of the task `reviews`."""
     exact: ExactConfig = ExactConfig()
     """Settings of the task `exact`."""
+    snippets: SnippetsConfig = SnippetsConfig()
+    """Settings of the task `snippets`."""
     pairs: str | tuple[str, ...] = ()
     """Of the task `own`: files or folders beside the experiment's file, or a hub name."""
     data: DataConfig = DataConfig()
@@ -41,4 +44,6 @@ def make_task(config: TaskInput) -> Task:
         raise ValueError("the task `own` is made of its prepared data, `OwnData`")
     if config.name == "exact":
         return Exact(config.exact)
+    if config.name == "snippets":
+        return Snippets(config.snippets)
     return Reviews(config.reviews)

@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
 
 from shared.config import Config, InputError
+from shared.data.splits import Split, split_of
 from shared.seeds import seed_of
 from shared.tasks.task import Demonstration, encode_corpus, encode_texts
 

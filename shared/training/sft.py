@@ -21,7 +21,7 @@ from shared.seeds import seed_of
 from shared.tasks.registry import TaskInput, make_task
 from shared.tasks.task import Demonstration
 from shared.training.finished import TrainingLog
-from shared.training.fit import steps_of
+from shared.training.fit import Precision, steps_of
 
 
 class SftConfig(Config):
@@ -36,6 +36,8 @@ class SftConfig(Config):
     learning_rate: float = Field(default=2e-3, gt=0)
     """Highest learning rate, after 50 steps of warm-up (at most half of all); from there a cosine
     to 0."""
+    precision: Precision = "float32"
+    """Precision of matrix products on a CPU; a GPU has bfloat16."""
 
 
 def train_sft(folder: Path, task: TaskInput, model: ModelConfig, sft: SftConfig, seed: int) -> None:
@@ -82,7 +84,7 @@ def train_on(
                 warmup_steps=min(50, steps // 2),
                 completion_only_loss=True,
                 gradient_checkpointing=False,
-                bf16=torch.cuda.is_available(),
+                bf16=torch.cuda.is_available() or sft.precision == "bfloat16",
                 use_cpu=not torch.cuda.is_available(),
                 optim="adamw_torch_fused",
                 save_strategy="no",
