@@ -1,33 +1,12 @@
 """What the pipeline needs of a task: prompts, a corpus to start from, the true score, labels."""
 
-import hashlib
 from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-Split = Literal["sft", "preference", "reward-test", "ppo", "validation", "test"]
-
-_SHARES: dict[Split, float] = {
-    "sft": 0.30,
-    "preference": 0.30,
-    "reward-test": 0.10,
-    "ppo": 0.20,
-    "validation": 0.05,
-    "test": 0.05,
-}
-
-
-def split_of(prompt: str) -> Split:
-    """The one split of a prompt, by its hash: no prompt meets two splits, whatever the seed."""
-    point = int.from_bytes(hashlib.sha256(prompt.encode()).digest()[:8], "big") / 2**64
-    for split, share in _SHARES.items():
-        if point < share:
-            return split
-        point -= share
-    return "test"
-
+from shared.data.splits import Split
 
 class Demonstration(NamedTuple):
     """Token ids of a prompt and of what follows it, its EOS included."""
