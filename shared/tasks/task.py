@@ -8,6 +8,7 @@ from transformers import PreTrainedTokenizerBase
 
 from shared.data.splits import Split
 
+
 class Demonstration(NamedTuple):
     """Token ids of a prompt and of what follows it, its EOS included."""
 
