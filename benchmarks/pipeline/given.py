@@ -10,6 +10,7 @@ from huggingface_hub import HfApi, hf_hub_download
 from shared.config import InputError
 from shared.models.load import ModelConfig
 from shared.models.pretrained import (
+    HUB_ERRORS,
     address_of_model,
     content_hash,
     hub_error,
@@ -66,10 +67,10 @@ def _dataset_commit(name: str) -> str:
     """From the hub, or offline from its cache on this machine."""
     try:
         return str(HfApi().dataset_info(name).sha)
-    except (OSError, ValueError) as error:
+    except HUB_ERRORS as error:
         try:
             cached = hf_hub_download(name, "README.md", repo_type="dataset", local_files_only=True)
-        except (OSError, ValueError):
+        except HUB_ERRORS:
             raise hub_error(name, error) from error
         return Path(cached).parent.name  # .../snapshots/COMMIT/README.md
 

@@ -143,17 +143,28 @@ def against_gold(
     """What gold says of a method, where there is a judge."""
     gold = rows.mean("gold")
     wins = rows.mean("win_rate") if rows.exact else win_rate(rows["gold"], sft["gold"])
-    gap = hacking_gap(rows["score"], sft["score"], rows["gold"], sft["gold"])
+    gap = UNDEFINED
+    if varies(sft["score"]) and varies(sft["gold"]):
+        each = hacking_gap(rows["score"], sft["score"], rows["gold"], sft["gold"])
+        gap = crossed_interval(each)
     greedy = UNDEFINED if chosen_among_samples else crossed_interval(rows["greedy_gold"])
     return {
         "gold": crossed_interval(gold),
         "greedy_gold": greedy,
         "gain": paired_difference(gold, sft.mean("gold")),
-        "hacking_gap": crossed_interval(gap),
+        "hacking_gap": gap,
         "win_rate": crossed_interval(wins),
         "win_rate_length_controlled": length_controlled(rows, sft),
         "win_rate_against_chosen": against_chosen(rows),
     }
+
+
+def varies(values: Array) -> bool:
+    """Whether some prompt of each seed has answers that differ; (seeds, prompts, samples).
+
+    A judge that says the same of all of SFT's answers gives no unit to measure in.
+    """
+    return bool((values != values[:, :, :1]).any(axis=(1, 2)).all())
 
 
 def length_controlled(rows: EvaluationRows, sft: EvaluationRows) -> Estimate:

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from huggingface_hub import HfApi, snapshot_download, try_to_load_from_cache
+from huggingface_hub.errors import HTTPError  # pyright: ignore[reportPrivateImportUsage]
 from safetensors import safe_open
 from transformers import (
     AutoModelForCausalLM,
@@ -45,6 +46,7 @@ PADS = (  # special tokens that no text holds, the best first
     re.compile(r"reserved|unused|placeholder", re.IGNORECASE),
     re.compile(r"endoftext", re.IGNORECASE),
 )
+HUB_ERRORS = (OSError, ValueError, HTTPError)  # no network, no such name, a name that is none
 NEW_PAD = "<|pad|>"
 SAMPLING = ("temperature", "top_p", "top_k", "min_p", "typical_p", "repetition_penalty")
 
@@ -276,7 +278,7 @@ def local_path(name: str, revision: str | None) -> Path:
     try:
         patterns = [f"*{suffix}" for suffix in READ if suffix not in (".gguf", ".bin")]
         return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
-    except (OSError, ValueError) as error:
+    except HUB_ERRORS as error:
         raise hub_error(name, error) from error
 
 
@@ -323,7 +325,7 @@ def commit_of(name: str, revision: str | None) -> str:
     """The commit that a hub name's revision is at."""
     try:
         found = HfApi().model_info(name, revision=revision).sha
-    except (OSError, ValueError) as error:
+    except HUB_ERRORS as error:
         cached = try_to_load_from_cache(name, "config.json", revision=revision)
         if not isinstance(cached, str):
             raise hub_error(name, error) from error

@@ -23,7 +23,7 @@ from shared.stages import read_json, read_jsonl
 JUDGE = """
 def vowels(prompts, completions):
     assert all(isinstance(p, list) and p[-1]["role"] == "user" for p in prompts)
-    return [sum(c in "aeiou" for c in text) for text in completions]
+    return [sum(c in "aeiou" for c in t) + 1e-6 * sum(map(ord, t)) for t in completions]
 
 def nothing(prompts, completions):
     return [0.0] * len(completions)
@@ -127,7 +127,11 @@ def test_gold_is_what_the_function_says_of_the_sampled_answers(judged: Path):
     (evaluation,) = folders(runs, "best-of-n")
     golds = []
     for row in read_jsonl(evaluation / "rows.jsonl"):
-        assert row["gold"] == [sum(c in "aeiou" for c in text) for text in row["completions"]]
+        expected = [
+            sum(c in "aeiou" for c in text) + 1e-6 * sum(map(ord, text))
+            for text in row["completions"]
+        ]
+        assert row["gold"] == pytest.approx(expected, abs=1e-12)
         golds += row["gold"]
     assert found.methods["best-of-n"].gold.mean == pytest.approx(np.mean(golds))
 

@@ -15,14 +15,16 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
+from chat_models import chat_tokenizer, write_policy
 from checks import SMALL_WORLD, TINY
 
 from benchmarks.cli import commands, main
 from benchmarks.commands import head_to_head
 from benchmarks.commands.tools import studies
+from benchmarks.data import check, stats
 from benchmarks.doctor import patient
 from benchmarks.doctor.patient import DoctorConfig
-from benchmarks.pipeline import places
+from benchmarks.pipeline import places, single
 from benchmarks.pipeline.experiment import Experiment, load_experiment
 from benchmarks.results.schema import Results
 from benchmarks.speed import measure
@@ -94,6 +96,12 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for name, text in tomls().items():
         (tmp_path / name).write_text(text, encoding="utf-8")
     (tmp_path / "simpo.toml").write_text(TINY + '[arms.x]\nkind = "ppo"\nsettings = [{kl_coef=1}]')
+    for name in ("models/smollm2-135m", "my-model"):
+        write_policy(tmp_path / name, chat_tokenizer())
+    rows = (
+        {"prompt": f"Say {i}.", "chosen": f"good {i}", "rejected": f"bad {i}"} for i in range(80)
+    )
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (tmp_path / "runs" / "reviews").mkdir(parents=True)
     (tmp_path / "runs" / "reviews" / "results.json").write_text("{}")
     return tmp_path
@@ -107,8 +115,11 @@ def stopped(monkeypatch: pytest.MonkeyPatch) -> None:
         head_to_head: ["run_experiment", "plan_experiment", "build_report"],
         patient: ["of_experiment", "of_files"],
         server: ["become_server"],
+        single: ["train_one"],
+        check: ["check"],
+        stats: ["statistics", "rows_text"],
         control: ["_gains"],
-        regret: ["measure"],
+        regret: ["regret_points"],
         engines: ["set_up_process"],
         onoff: ["set_up_process"],
     }.items():
@@ -132,7 +143,7 @@ def call(monkeypatch: pytest.MonkeyPatch, words: list[str]) -> object:
 def test_there_is_something_to_read():
     assert len(starting("klash")) > 20
     assert len(starting("make")) >= 3
-    assert len(tomls()) == 2
+    assert len(tomls()) == 3
     assert Command("", 'CC=false klash compare x --seeds "[0, 1]"').words[-1] == "[0, 1]"
 
 
@@ -186,7 +197,9 @@ def test_every_file_of_requirements_is_there():
 
 
 def test_the_pages_toml_loads(folder: Path):
-    assert set(tomls()) == {"my-experiment.toml", "my-model.toml"}
+    assert set(tomls()) == {"my-experiment.toml", "my-model.toml", "support.toml"}
+    support = load_experiment("support.toml", (), quick=False)
+    assert support.judge.share == 0.3 and set(support.arms) >= {"ppo", "dpo", "ipo", "kto", "fdpo"}
     assert load_experiment("my-experiment.toml", (), quick=False).seeds == (0, 1, 2)
     assert load(DoctorConfig, Path("my-model.toml")).max_new_tokens == 256
 
@@ -297,8 +310,10 @@ def smallest(words: list[str]) -> list[str]:
         file, own = [words[after]], words[after + 1 :]
     else:
         file, own = [FILES.get(name, "reviews")], words[after:]
-    if name == "report" or file == ["my-model.toml"]:
+    if name in ("report", "data") or file == ["my-model.toml"]:
         return words
+    if name == "train":
+        return [*words, *keys(TINY_KEYS), "--seeds", "[0]"]
     if name == "regret":
         world = keys({**SMALL_WORLD, "preferences.held_out_pairs": 16, "sft.examples": 256})
         return [
@@ -321,10 +336,12 @@ def smallest(words: list[str]) -> list[str]:
 
 
 def own_model(folder: Path) -> None:
-    """`my-model` and `pairs.jsonl`, as my-model.toml names them."""
+    """`my-model` and its pairs, as my-model.toml names them."""
+    shutil.rmtree(folder / "my-model")
     shutil.copytree(next(folder.glob("runs/.stages/sft-*")), folder / "my-model")
     row = {"prompt": "the plot was not very", "chosen": "memorable .", "rejected": "brave ."}
-    (folder / "pairs.jsonl").write_text("\n".join([json.dumps(row)] * 4), encoding="utf-8")
+    rows = [json.dumps(row | {"prompt": f"{row['prompt']} {i}"}) for i in range(4)]
+    (folder / "pairs.jsonl").write_text("\n".join(rows), encoding="utf-8")
 
 
 @pytest.mark.slow
@@ -340,7 +357,9 @@ def test_every_command_that_needs_nothing_else_runs(
         if "my-model" in command.line:
             own_model(folder)
         code = call(monkeypatch, smallest(command.words))
-        judged = {"study", "doctor"} & set(command.words)  # 1: so small, not all of it holds
+        judged = {"study", "doctor", "data"} & set(
+            command.words
+        )  # 1: so small, not all of it holds
         assert code in ((0, 1) if judged else (0,)), command
         ran.append(command.line)
     assert len(ran) >= 12

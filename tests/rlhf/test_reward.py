@@ -191,7 +191,7 @@ def test_examining_keeps_raw_scores_beside_the_truth(
     reward: Path, tmp_path: Path, policy_folder: Path, task_config: TaskConfig
 ):
     make_reward_test(tmp_path, task_config, policy_folder, 40, DRAWING, 0)
-    examine_reward(tmp_path, reward, tmp_path, task_config)
+    examine_reward(tmp_path, reward, tmp_path)
     found, pairs = read_json(tmp_path / "scores.json"), read_pairs(tmp_path / "pairs.jsonl")
     close(
         torch.tensor(found["score_b"]),
@@ -223,7 +223,7 @@ def test_with_fifty_thousand_pairs_the_reward_model_comes_within_three_points_of
     make_preferences(folders["data"], task, sft, data, drawing, 0)
     config = RewardConfig(batch_size=64, micro_batch_size=64)
     train_reward(folders["reward"], sft, folders["data"], folders["scale"], config, 0)
-    examine_reward(folders["reward"], folders["reward"], folders["test"], task)
+    examine_reward(folders["reward"], folders["reward"], folders["test"])
     torch.set_num_threads(before)
     found = {k: np.array(v) for k, v in read_json(folders["reward"] / "scores.json").items()}
     accuracy = accuracy_from_gold(found["score_a"], found["score_b"], found["p_a_wins"])
