@@ -39,6 +39,10 @@ class RewardConfig(Config):
     """Most tokens in one forward pass, padding included; a longer pair goes alone."""
     center: float = Field(default=0.0, ge=0)
     """Weight of (score of chosen + score of rejected)^2 in the loss, which keeps scores near 0."""
+    pretrained: str | None = None
+    """A reward model of one's own, a folder or hub name, in place of one that is trained here."""
+    revision: str | None = None
+    """Branch, tag or commit of `pretrained` on the hub; by default its main branch."""
     normalise: bool = True
     """Divide scores by their standard deviation within a prompt on SFT samples; else they stay
     log-odds, as they were learnt."""

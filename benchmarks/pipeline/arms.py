@@ -8,6 +8,7 @@ import numpy as np
 
 from benchmarks.evaluation.evaluate import Prompts, evaluate, evaluate_best_of_n, score_samples
 from benchmarks.pipeline.experiment import Arm, Experiment
+from benchmarks.pipeline.given import given_model, take_given_reward
 from benchmarks.pipeline.start import StartStages, judged_task, prepare_start
 from dpo.filtered import Filter, train_filtered
 from dpo.losses import UNPAIRED
@@ -20,7 +21,7 @@ from shared.data.preferences import make_preferences, make_reward_test
 from shared.data.samples import list_reference, sample_reference
 from shared.data.splits import Split
 from shared.generation.start import Drawing
-from shared.models.load import Start
+from shared.models.load import Start, WeightDtype
 from shared.seeds import seed_of
 from shared.stages import Runner, Work, read_json, read_jsonl
 from shared.tasks.judge import examine_judge
@@ -111,6 +112,11 @@ class Pipeline:
         """How every stage that samples does it."""
         return Drawing(self.experiment.sampling, self.experiment.generation)
 
+    @property
+    def frozen_dtype(self) -> WeightDtype:
+        """Precision of the reference: under LoRA that of the policy's base, which it starts as."""
+        return self.experiment.model.dtype if self.experiment.lora else "float32"
+
     def prepare_sft(self) -> SftStages:
         """The SFT model, and the samples that reward models are centred and scaled on."""
         e = self.experiment
@@ -190,7 +196,18 @@ class Pipeline:
         )
 
     def prepare_reward(self, start: SftStages, preferences: Path, seed: int) -> Path:
-        """The reward model of one seed."""
+        """The reward model of one seed, or one's own."""
+        reward = self.experiment.reward
+        if reward.pretrained is not None:
+            return self.run(
+                "reward",
+                take_given_reward,
+                label="your reward model",
+                reward_model=given_model(reward.pretrained, reward.revision),
+                policy=start.sft,
+                references=start.scale_samples,
+                data=start.task.data if isinstance(start.task, OwnData) else None,
+            )
         return self.run(
             "reward",
             train_reward,
@@ -211,6 +228,7 @@ class Pipeline:
             policy=sft,
             preferences=preferences,
             precision=self.experiment.direct.optimizer.precision,
+            dtype=self.frozen_dtype,
         )
 
     def prepare_mismatched(self, sft: Path, preferences: Path, seed: int) -> Path | None:
@@ -226,6 +244,7 @@ class Pipeline:
             preferences=preferences,
             seed=seed,
             precision=self.experiment.direct.optimizer.precision,
+            dtype=self.frozen_dtype,
         )
 
     def prepare_data(self, start: SftStages, seed: int) -> SeedData:
@@ -262,13 +281,14 @@ class Pipeline:
             label=f"reward model's limit, seed {seed}",
             reward_model=reward,
             samples=common.frontier_samples,
+            policy=common.sft,
             per_prompt=None if e.task.finite else e.evaluation.limit_samples,
         )
 
     def examine_reward(self, common: CommonStages, reward: Path, seed: int) -> Path:
         """A reward model's scores of held-out pairs."""
         label = f"reward model examined, seed {seed}"
-        inputs = {"reward_model": reward, "pairs": common.reward_test}
+        inputs = {"reward_model": reward, "pairs": common.reward_test, "policy": common.sft}
         return self.run("reward-scores", examine_reward, label=label, **inputs)
 
     def prepare_arm(self, start: SftStages, arm: Arm, seed: int) -> TrainingData:
@@ -287,7 +307,7 @@ class Pipeline:
         e, data, arm = self.experiment, trial.data, self.experiment.arms[trial.arm]
         inputs: dict[str, Any] = {
             "label": label or trial.text(),
-            "start": Start(common.sft, e.lora, data.seed),
+            "start": Start(common.sft, e.lora, data.seed, e.model.dtype),
             "checkpoints": e.evaluation.checkpoints,
         }
         if arm.kind == "ppo":

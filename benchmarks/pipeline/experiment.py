@@ -266,6 +266,7 @@ def found_beside(experiment: Experiment, folder: Path) -> Experiment:
         experiment,
         model=changed(experiment.model, "pretrained", "adapter"),
         judge=judge,
+        reward=changed(experiment.reward, "pretrained"),
         task=_changed(experiment.task, pairs=pairs),
     )
 

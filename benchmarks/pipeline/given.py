@@ -7,7 +7,9 @@ from typing import Any
 
 from huggingface_hub import HfApi, hf_hub_download
 
+from rlhf.reward import take_reward
 from shared.config import InputError
+from shared.models.cost import Meter
 from shared.models.load import ModelConfig
 from shared.models.pretrained import (
     HUB_ERRORS,
@@ -17,7 +19,8 @@ from shared.models.pretrained import (
     is_local,
     take_pretrained,
 )
-from shared.stages import Given
+from shared.models.scorer import CHATS
+from shared.stages import Given, write_json
 from shared.tasks.registry import TaskConfig
 
 
@@ -45,6 +48,17 @@ def take_given(folder: Path, source: Given, adapter: Given | None) -> None:
             revision=json.loads(source.content).get("commit"),
         ),
     )
+
+
+def take_given_reward(
+    folder: Path, reward_model: Given, policy: Path, references: Path, data: Path | None
+) -> None:
+    """Stage: a reward model from elsewhere, see `take_reward`; `data` holds chats' messages."""
+    commit = json.loads(reward_model.content).get("commit")
+    chats = data if data is not None and (data / CHATS).is_file() else None
+    meter = Meter()
+    take_reward(folder, reward_model.source, commit, policy, references, chats)
+    write_json(folder / "cost.json", {**meter.summary(), "labels_used": 0})
 
 
 def given_sources(task: TaskConfig) -> tuple[Given, ...]:

@@ -44,6 +44,7 @@ def _score_correlation(scores: dict[str, Array], column: str) -> float:
 def judge_quality(experiment: Experiment, compared: HeadToHead) -> JudgeQuality | None:
     """The judge on held-out labels; None where there is none, or gold is the task's own."""
     folder, judge = compared.common.judge_scores, experiment.judge
+    own = experiment.reward.pretrained
     if folder is None:
         return None
     found = {k: np.array(v) for k, v in read_json(folder / "scores.json").items()}
@@ -58,4 +59,5 @@ def judge_quality(experiment: Experiment, compared: HeadToHead) -> JudgeQuality 
         accuracy=Estimate(mean=float(right.mean()), low=float(low), high=float(high)),
         calibration_error=error,
         pairs=len(right),
+        roles=["the reward model"] if judge.model and judge.model == own else [],
     )

@@ -14,6 +14,7 @@ from shared.data.rows import DataConfig
 from shared.data.samples import null_for_nan
 from shared.data.splits import split_of
 from shared.models.load import load_tokenizer, special_ids
+from shared.models.scorer import write_chats
 from shared.seeds import seed_of
 from shared.stages import Given, write_json, write_jsonl
 from shared.tasks.own import SIDES, OwnData, OwnExample, Side, examples_of, pair_of, read_own
@@ -71,6 +72,9 @@ def prepare_data(
                 f"{side}, and {FEWEST} are needed; give more rows (dropped: {report.dropped})"
             )
     write_jsonl(folder / "examples.jsonl", [row._asdict() for row in rows])
+    chats = {tuple(row.prompt_ids): row.messages for row in rows if row.messages is not None}
+    if chats:
+        write_chats(folder, chats)
     write_json(folder / "data.json", {**report.as_json(), "sides": sides, "prompts": prompts})
 
 
