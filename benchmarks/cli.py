@@ -24,7 +24,7 @@ def commands() -> dict[str, Command]:
     """The commands by name; importing them takes seconds."""
     from benchmarks.commands.data import data
     from benchmarks.commands.head_to_head import compare, plan, report
-    from benchmarks.commands.scoring import filter_command, score
+    from benchmarks.commands.scoring import evaluate, filter_command, score
     from benchmarks.commands.tools import doctor, serve, speed, study
     from benchmarks.commands.train import train
 
@@ -32,6 +32,7 @@ def commands() -> dict[str, Command]:
         "compare": compare,
         "data": data,
         "doctor": doctor,
+        "evaluate": evaluate,
         "filter": filter_command,
         "plan": plan,
         "report": report,

@@ -6,6 +6,7 @@ from typing import Annotated
 import tyro
 
 from benchmarks.entry import Argument
+from benchmarks.evaluation.policies import Asked, Judges
 from benchmarks.scoring.rows import RowOptions
 from benchmarks.scoring.rule import Rule
 from benchmarks.scoring.sampling import Sampled
@@ -71,3 +72,33 @@ def filter_command(
     from benchmarks.scoring.filtering import Filtering, filter_rows
 
     filter_rows(Filtering(data, reward_model, out, rule, policy, sampled, reading))
+
+
+def evaluate(
+    models: Argument[tuple[str, ...]],
+    /,
+    *,
+    data: tuple[str, ...],
+    json: Path | None = None,
+    asked: Annotated[Asked, Flat],
+    judges: Annotated[Judges, Flat],
+    sampled: Annotated[Sampled, Flat],
+    reading: Annotated[RowOptions, Flat],
+) -> None:
+    """Any policies on a file's prompts, nothing trained: KL, score, gold, win rates, lengths.
+
+    Each policy answers the same prompts with samples of its own; win rates are paired by prompt,
+    ties count half, and intervals are over prompts. Without a judge the reward model says who wins.
+
+    Args:
+        models: folders, hub names or .gguf files.
+        data: files, folders or datasets of the hub, of any kind of rows.
+        json: file for all numbers and a few answers.
+        asked: prompts and reference.
+        judges: who scores.
+        sampled: how policies answer.
+        reading: how rows are read.
+    """
+    from benchmarks.evaluation.policies import Evaluating, evaluate_policies
+
+    evaluate_policies(Evaluating(models, data, asked, json, judges, sampled, reading))
