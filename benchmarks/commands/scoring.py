@@ -6,7 +6,8 @@ from typing import Annotated
 import tyro
 
 from benchmarks.entry import Argument
-from benchmarks.evaluation.policies import Asked, Judges
+from benchmarks.evaluation.judges import Judges
+from benchmarks.evaluation.policies import Asked
 from benchmarks.scoring.rows import RowOptions
 from benchmarks.scoring.rule import Rule
 from benchmarks.scoring.sampling import Sampled

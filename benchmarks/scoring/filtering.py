@@ -164,9 +164,12 @@ def write_outputs(asked: Filtering, log: ScoreLog, rows: Rows) -> dict[str, Any]
         raise InputError("\n".join([f"{asked.reward_model}: no row has a score", *lines]))
     stays = asked.rule.stays(scores, others)
     if not stays.any():
+        ranges = f"chosen answers score from {scores.min():.4g} to {scores.max():.4g}"
+        if others is not None:
+            ranges += f", what they must beat from {others.min():.4g} to {others.max():.4g}"
         raise InputError(
-            f"no row stays ({asked.rule.said()}; the chosen answers score from "
-            f"{scores.min().item():.4g} to {scores.max().item():.4g}): lower what they must beat"
+            f"no row stays ({asked.rule.said()}; {ranges}): lower what they must beat, or set "
+            "--floor; the scores are kept for the next try"
         )
     control = blindly(stays, asked.sampled.seed)
     decisions = iter(zip(stays.tolist(), control.tolist(), strict=True))

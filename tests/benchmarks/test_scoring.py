@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -9,8 +10,9 @@ from typing import Any
 
 import pytest
 import torch
-from chats import byte_tokenizer, chat_rows, save_policy, save_reward, text_rows, write_rows
+from chat_models import chat_tokenizer, write_policy, write_reward
 from datasets import Dataset, load_dataset
+from preference_rows import chat_rows, text_rows, write_rows
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
@@ -27,7 +29,7 @@ from shared.stages import read_json, read_jsonl
 
 Klash = Callable[..., tuple[int, str, str]]
 ROWS = 12
-SHORT = Sampled(max_new_tokens=6)
+MARGIN = 0.7  # about half of the rows of these models pass it
 
 
 @pytest.fixture
@@ -52,12 +54,20 @@ def klash(
 
 @pytest.fixture(scope="module")
 def policy(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_policy(tmp_path_factory.mktemp("policy"), byte_tokenizer())
+    folder = tmp_path_factory.mktemp("policy")
+    write_policy(folder, chat_tokenizer())
+    return folder
 
 
 @pytest.fixture(scope="module")
 def reward(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_reward(tmp_path_factory.mktemp("reward"), byte_tokenizer())
+    """As anybody saves one: without a normalisation. It likes words more than random bytes."""
+    folder = tmp_path_factory.mktemp("reward")
+    write_reward(folder, chat_tokenizer())
+    weights = load_file(folder / "model.safetensors")
+    weights["score.weight"] *= -1
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
 
 
 @pytest.fixture(scope="module")
@@ -91,8 +101,8 @@ def plain_scores(folder: Path, rows: list[dict[str, Any]], side: str) -> list[fl
 def trained_by_trl(folder: Path, rows: list[dict[str, Any]], *, pad: bool) -> Path:
     from trl import RewardConfig, RewardTrainer
 
-    tokenizer = byte_tokenizer(pad=pad)
-    start = save_reward(folder / "start", tokenizer)
+    tokenizer = chat_tokenizer() if pad else chat_tokenizer(pad_token=None)
+    write_reward(start := folder / "start", tokenizer)
     arguments = RewardConfig(
         output_dir=str(folder / "out"), max_steps=2, per_device_train_batch_size=4,
         learning_rate=1e-2, report_to="none", use_cpu=True, save_strategy="no", bf16=False,
@@ -145,7 +155,7 @@ def test_a_normalisation_beside_the_reward_model_is_applied(
     tmp_path: Path, reward: Path, texts: Path
 ):
     """Ours end at EOS, which of texts is the end in both."""
-    folder = save_reward(tmp_path / "ours", byte_tokenizer())
+    shutil.copytree(reward, folder := tmp_path / "ours")
     save_normalisation(folder, offset=0.5, scale=2.0)
     score([str(texts)], str(folder), tmp_path / "scored.jsonl", RowOptions())
     raw = plain_scores(reward, read_jsonl(texts), "chosen")
@@ -219,7 +229,7 @@ def filtered(
 
 
 def asked(out: Path, policy: Path, reward: Path, data: Path, **rule: Any) -> Filtering:
-    sampled = Sampled(max_new_tokens=6, samples=3)
+    sampled, rule = Sampled(max_new_tokens=6, samples=3), {"margin": MARGIN} | rule
     return Filtering((str(data),), str(reward), out, Rule(**rule), str(policy), sampled)
 
 
@@ -232,7 +242,7 @@ def test_a_row_stays_where_its_answer_beats_the_mean_of_the_samples(
     assert [row["chosen"] for row in audit] == pytest.approx(expected, abs=1e-5)
     for row in audit:
         assert row["sample"] == pytest.approx(sum(row["samples"]) / 3, abs=1e-5)
-        assert row["kept"] == (row["chosen"] > row["sample"])
+        assert row["kept"] == (row["chosen"] - row["sample"] > MARGIN)
         assert len(row["texts"]) == 3
     assert 0 < sum(row["kept"] for row in audit) < ROWS
     kept = [row for row, said in zip(rows, audit, strict=True) if said["kept"]]
@@ -282,12 +292,12 @@ def test_the_best_sample_is_harder_to_beat_than_the_mean(
     tmp_path: Path, filtered: Path, policy: Path, reward: Path, chats: Path
 ):
     out = tmp_path / "kept.jsonl"
-    filter_rows(asked(out, policy, reward, chats, against="best", floor=0.01))
+    filter_rows(asked(out, policy, reward, chats, against="best", margin=0.0))
     best, mean = (read_jsonl(f.with_suffix(".audit.jsonl")) for f in (out, filtered))
     for row, other in zip(best, mean, strict=True):
         assert row["samples"] == other["samples"]
-        assert row["sample"] == max(row["samples"])
-        assert row["kept"] <= other["kept"]
+        assert row["sample"] == max(row["samples"]) >= other["sample"]
+        assert row["kept"] == (row["chosen"] > row["sample"])
 
 
 def stop_at(monkeypatch: pytest.MonkeyPatch, chunk: int) -> list[int]:
@@ -345,7 +355,8 @@ def test_other_weights_start_over_and_other_rows_from_where_they_differ(
     tmp_path: Path, policy: Path, reward: Path, chats: Path,
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
 ):  # fmt: skip
-    out, folder = tmp_path / "kept.jsonl", save_reward(tmp_path / "reward", byte_tokenizer())
+    out, folder = tmp_path / "kept.jsonl", tmp_path / "reward"
+    write_reward(folder, chat_tokenizer())
     rows = read_jsonl(chats)
     data = write_rows(tmp_path / "rows.jsonl", rows)
 
@@ -385,7 +396,8 @@ def test_a_second_filtering_with_another_margin_scores_nothing_again_after_an_em
 def test_scores_that_are_no_numbers_are_dropped_and_all_of_them_are_an_error(
     tmp_path: Path, chats: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ):
-    folder, out = save_reward(tmp_path / "reward", byte_tokenizer()), tmp_path / "kept.jsonl"
+    folder, out = tmp_path / "reward", tmp_path / "kept.jsonl"
+    write_reward(folder, chat_tokenizer())
     whole_thing = Filtering((str(chats),), str(folder), out, Rule(best_share=0.5))
     from shared.models.scorer import Scorer
 
@@ -497,9 +509,7 @@ def test_an_output_that_cannot_be_written_is_told_before_any_work(
 def test_a_tokenizer_without_a_chat_template_refuses_chats_of_a_policy(
     klash: Klash, tmp_path: Path, reward: Path, chats: Path
 ):
-    tokenizer = byte_tokenizer()
-    tokenizer.chat_template = None
-    folder = save_policy(tmp_path / "plain", tokenizer)
+    write_policy(folder := tmp_path / "plain", chat_tokenizer(chat_template=None))
     words = ["filter", chats, "--reward-model", reward, "--policy", folder, "--out", "kept.jsonl"]
     code, _, err = klash(*words)
     assert code == 2
