@@ -24,9 +24,12 @@ from benchmarks.commands.tools import studies
 from benchmarks.data import check, stats
 from benchmarks.doctor import patient
 from benchmarks.doctor.patient import DoctorConfig
+from benchmarks.evaluation import policies
 from benchmarks.pipeline import places, single
 from benchmarks.pipeline.experiment import Experiment, load_experiment
 from benchmarks.results.schema import Results
+from benchmarks.scoring import filtering
+from benchmarks.scoring import score as scoring
 from benchmarks.speed import measure
 from benchmarks.studies import control, engines, regret
 from benchmarks.studies.onoff import study as onoff
@@ -122,6 +125,9 @@ def stopped(monkeypatch: pytest.MonkeyPatch) -> None:
         regret: ["regret_points"],
         engines: ["set_up_process"],
         onoff: ["set_up_process"],
+        scoring: ["score"],
+        filtering: ["filter_rows"],
+        policies: ["evaluate_policies"],
     }.items():
         for name in names:
             monkeypatch.setattr(module, name, reached)
