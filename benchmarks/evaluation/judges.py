@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from benchmarks.evaluation.answers import Answering, Question
 from benchmarks.pipeline.given import given_function
@@ -35,6 +36,16 @@ class Judges:
                 require_reward_model(name)
         if self.judge_function is not None:
             load_function(self.function())
+
+    @property
+    def notes(self) -> list[str]:
+        """What a reader must know of the roles that models have."""
+        if self.judge is None or self.reward_model is None:
+            return []
+        if Path(self.judge).resolve() != Path(self.reward_model).resolve():
+            return []
+        return ["the judge is the reward model: gold is no second opinion, and it favours what "
+                "was trained on that model"]  # fmt: skip
 
     def function(self) -> Judge:
         """The judge's function and its file."""

@@ -110,6 +110,7 @@ def evaluate_policies(evaluating: Evaluating) -> dict[str, Any]:
         "ref": asked.ref,
         **asdict(judges),
         "win_rate_by": judges.decides,
+        "notes": judges.notes,
         "dropped": dict(rows.reading.report.dropped),
         "models": measured(evaluating, asks, answers, scores, usable),
     }
@@ -288,6 +289,7 @@ def table(found: Mapping[str, Any]) -> str:
     if found["win_rate_by"] is not None:
         by = {"gold": "the judge", "score": "the reward model, since there is no judge"}
         text.append(f"who wins is decided by {by[found['win_rate_by']]}")
+    text += found["notes"]
     for name, row in models.items():
         text += [f"{name}: {said}" for said in (*row["notes"], *row["alarms"])]
     return "\n".join(text)

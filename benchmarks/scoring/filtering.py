@@ -28,7 +28,7 @@ from benchmarks.scoring.models import (
     require_policy,
     require_reward_model,
 )
-from benchmarks.scoring.output import Pace, appear_whole, counted, require_writable
+from benchmarks.scoring.output import Pace, appear_whole, counted, require_rows_file
 from benchmarks.scoring.rows import (
     CHUNK,
     RowOptions,
@@ -76,10 +76,8 @@ class Filtering:
 
     def check(self) -> None:
         """InputError for options that are out of range, or for files that cannot be written."""
-        if self.out.suffix not in (".jsonl", ".json"):
-            raise InputError(f"{self.out}: what is written is JSON lines; name it .jsonl")
         for path in self.outputs:
-            require_writable(path)
+            require_rows_file(path, self.sources)
         self.rule.check(policy=self.policy is not None)
         self.sampled.check()
         if self.policy is not None:

@@ -16,6 +16,15 @@ from shared.config import InputError
 SAY = 15.0  # seconds between two lines where there is no terminal
 
 
+def require_rows_file(path: Path, sources: Sequence[str]) -> None:
+    """InputError if JSON lines cannot be written to `path`, or it is one of the files read."""
+    if path.suffix not in (".jsonl", ".json"):
+        raise InputError(f"{path}: what is written is JSON lines; name it .jsonl")
+    require_writable(path)
+    if any(Path(source).resolve() == path.resolve() for source in sources):
+        raise InputError(f"{path}: is what is read; name another file to write")
+
+
 def require_writable(path: Path) -> None:
     """InputError, before work starts, if a file cannot be made at `path`."""
     if path.is_dir():

@@ -14,6 +14,12 @@ from shared.models.scorer import Answered, Scorer
 
 CHUNK = 64  # rows that are scored together
 TOO_LONG = "over-long"
+SAID = {
+    "pairs": "a pair",
+    "labels": "an answer with a label",
+    "answers": "an answer alone",
+    "prompts": "a prompt without an answer",
+}
 
 
 @dataclass(frozen=True)
@@ -81,8 +87,7 @@ def survey(sources: Sequence[str], data: DataConfig, kinds: Sequence[str]) -> Ro
     for one in reading.rows(sources, Path()):
         if one.row.kind not in kinds:
             raise InputError(
-                f"{one.where}: {reading.report.format} holds {one.row.kind}, and this reads "
-                f"{' or '.join(kinds)}"
+                f"{one.where}: {SAID[one.row.kind]}; this command reads {', '.join(kinds)}"
             )
     if not reading.report.kept:
         raise InputError(no_rows_text(sources, reading.report))

@@ -11,7 +11,7 @@ from scipy import stats
 from benchmarks.pipeline.places import quiet_libraries
 from benchmarks.scoring.chunks import Scored, score_chunk
 from benchmarks.scoring.models import open_scorer, require_reward_model
-from benchmarks.scoring.output import Pace, appear_whole, counted, require_writable
+from benchmarks.scoring.output import Pace, appear_whole, counted, require_rows_file
 from benchmarks.scoring.rows import RowOptions, in_trl_form, survey
 from shared.config import InputError
 from shared.data.examples import dropped_lines
@@ -33,7 +33,7 @@ def score(
     file, where model or rows cannot be used.
     """
     quiet_libraries()
-    require_writable(out)
+    require_rows_file(out, sources)
     folder = require_reward_model(reward_model)
     rows = survey(sources, options.config(), KINDS)
     scorer, margins = open_scorer(folder, dtype), array("f")

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from shared.config import InputError
 from shared.data.chat import Encoder, answer_text, render
-from shared.data.rows import Message, Messages, Row
+from shared.data.rows import Message, Messages, Row, Unusable
 from shared.models.cost import At, Work, count_pass
 from shared.models.folders import open_tokenizer, read_object
 from shared.models.load import (
@@ -185,7 +185,10 @@ class Scorer:
         )
         answer = str(self.reader.decode(list(completion), skip_special_tokens=True))
         ended = chat is not None or completion[-1] in self.reader.all_special_ids
-        found = self._text_inputs(Answered(before, answer, ended))  # pyright: ignore[reportArgumentType]
+        try:
+            found = self._text_inputs(Answered(before, answer, ended))  # pyright: ignore[reportArgumentType]
+        except Unusable as fault:
+            raise InputError(f"{self.folder}: {fault}") from fault
         if self.room and (length := len(found["input_ids"])) > self.room:
             raise InputError(
                 f"{self.folder}: a completion with its prompt has {length} tokens of the reward "

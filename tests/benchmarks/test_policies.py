@@ -141,6 +141,14 @@ def test_without_a_judge_the_reward_model_decides_and_without_both_nobody(folder
     assert row["length"]["mean"] > 0
 
 
+def test_a_judge_that_is_the_reward_model_is_told(folder: Path):
+    judges = Judges(str(folder / "reward"), judge=f"{folder / 'start'}/../reward")
+    found = evaluated(folder, "other", judges=judges, prompts=4)
+    assert any("no second opinion" in note for note in found["notes"])
+    row = found["models"][str(folder / "other")]
+    assert row["gold"] == row["score"]
+
+
 def test_all_sides_on_request_and_the_same_prompts_each_time(folder: Path):
     first, second = (evaluated(folder, "start", ref=None, prompts=40, all=True) for _ in range(2))
     assert first["prompts"] == 40

@@ -2,8 +2,11 @@
 
 import json
 import math
+import os
 import shutil
+import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -452,7 +455,7 @@ def test_trls_trainer_reads_what_stays(tmp_path: Path, filtered: Path, policy: P
         (["score", "{chats}", "--reward-model", "nosuch/a/b"], ["nosuch/a/b", "no such folder"]),
         (["score", "{chats}", "--reward-model", "{policy}"], ["not a reward model"]),
         (["score", "nosuch.jsonl", "--reward-model", "{reward}"], ["nosuch.jsonl"]),
-        (["score", "{prompts}", "--reward-model", "{reward}"], ["prompts", "pairs or labels"]),
+        (["score", "{prompts}", "--reward-model", "{reward}"], ["a prompt without an answer"]),
         (["score", "{chats}", "--reward-model", "{reward}", "--fromat", "x"], ["--fromat"]),
         (["score", "{chats}", "--reward-model", "{reward}", "--format", "shp"], ["history"]),
         (["filter", "{chats}", "--reward-model", "{reward}"], ["--policy, --threshold"]),
@@ -473,7 +476,7 @@ def test_trls_trainer_reads_what_stays(tmp_path: Path, filtered: Path, policy: P
              "--samples", "0"],
             ["--samples"],
         ),
-        (["filter", "{labels}", "--reward-model", "{reward}", "--threshold", "0"], ["labels"]),
+        (["filter", "{labels}", "--reward-model", "{reward}", "--threshold", "0"], ["a label"]),
     ],
 )  # fmt: skip
 def test_wrong_input_is_one_clear_line_and_leaves_no_file(
@@ -501,9 +504,17 @@ def test_wrong_input_is_one_clear_line_and_leaves_no_file(
 def test_an_output_that_cannot_be_written_is_told_before_any_work(
     klash: Klash, reward: Path, chats: Path
 ):
-    code, _, err = klash("score", chats, "--reward-model", reward, "--out", "no/such/file.jsonl")
-    assert code == 2
-    assert "no such folder" in err
+    for out, said in (
+        ("no/such/file.jsonl", "no such folder"),
+        ("kept.parquet", "name it .jsonl"),
+        (str(chats), "is what is read"),
+    ):
+        for words in (["score"], ["filter", "--best-share", "0.5"]):
+            options = ["--reward-model", reward, "--out", out]
+            code, _, err = klash(words[0], chats, *words[1:], *options)
+            assert code == 2
+            assert said in err
+    assert len(read_jsonl(chats)) == ROWS
 
 
 def test_a_tokenizer_without_a_chat_template_refuses_chats_of_a_policy(
@@ -529,3 +540,29 @@ def test_the_commands_run_from_the_command_line(klash: Klash, reward: Path, chat
     for row in scored:
         best = row["score_chosen"] - row["score_rejected"] >= margins[2]
         assert (json.dumps(row["prompt"]) in kept) == best
+
+
+@pytest.mark.slow  # three processes import everything
+def test_a_filtering_that_is_killed_goes_on_to_the_same_files(
+    tmp_path: Path, policy: Path, reward: Path
+):
+    data = write_rows(tmp_path / "rows.jsonl", chat_rows(1500))
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
+
+    def start(folder: str) -> subprocess.Popen[bytes]:
+        (tmp_path / folder).mkdir(exist_ok=True)
+        words = ["filter", data, "--reward-model", reward, "--policy", policy, "--out"]
+        words += [f"{folder}/kept.jsonl", "--max-new-tokens", "24", "--margin", "0.5"]
+        program = [sys.executable, "-c", "from benchmarks.cli import main; main()"]
+        return subprocess.Popen([*program, *map(str, words)], cwd=tmp_path, env=environment)
+
+    assert start("whole").wait() == 0
+    killed, log = start("killed"), tmp_path / "killed" / ".kept.jsonl.part" / "scores.jsonl"
+    while not (log.is_file() and log.read_bytes().count(b"\n") >= 2):
+        assert killed.poll() is None
+        time.sleep(0.02)
+    killed.kill()
+    killed.wait()
+    assert [path.name for path in (tmp_path / "killed").iterdir()] == [".kept.jsonl.part"]
+    assert start("killed").wait() == 0
+    assert whole(tmp_path / "killed" / "kept.jsonl") == whole(tmp_path / "whole" / "kept.jsonl")
