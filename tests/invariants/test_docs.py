@@ -301,7 +301,7 @@ TINY_KEYS = {
 DPO = '{ dpo = { kind = "direct", settings = [{ beta = 0.2 }] } }'
 FILES = {"regret": "exact", "control": "control", "onoff": "onoff"}  # where none is named
 POINTS = ["--pairs", "30", "40", "--betas", "0.5"]  # of `klash study regret`
-NEEDS = ("vllm", "server", "serve", "speed", "simpo", "engines")
+NEEDS = ("vllm", "server", "serve", "speed", "simpo", "engines", "--reward-model")
 
 
 def keys(values: dict[str, Any]) -> list[str]:
