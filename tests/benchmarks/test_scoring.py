@@ -13,7 +13,13 @@ from typing import Any
 
 import pytest
 import torch
-from chat_models import chat_tokenizer, write_policy, write_reward
+from chat_models import (
+    byte_tokenizer,
+    chat_tokenizer,
+    write_encoder,
+    write_policy,
+    write_reward,
+)
 from datasets import Dataset, load_dataset
 from preference_rows import chat_rows, text_rows, write_rows
 from safetensors.torch import load_file, save_file
@@ -476,6 +482,10 @@ def test_trls_trainer_reads_what_stays(tmp_path: Path, filtered: Path, policy: P
              "--samples", "0"],
             ["--samples"],
         ),
+        (
+            ["filter", "{roles}", "--reward-model", "{reward}", "--threshold", "0"],
+            ["wrong-role", "roles.jsonl, lines 1, 2"],
+        ),
         (["filter", "{labels}", "--reward-model", "{reward}", "--threshold", "0"], ["a label"]),
     ],
 )  # fmt: skip
@@ -492,6 +502,10 @@ def test_wrong_input_is_one_clear_line_and_leaves_no_file(
             tmp_path / "labels.jsonl", [{"prompt": "a", "completion": " b", "label": True}]
         ),
     }
+    rows = chat_rows(2)
+    for row in rows:
+        row["rejected"][0]["role"] = "user"
+    places["roles"] = write_rows(tmp_path / "roles.jsonl", rows)
     before = sorted(path.name for path in tmp_path.iterdir())
     code, out, err = klash(*(word.format(**places) for word in words), "--out", "kept.jsonl")
     assert code == 2
@@ -540,6 +554,26 @@ def test_the_commands_run_from_the_command_line(klash: Klash, reward: Path, chat
     for row in scored:
         best = row["score_chosen"] - row["score_rejected"] >= margins[2]
         assert (json.dumps(row["prompt"]) in kept) == best
+
+
+@torch.no_grad()
+def test_an_encoder_with_tokens_of_its_own_filters_a_policys_answers(
+    tmp_path: Path, policy: Path, texts: Path
+):
+    """It reads prompt and answer as its tokenizer's pair, through its own class."""
+    write_encoder(folder := tmp_path / "encoder", byte_tokenizer(turned=True, pad_token="<pad>"))
+    out = tmp_path / "kept.jsonl"
+    sampled = Sampled(max_new_tokens=6)
+    filter_rows(Filtering((str(texts),), str(folder), out, Rule(floor=0.5), str(policy), sampled))
+    audit = read_jsonl(out.with_suffix(".audit.jsonl"))
+    model = AutoModelForSequenceClassification.from_pretrained(folder, dtype=torch.float32).eval()
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    for row, said in zip(read_jsonl(texts), audit, strict=True):
+        for answer, found in ((row["chosen"], said["chosen"]), (said["texts"][0], said["sample"])):
+            inputs = tokenizer(row["prompt"], answer, return_tensors="pt")
+            inputs = {k: v for k, v in inputs.items() if k in ("input_ids", "attention_mask")}
+            assert model(**inputs).logits.item() == pytest.approx(found, abs=1e-5)
+    assert len(read_jsonl(out)) >= ROWS / 2
 
 
 @pytest.mark.slow  # three processes import everything
