@@ -24,6 +24,7 @@ def commands() -> dict[str, Command]:
     """The commands by name; importing them takes seconds."""
     from benchmarks.commands.data import data
     from benchmarks.commands.head_to_head import compare, plan, report
+    from benchmarks.commands.scoring import evaluate, filter_command, score
     from benchmarks.commands.tools import doctor, serve, speed, study
     from benchmarks.commands.train import train
 
@@ -31,8 +32,11 @@ def commands() -> dict[str, Command]:
         "compare": compare,
         "data": data,
         "doctor": doctor,
+        "evaluate": evaluate,
+        "filter": filter_command,
         "plan": plan,
         "report": report,
+        "score": score,
         "serve": serve,
         "speed": speed,
         "study": study,

@@ -9,22 +9,39 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from shared.config import InputError
+from shared.data.chat import Encoder, answer_text, render
+from shared.data.rows import Message, Messages, Row, Unusable
 from shared.models.cost import At, Work, count_pass
 from shared.models.folders import open_tokenizer, read_object
-from shared.models.load import WeightDtype, load_scalar_model, load_tokenizer, sequence_scores
+from shared.models.load import (
+    WeightDtype,
+    load_scalar_model,
+    load_tokenizer,
+    sequence_scores,
+    special_ids,
+)
 from shared.models.sequences import SCORING, Limit, Sequences, by_length, collate
 from shared.stages import read_jsonl, write_jsonl
 
-Messages = list[dict[str, Any]]
 Chats = Mapping[tuple[int, ...], Messages]  # of prompts, by their token ids
 NORMALISATION, CHATS = "normalisation.json", "chats.jsonl"
+
+
+class Answered(NamedTuple):
+    """A prompt with one answer to it, before any tokenizer: texts, or messages and a message."""
+
+    prompt: str | Messages
+    answer: str | Message
+    ended: bool = True  # False: cut where it stands, so that no EOS follows
+    tools: list[Any] | None = None
+    template: dict[str, Any] | None = None  # further words for the chat template
 
 
 class Scorer:
@@ -49,14 +66,28 @@ class Scorer:
         self.folder, self.chats = folder, read_chats(folder) if chats is None else chats
         self.model: PreTrainedModel = model.to(device).eval().requires_grad_(False)  # pyright: ignore[reportArgumentType]
         self.decoder = isinstance(getattr(model, "score", None), nn.Linear)
-        self.tokenizer = load_tokenizer(folder) if self.decoder else open_tokenizer(folder)
-        pad = self.tokenizer.pad_token_id
-        if not isinstance(pad, int):
+        self.tokenizer = open_tokenizer(folder)
+        pad, eos = self.tokenizer.pad_token_id, self.tokenizer.eos_token_id
+        fill = eos if pad is None and self.decoder else pad
+        if not isinstance(fill, int):
             raise InputError(f"{folder}: its tokenizer needs a pad token to fill batches with")
-        self.pad_id, self.reader = pad, reader or self.tokenizer
-        self.by_text = not self.decoder or not same_tokens(self.reader, self.tokenizer)
-        self.model.config.get_text_config().pad_token_id = pad  # where its class reads a score
+        self.pad_id, self.reader = fill, reader or self.tokenizer
+        # TRL makes EOS the pad token of a tokenizer without one, and scores are read before it
+        self.unread = fill if pad == eos else None
+        self.by_text = (
+            not self.decoder
+            or self.unread is not None
+            or not same_tokens(self.reader, self.tokenizer)
+        )
+        self.model.config.get_text_config().pad_token_id = fill  # where its class reads a score
         self.offset, self.scale = read_normalisation(folder)
+        self.room = context_length(self.model, self.tokenizer)
+        self.own: Encoder | None = (
+            None  # of one that was trained here: it read rows encoded by this
+        )
+        trained_here = (folder / NORMALISATION).is_file() and not (folder / CHATS).is_file()
+        if self.decoder and self.unread is None and trained_here:
+            self.own = Encoder(self.tokenizer, special_ids(self.tokenizer, folder).ends)
 
     @torch.no_grad()
     def score(self, batch: Sequences) -> Tensor:
@@ -99,10 +130,18 @@ class Scorer:
     def _score_texts(
         self, prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]], limit: Limit
     ) -> Tensor:
-        encoded = [self.encode(p, c) for p, c in zip(prompts, completions, strict=True)]
-        lengths = [len(row["input_ids"]) for row in encoded]
+        rows = zip(prompts, completions, strict=True)
+        return self.score_inputs([self.encode(p, c) for p, c in rows], limit)
+
+    def score_inputs(
+        self, encoded: Sequence[dict[str, list[int]]], limit: Limit = SCORING
+    ) -> Tensor:
+        """Normalised scores of what `inputs` made, in order, (N,), on the CPU; finite or not."""
+        ids = [self._read(row["input_ids"]) for row in encoded]
+        if self.decoder and all(len(row) > 1 for row in ids):  # where prompts end changes nothing
+            return self._score_tokens([row[:1] for row in ids], [row[1:] for row in ids], limit)
         scores = torch.zeros(len(encoded))
-        for rows in by_length(lengths, [0] * len(lengths), limit):
+        for rows in by_length([*map(len, ids)], [0] * len(ids), limit):
             scores[torch.tensor(rows)] = self._score_encoded([encoded[i] for i in rows])
         return (scores - self.offset) / self.scale
 
@@ -123,53 +162,106 @@ class Scorer:
         count_pass(self.model, Work(lengths, At(real, real, len(rows)), real), scores)
         return scores.cpu()
 
-    def encode(self, prompt: Sequence[int], completion: Sequence[int]) -> dict[str, list[int]]:
-        """The reward model's inputs for one row of the reader's tokens.
+    def _read(self, ids: list[int]) -> list[int]:
+        """The row as far as transformers reads it: it looks for the last token that is no pad."""
+        length = len(ids)
+        while length > 1 and ids[length - 1] == self.unread:
+            length -= 1
+        return ids[:length]
 
-        A chat: its messages and the answer in the reward model's template. Texts: a decoder reads
-        prompt + completion, and EOS unless the completion was cut, as TRL's RewardTrainer has it;
-        an encoder reads the two as its tokenizer's pair, the prompt cut on the left to fit.
+    def encode(self, prompt: Sequence[int], completion: Sequence[int]) -> dict[str, list[int]]:
+        """The reward model's inputs for one row of the reader's tokens: their text, or chat.
+
+        InputError where they are more than it reads.
         """
         if self.chats and tuple(prompt) not in self.chats:
             raise InputError(
                 f"{self.folder}: a prompt of {len(prompt)} tokens is none of the chats whose "
                 f"messages are known ({len(self.chats)}): give it those of these prompts"
             )
-        answer = str(self.reader.decode([*completion], skip_special_tokens=True))
         chat = self.chats.get(tuple(prompt))
-        if chat is not None and self.tokenizer.chat_template:
-            messages = [*chat, {"role": "assistant", "content": answer}]
-            text = str(self.tokenizer.apply_chat_template(messages, tokenize=False))
-            return self._fitting(self.tokenizer(text, add_special_tokens=False))
-        if chat is not None:
-            before = "\n\n".join(str(message["content"]) for message in chat)
-        else:
-            before = str(self.reader.decode([*prompt], skip_special_tokens=True))
+        before = (
+            self.reader.decode(list(prompt), skip_special_tokens=True) if chat is None else chat
+        )
+        answer = str(self.reader.decode(list(completion), skip_special_tokens=True))
+        ended = chat is not None or completion[-1] in self.reader.all_special_ids
+        try:
+            found = self._text_inputs(Answered(before, answer, ended))  # pyright: ignore[reportArgumentType]
+        except Unusable as fault:
+            raise InputError(f"{self.folder}: {fault}") from fault
+        if self.room and (length := len(found["input_ids"])) > self.room:
+            raise InputError(
+                f"{self.folder}: a completion with its prompt has {length} tokens of the reward "
+                f"model's, which reads {self.room}: shorten prompts or lower "
+                "`sampling.max_new_tokens`"
+            )
+        return found
+
+    def inputs(self, row: Answered) -> dict[str, list[int]]:
+        """The reward model's inputs for one row, however long, as its training had them.
+
+        One that was trained here reads a row as our trainers encode it, another one its text.
+        Raises Unusable where the chat template refuses the messages.
+        """
+        return self._text_inputs(row) if self.own is None else self._own_inputs(self.own, row)
+
+    def _text_inputs(self, row: Answered) -> dict[str, list[int]]:
+        """A chat as the template renders it, or as text where there is none.
+
+        Texts: a decoder reads prompt + answer, and EOS unless the answer was cut, as TRL's
+        RewardTrainer has it; an encoder reads the two as its tokenizer's pair, the prompt cut on
+        the left to fit.
+        """
+        answer, before = answer_text(row.answer), row.prompt
+        if not isinstance(before, str):
+            if self.tokenizer.chat_template:
+                return self._plain(self.tokenizer(self._rendered(row), add_special_tokens=False))
+            before = "\n\n".join(str(message["content"]) for message in before)
         if not self.decoder:
-            self._fitting(self.tokenizer("", answer))
-            room = context_length(self.model, self.tokenizer)
-            pair = {"truncation": "only_first", "max_length": room} if room else {}
+            alone = self._plain(self.tokenizer("", answer))
+            if not self.room or len(alone["input_ids"]) > self.room:
+                return alone if self.room else self._plain(self.tokenizer(before, answer))
             self.tokenizer.truncation_side = "left"
-            return self._fitting(self.tokenizer(before, answer, **pair))
-        found = self._fitting(self.tokenizer(before + answer))
-        eos, ended = self.tokenizer.eos_token_id, completion[-1] in self.reader.all_special_ids
-        if ended and found["input_ids"][-1:] != [eos]:
+            pair = {"truncation": "only_first", "max_length": self.room}
+            return self._plain(self.tokenizer(before, answer, **pair))
+        found = self._plain(self.tokenizer(before + answer))
+        eos = self.tokenizer.eos_token_id
+        if row.ended and eos is not None and found["input_ids"][-1:] != [eos]:
             found = {**found, "input_ids": [*found["input_ids"], eos]}
             found["attention_mask"] = [*found["attention_mask"], 1]
         return found
 
-    def _fitting(self, encoded: Any) -> dict[str, list[int]]:
+    def _rendered(self, row: Answered) -> str:
+        """A chat in the reward model's template; an answer that was cut ends with its last word."""
+        words: dict[str, Any] = {"tools": row.tools, "template": row.template}
+        prompt: Messages = row.prompt  # pyright: ignore[reportAssignmentType]
+        if not row.ended:
+            opened = render(self.tokenizer, prompt, open_answer=True, **words)
+            return opened + answer_text(row.answer)
+        return render(self.tokenizer, [*prompt, _as_message(row.answer)], **words)
+
+    def _own_inputs(self, encoder: Encoder, row: Answered) -> dict[str, list[int]]:
+        chat = not isinstance(row.prompt, str)
+        answer = _as_message(row.answer) if chat else row.answer
+        one = Row(row.prompt, answer, tools=row.tools, template=row.template)
+        encoded = encoder.encode([one], [encoder.render(one)])[0]
+        ids = [*encoded.prompt_ids, *encoded.chosen_ids]
+        if row.ended and not encoded.chosen_ids and encoder.eos is not None:
+            ids.append(encoder.eos)  # an answer of nothing, which no row of a file is
+        if not row.ended and ids[-1] in encoder.ends:
+            ids.pop()
+        return {"input_ids": ids, "attention_mask": [1] * len(ids)}
+
+    def _plain(self, encoded: Any) -> dict[str, list[int]]:
         names = ("input_ids", "attention_mask", "token_type_ids")
         found = {name: list(encoded[name]) for name in names if name in encoded}
         if self.decoder:
             found.pop("token_type_ids", None)
-        room = context_length(self.model, self.tokenizer)
-        if room and (length := len(found["input_ids"])) > room:
-            raise InputError(
-                f"{self.folder}: a completion with its prompt has {length} tokens of the reward "
-                f"model's, which reads {room}: shorten prompts or lower `sampling.max_new_tokens`"
-            )
         return found
+
+
+def _as_message(answer: str | Message) -> Message:
+    return {"role": "assistant", "content": answer} if isinstance(answer, str) else answer
 
 
 def scorer_of(reward_model: Path, policy: Path | None) -> Scorer:

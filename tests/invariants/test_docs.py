@@ -24,9 +24,12 @@ from benchmarks.commands.tools import studies
 from benchmarks.data import check, stats
 from benchmarks.doctor import patient
 from benchmarks.doctor.patient import DoctorConfig
+from benchmarks.evaluation import policies
 from benchmarks.pipeline import places, single
 from benchmarks.pipeline.experiment import Experiment, load_experiment
 from benchmarks.results.schema import Results
+from benchmarks.scoring import filtering
+from benchmarks.scoring import score as scoring
 from benchmarks.speed import measure
 from benchmarks.studies import control, engines, regret
 from benchmarks.studies.onoff import study as onoff
@@ -122,6 +125,9 @@ def stopped(monkeypatch: pytest.MonkeyPatch) -> None:
         regret: ["regret_points"],
         engines: ["set_up_process"],
         onoff: ["set_up_process"],
+        scoring: ["score"],
+        filtering: ["filter_rows"],
+        policies: ["evaluate_policies"],
     }.items():
         for name in names:
             monkeypatch.setattr(module, name, reached)
@@ -295,7 +301,7 @@ TINY_KEYS = {
 DPO = '{ dpo = { kind = "direct", settings = [{ beta = 0.2 }] } }'
 FILES = {"regret": "exact", "control": "control", "onoff": "onoff"}  # where none is named
 POINTS = ["--pairs", "30", "40", "--betas", "0.5"]  # of `klash study regret`
-NEEDS = ("vllm", "server", "serve", "speed", "simpo", "engines")
+NEEDS = ("vllm", "server", "serve", "speed", "simpo", "engines", "--reward-model")
 
 
 def keys(values: dict[str, Any]) -> list[str]:

@@ -1,0 +1,71 @@
+"""The models that stand-alone commands use, opened from whatever names them."""
+
+import contextlib
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+from shared.config import InputError
+from shared.models.folders import open_tokenizer, require_folder
+from shared.models.load import ModelConfig, WeightDtype
+from shared.models.pretrained import is_local, local_path, take_pretrained
+from shared.models.scorer import Scorer
+
+
+def device() -> torch.device:
+    """The GPU if there is one."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def require_reward_model(name: str) -> Path:
+    """The folder of a reward model that a folder or hub name means; no weight is read yet."""
+    folder = local_path(name, None)
+    require_folder(folder, "reward model")
+    open_tokenizer(folder)
+    return folder
+
+
+def open_scorer(folder: Path, dtype: WeightDtype) -> Scorer:
+    """The reward model of `require_reward_model`, where it computes fastest."""
+    return Scorer(folder, device(), dtype=dtype)
+
+
+def require_policy(name: str) -> None:
+    """InputError if `name` means a folder that is no policy; others are looked at when taken."""
+    if is_local(name) and Path(name).is_dir():
+        require_folder(Path(name), "policy")
+
+
+@contextlib.contextmanager
+def as_folder(name: str) -> Iterator[Path]:
+    """A policy's plain transformers folder: the named one where it is sound, else a taken copy.
+
+    A hub name, a .gguf file, and a folder whose pad token is missing or is its EOS are copied and
+    set right, and the copy is gone afterwards.
+    """
+    path = Path(name)
+    if is_local(name) and path.is_dir():
+        require_folder(path, "policy")
+        if pads_apart(path):
+            yield path
+            return
+    with tempfile.TemporaryDirectory(prefix="klash-") as folder:
+        take_pretrained(Path(folder), ModelConfig(pretrained=name))
+        yield Path(folder)
+
+
+def pads_apart(folder: Path) -> bool:
+    """Whether a folder's tokenizer has a pad token that is no other, and an EOS."""
+    tokenizer = open_tokenizer(folder)
+    if tokenizer.pad_token_id is None or tokenizer.eos_token_id is None:
+        return False
+    return tokenizer.pad_token_id != tokenizer.eos_token_id
+
+
+def require_positive(**numbers: float) -> None:
+    """InputError for an option that must be above 0 and is not."""
+    for name, number in numbers.items():
+        if not number > 0:
+            raise InputError(f"--{name.replace('_', '-')} must be above 0 (found {number:g})")
