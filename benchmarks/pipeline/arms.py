@@ -1,6 +1,6 @@
 """What a head-to-head is made of: every `self.run(` here is a stage, skipped where it is there."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from shared.seeds import seed_of
 from shared.stages import Runner, Work, read_json, read_jsonl
 from shared.tasks.judge import examine_judge
 from shared.tasks.own import OwnData
+from shared.tasks.registry import TaskInput
 
 
 @dataclass(frozen=True)
@@ -316,7 +317,7 @@ class Pipeline:
                 train_ppo,
                 **inputs,
                 reward_model=None if arm.gold else data.reward,
-                task=common.task,
+                task=without_judge(common.task),
                 ppo=e.ppo,
                 kl_coef=trial.setting["kl_coef"],
                 drawing=self.drawing,
@@ -396,6 +397,11 @@ class Pipeline:
     def mean_gold(self, rows: Path) -> float:
         """Of all completions that a policy was evaluated on."""
         return float(np.mean([row["gold"] for row in read_jsonl(rows / "rows.jsonl")]))
+
+
+def without_judge(task: TaskInput) -> TaskInput:
+    """The task as what trains sees it: who judges changes no training."""
+    return replace(task, judge=None) if isinstance(task, OwnData) else task
 
 
 def paid_stages(arm: Arm, data: TrainingData, end: Path) -> tuple[Path, ...]:

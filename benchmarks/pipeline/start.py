@@ -71,7 +71,8 @@ def judged_task(
     if not isinstance(task, OwnData):
         return task
     if judge.function is not None:
-        found = Judge(function=judge.function, file=given_function(judge.function))
+        name = judge.function.rpartition(":")[2]
+        found = Judge(function=name, file=given_function(judge.function))
     elif judge.model is not None:
         found = Judge(model=given_model(judge.model, judge.revision))
     elif judge.share is not None:

@@ -1,5 +1,7 @@
 """How well the reward models know what labels are drawn from."""
 
+from pathlib import Path
+
 import numpy as np
 from scipy import stats
 
@@ -10,6 +12,7 @@ from benchmarks.pipeline.experiment import Experiment
 from benchmarks.results.folders import Array
 from benchmarks.results.schema import JudgeQuality, RewardModel
 from shared.stages import read_json
+from shared.tasks.judge import JudgeConfig
 
 
 def reward_model_quality(compared: HeadToHead) -> RewardModel:
@@ -41,6 +44,15 @@ def _score_correlation(scores: dict[str, Array], column: str) -> float:
     return pearson(both, np.concatenate([scores[f"{column}_a"], scores[f"{column}_b"]]))
 
 
+def _judge_name(judge: JudgeConfig) -> str:
+    """As the report calls it: without the folders that lead to it."""
+    if judge.function is not None:
+        return f"`{judge.function.rpartition('/')[2]}`"
+    if judge.model is not None:
+        return Path(judge.model).name if Path(judge.model).is_absolute() else judge.model
+    return f"a reward model trained on {judge.share:.0%} of the prompts, which nothing else sees"
+
+
 def judge_quality(experiment: Experiment, compared: HeadToHead) -> JudgeQuality | None:
     """The judge on held-out labels; None where there is none, or gold is the task's own."""
     folder, judge = compared.common.judge_scores, experiment.judge
@@ -55,7 +67,7 @@ def judge_quality(experiment: Experiment, compared: HeadToHead) -> JudgeQuality 
     kind = "share" if judge.share else "function" if judge.function else "model"
     return JudgeQuality(
         kind=kind,
-        name=judge.function or judge.model or f"a reward model trained on {judge.share:.0%}",
+        name=_judge_name(judge),
         accuracy=Estimate(mean=float(right.mean()), low=float(low), high=float(high)),
         calibration_error=error,
         pairs=len(right),

@@ -51,7 +51,7 @@ class JudgeConfig(Config):
 
 @dataclass(frozen=True)
 class Judge:
-    """A judge that is there: a reward model's folder, or a function and the file it is in."""
+    """A judge that is there: a reward model's folder, or a function's name and its file."""
 
     model: Path | Given | None = None
     function: str = ""
@@ -90,7 +90,7 @@ def judged_by_function(
 def load_function(judge: Judge) -> Score:
     """The judge's function; InputError if its file has none of that name."""
     assert judge.file is not None
-    path, name = Path(judge.file.source), judge.function.rpartition(":")[2]
+    path, name = Path(judge.file.source), judge.function
     if str(path.parent) not in sys.path:
         sys.path.append(str(path.parent))  # for what it imports
     spec = importlib.util.spec_from_file_location(f"judge_{path.stem}", path)

@@ -477,7 +477,8 @@ def test_everything_that_is_compared_starts_from_the_same_models():
             return Path(f"{name} {variant}")
 
     variants = DEFAULT, "padded", "all off"
-    common = CommonStages(*map(Path, ("sft", "scale", "frontier", "test")))
+    folders = map(Path, ("sft", "scale", "frontier", "test"))
+    common = CommonStages(TaskConfig(), *folders, judge_scores=None)
     jobs = [Job(v, arm) for v in variants for arm in ("dpo", "ppo", "reward")]
     seed = run_seed(dict.fromkeys(variants, EXPERIMENT), jobs, common, Recorder(), 0)
     ppo, direct = ([trained[kind, v] for v in variants] for kind in ("ppo", "direct"))

@@ -61,7 +61,7 @@ settings = [{ kl_coef = 0.1 }]
 kind = "best-of-n"
 settings = [{ n = 2 }]
 """
-ROWS = 90
+ROWS = 150
 
 
 def chat(role: str, content: str) -> list[dict[str, str]]:
@@ -153,7 +153,7 @@ def test_no_prompt_that_is_measured_on_was_trained_on(judged: Path):
     held_out = {row["prompt"] for row in read_jsonl(preferences / "held_out.jsonl")}
     (evaluation,) = folders(runs, "best-of-n")
     asked = {row["prompt"] for row in read_jsonl(evaluation / "rows.jsonl")}
-    assert len(trained) > 50
+    assert len(trained) > 90
     assert not trained & (held_out | asked)
     numbers = {int(re.findall(r"Say (\d+)", prompt)[0]) for prompt in trained}
     sides = {split_of(f"Say {i}.") for i in numbers}
