@@ -50,7 +50,8 @@ class Judges:
     def function(self) -> Judge:
         """The judge's function and its file."""
         assert self.judge_function is not None
-        return Judge(function=self.judge_function, file=given_function(self.judge_function))
+        name = self.judge_function.rpartition(":")[2]
+        return Judge(function=name, file=given_function(self.judge_function))
 
     @property
     def decides(self) -> str | None:

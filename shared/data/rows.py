@@ -22,16 +22,14 @@ class DataConfig(Config):
     """How a file of preferences is read."""
 
     format: str = "auto"
-    """The files' format; `auto` finds it among ultrafeedback, pairs, sharegpt, alpaca, hh-rlhf,
-    implicit-pairs, argilla, shp, helpsteer3, helpsteer2, summarize-from-feedback, rated, labels,
-    chat-labels, answers, chats and prompts."""
+    """The files' format, one of docs/own-data.md's; `auto` finds it from the rows."""
     subset: str | None = None
     """Configuration of a dataset of the hub, such as `preference` of `nvidia/HelpSteer3`."""
     split: str | None = None
     """Split of a dataset of the hub or of a folder laid out like one, such as `train`."""
     chat: Literal["as-is", "messages"] = "as-is"
-    """`messages` makes a text prompt the user's message and its answer the assistant's (and of a
-    transcript its turns) for the model's chat template; `as-is` reads texts as texts."""
+    """What becomes of texts: `as-is` they stay texts; `messages` makes prompt and answer, or a
+    transcript's turns, messages for the model's chat template."""
     rated: Literal["best-worst", "all", "margin"] = "best-worst"
     """Which pairs n rated answers of one prompt make: the best with the worst, all that differ, or
     all whose ratings differ by `margin`."""

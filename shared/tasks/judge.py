@@ -28,7 +28,7 @@ class JudgeConfig(Config):
     revision: str | None = None
     """Branch, tag or commit of a `model` of the hub; by default its main branch."""
     function: str | None = None
-    """`file.py:function` or `module:function` of (prompts, completions), which returns a number
+    """A function of (prompts, completions), `file.py:name` or `module:name`, which returns a number
     each; prompts are texts, or lists of messages where the data are chats."""
     share: float | None = Field(default=None, gt=0, lt=1)
     """Train a reward model as the judge on this share of the prompts, which nothing else sees."""

@@ -101,7 +101,8 @@ def results_of(run: Path) -> Results:
 
 def folders(runs: Path, name: str) -> dict[Path, Any]:
     """Finished stages of one kind with their manifests."""
-    return {f: read_json(f / "manifest.json") for f in (runs / ".stages").glob(f"{name}-*")}
+    found = {f: read_json(f / "manifest.json") for f in (runs / ".stages").glob(f"{name}-*")}
+    return {folder: manifest for folder, manifest in found.items() if manifest["stage"] == name}
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ from checks import SMALL_WORLD, close
 from benchmarks.evaluation.optimum import bradley_terry, ipo_logps, optimal_logps
 from benchmarks.pipeline.experiment import load_experiment
 from benchmarks.results.schema import Results
-from benchmarks.studies.regret import STEPS, at, curve, markdown, measure, picture
+from benchmarks.studies.regret import STEPS, at, curve, markdown, picture, regret_points
 from shared.config import InputError
 from shared.stages import read_json
 from shared.training.fit import steps_of
@@ -70,7 +70,7 @@ def test_a_run_gives_each_methods_regret_at_its_end_and_at_its_best(
 ):
     monkeypatch.setattr("benchmarks.studies.regret.STEPS", 16)
     base = load_experiment("exact", [f"--{k}={v}" for k, v in SMALL.items()], quick=False)
-    points = measure(base, 200, 0.5, tmp_path)
+    points = regret_points(base, 200, 0.5, tmp_path)
     assert [p.method for p in points] == ["sft", "ppo", "dpo", "ipo", "kto"]
     results = Results.model_validate(read_json(next(tmp_path.glob("exact-200*/results.json"))))
     for point in points:

@@ -29,9 +29,10 @@ from shared.seeds import seed_of
 from shared.stages import read_jsonl
 from shared.tasks.exact import Exact, ExactConfig
 from shared.tasks.registry import TaskConfig, make_task
+from shared.tasks.task import encode_corpus
 from shared.training.finished import read_log
 from shared.training.fit import OptimizerConfig, Trainee
-from shared.training.sft import tokenize
+from shared.training.sft import masked
 
 PAD = 0
 SAMPLING = Sampling(max_new_tokens=10)
@@ -193,7 +194,8 @@ def test_sft_sees_the_prompts_that_are_sampled_from_and_one_eos_at_the_end(
     """No token merges over the boundary, no BOS is added, and the loss looks at EOS too."""
     eos = special_ids(tokenizer).eos
     for prompt, completion in corpus:
-        row, before = tokenize(tokenizer, prompt, completion), tokenizer(prompt).input_ids
+        (demonstration,) = encode_corpus(tokenizer, [(prompt, completion)])
+        row, before = masked(demonstration), tokenizer(prompt).input_ids
         ids, mask = row["input_ids"], row["completion_mask"]
         assert ids[: len(before)] == before
         assert ids == [*tokenizer(f"{prompt} {completion}").input_ids, eos]

@@ -29,6 +29,7 @@ from rlhf.rollout import (
     value_model,
     with_zero_head,
 )
+from shared.data.splits import split_of
 from shared.generation.engine import Completions, EngineLost, Sampling
 from shared.generation.hf import HFEngine
 from shared.generation.start import Drawing
@@ -50,7 +51,6 @@ from shared.models.sequences import Sequences, collate
 from shared.seeds import seed_of
 from shared.stages import read_json
 from shared.tasks.registry import TaskConfig, make_task
-from shared.tasks.task import split_of
 from shared.training.finished import read_log
 from shared.training.fit import OptimizerConfig, step
 

@@ -341,7 +341,7 @@ def test_quick_runs_one_seed_and_the_first_setting_of_every_arm(name: str):
     assert quick.preferences.pairs == whole.quick.pairs <= whole.preferences.pairs
     assert quick.ppo.episodes == whole.quick.episodes <= whole.ppo.episodes
     assert quick.evaluation.prompts <= whole.evaluation.prompts
-    assert quick.evaluation.frontier_samples >= quick.evaluation.reward_limit_samples
+    assert quick.evaluation.frontier_samples >= quick.evaluation.limit_samples
     again = Experiment.model_validate(quick.model_dump())  # still a valid experiment
     assert again == quick
 

@@ -316,11 +316,6 @@ REWARD_FAULTS: dict[str, tuple[Fault, str]] = {
         weights(lambda values: values.update({"score.weight": torch.zeros(2, 32)})),
         r"score\.weight is \(2, 32\) in the file and \(1, 32\)",
     ),
-    "pad is EOS": (
-        lambda folder: chat_tokenizer(pad_token="<|endoftext|>").save_pretrained(folder),
-        "pad token that differs",
-    ),
-    "no pad": (lambda folder: chat_tokenizer(pad_token=None).save_pretrained(folder), "pad token"),
     "scale 0": (one_score, "do not differ between samples"),
     "scale not a number": (
         holding("normalisation.json", '{"offset": 0.0, "scale": NaN}'),

@@ -62,6 +62,7 @@ def world(request: pytest.FixtureRequest) -> World:
 
 def metered(world: World, prompts: list[list[int]], completions: list[list[int]]):
     found = measure_kl(world.policy, world.ref, prompts, completions, PAD)
+    found.pop("ref_logp")  # no estimate of KL
     return {name: torch.tensor(values, dtype=torch.float64) for name, values in found.items()}
 
 

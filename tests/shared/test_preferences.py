@@ -12,13 +12,13 @@ from transformers import PreTrainedTokenizerBase
 from shared.config import InputError
 from shared.data.pairs import Pair, clean, read_pairs, swapped
 from shared.data.preferences import PreferenceConfig, make_preferences, make_reward_test
+from shared.data.splits import split_of
 from shared.generation.engine import Sampling
 from shared.generation.start import Drawing
 from shared.models.load import special_ids
 from shared.stages import read_json, write_jsonl
 from shared.tasks.registry import TaskConfig, make_task
 from shared.tasks.reviews import ReviewsConfig
-from shared.tasks.task import split_of
 
 DRAWING = Drawing(Sampling(max_new_tokens=10))
 

@@ -12,9 +12,9 @@ from transformers import PreTrainedTokenizerBase
 from vaderSentiment.vaderSentiment import BOOSTER_DICT, NEGATE, SentimentIntensityAnalyzer
 
 from shared.config import InputError
+from shared.data.splits import Split, split_of
 from shared.tasks import reviews
 from shared.tasks.reviews import GRAMMAR, Reviews, ReviewsConfig, accepts, sample
-from shared.tasks.task import Split, split_of
 
 SPLITS: tuple[Split, ...] = ("sft", "preference", "reward-test", "ppo", "validation", "test")
 TASK = Reviews(ReviewsConfig())
