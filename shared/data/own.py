@@ -9,7 +9,7 @@ import numpy as np
 
 from shared.config import InputError
 from shared.data.examples import read_examples
-from shared.data.pairs import Pair
+from shared.data.pairs import Pair, swapped
 from shared.data.rows import DataConfig
 from shared.data.samples import null_for_nan
 from shared.data.splits import split_of
@@ -117,10 +117,4 @@ def take_reward_test(folder: Path, task: OwnData, pairs: int, seed: int) -> None
 
 def flipped(pair: Pair) -> Pair:
     """The same label told the other way: the second side wins."""
-    return pair._replace(
-        chosen_ids=pair.rejected_ids,
-        rejected_ids=pair.chosen_ids,
-        chosen_gold=pair.rejected_gold,
-        rejected_gold=pair.chosen_gold,
-        p=1.0 - pair.p,
-    )
+    return swapped(pair)._replace(p=1.0 - pair.p)
