@@ -27,7 +27,7 @@ class RowOptions:
     """How the files are read."""
 
     format: str = "auto"
-    """The files' format; `auto` finds it, `klash data check --help` lists them."""
+    """The files' format, one of docs/own-data.md's; `auto` finds it."""
     subset: str | None = None
     """Configuration of a dataset of the hub."""
     split: str | None = None
