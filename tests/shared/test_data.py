@@ -4,7 +4,6 @@ import csv
 import gzip
 import json
 import os
-import re
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
