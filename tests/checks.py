@@ -9,6 +9,8 @@ from torch import Tensor
 from shared.models.packing import pack
 from shared.models.sequences import Sequences
 
+Klash = Callable[..., tuple[int, str, str]]  # the fixture `klash`
+
 # exact.toml with a world of 85 completions a prompt and a small model
 SMALL_WORLD = {
     "task.exact.words": 3, "task.exact.prompts": 4, "task.exact.cap": 3, "threads": 1,

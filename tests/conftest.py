@@ -4,13 +4,16 @@ The weights are random but not small: attention matters, and a completion ends b
 time in two, so that a wrong mask, position or EOS shows.
 """
 
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
+from checks import Klash
 from transformers import PreTrainedTokenizerBase
 
+from benchmarks.cli import main
 from benchmarks.pipeline.places import quiet_libraries
 from dpo.reference import score_mismatched, score_reference
 from shared.data.preferences import PreferenceConfig, make_preferences
@@ -120,3 +123,23 @@ def reference_folder(
     score_reference(folder, policy_folder, preferences_folder)
     score_mismatched(folder, policy_folder, preferences_folder, seed=0)
     return folder
+
+
+@pytest.fixture
+def klash(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> Klash:
+    """Runs `klash <words>` in an empty folder: (exit code, standard output, standard error)."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*words: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["klash", *map(str, words)])
+        code: object = 0
+        try:
+            main()
+        except SystemExit as stop:
+            code = stop.code
+        out, err = capsys.readouterr()
+        return (code if isinstance(code, int) else 1 if code else 0), out, err
+
+    return run

@@ -1,6 +1,7 @@
 """The report's tables, row by row, from the results."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 from benchmarks.evaluation.statistics import Estimate
 from benchmarks.report.conclusion import nats, winner
@@ -69,6 +70,9 @@ def _estimate(digits: int = 2, signed: bool = False, scale: float = 1, unit: str
     return show
 
 
+SHARE = _estimate(0, scale=100, unit=" %")
+
+
 def _keys(name: str) -> tuple[str, str, str]:
     return name, f"{name}_low", f"{name}_high"
 
@@ -95,104 +99,88 @@ def _scale(estimates: Sequence[Estimate], zero: bool = True) -> Callable[[Estima
     return bar
 
 
+Shown = dict[str, tuple[str, Callable[[Method], Cell]]]  # heading: the measure, its cell
+
+
+def _methods_table(results: Results, name: str, caption: str, shown: Shown) -> Table:
+    """One row per method, by gold."""
+    cells = [cell for _, cell in shown.values()]
+    rows = [[_method_cell(n, m), *(cell(m) for cell in cells)] for n, m in by_gold(results)]
+    columns = [NAME, *(Column(label, _keys(key)) for label, (key, _) in shown.items())]
+    return Table(name, caption, columns, rows)
+
+
+def _measure(key: str, show: Show) -> tuple[str, Callable[[Method], Cell]]:
+    return key, lambda m: show(getattr(m, key))
+
+
+def _with_bars(results: Results, key: str, show: Show, zero: bool) -> Callable[[Method], Cell]:
+    """`show`'s cell with a bar, on one scale for all methods."""
+    bar = _scale([getattr(m, key) for m in results.methods.values()], zero)
+    return lambda m: replace(show(getattr(m, key)), bar=bar(getattr(m, key)))
+
+
+def _kl_cell(method: Method) -> Cell:
+    kl = _estimate(kl_digits(method.kl.mean))(method.kl)
+    return _prefixed(kl, "≤ " if method.kl_is_bound else "")
+
+
+def _efficiency_cell(method: Method) -> Cell:
+    return _prefixed(
+        SHARE(method.frontier_efficiency), "≥ " if method.efficiency_is_lower_bound else ""
+    )
+
+
 def main_table(results: Results) -> Table:
     """One row per method at its tuned setting, by gold."""
     if not results.judged:
         return unjudged_table(results)
-    share, rows = _estimate(0, scale=100, unit=" %"), []
-    bar = _scale([m.gold for m in results.methods.values()], zero=False)
-    for name, m in by_gold(results):
-        gold = _estimate()(m.gold)
-        kl = _estimate(kl_digits(m.kl.mean))(m.kl)
-        efficiency = share(m.frontier_efficiency)
-        rows.append(
-            [
-                _method_cell(name, m),
-                Cell(gold.text, gold.note, gold.values, bar=bar(m.gold)),
-                _estimate(signed=True)(m.gain),
-                _prefixed(kl, "≤ " if m.kl_is_bound else ""),
-                share(m.win_rate),
-                _prefixed(efficiency, "≥ " if m.efficiency_is_lower_bound else ""),
-                _estimate(signed=True)(m.hacking_gap),
-                _estimate(3)(m.regret) if results.enumerated else share(m.well_formed),
-                _estimate(1)(m.length),
-                _estimate(1, signed=True)(m.displacement),
-            ]
-        )
-    headings = {
-        "Gold": "gold",
-        "Gain": "gain",
-        "KL, nats": "kl",
-        "Win rate": "win_rate",
-        "Of the limit": "frontier_efficiency",
-        "Hacking gap": "hacking_gap",
-        **({"Regret": "regret"} if results.enumerated else {"Well-formed": "well_formed"}),
-        "Length": "length",
-        "Displacement": "displacement",
+    if results.enumerated:
+        last = {"Regret": _measure("regret", _estimate(3))}
+    else:
+        last = {"Well-formed": _measure("well_formed", SHARE)}
+    shown: Shown = {
+        "Gold": ("gold", _with_bars(results, "gold", _estimate(), zero=False)),
+        "Gain": _measure("gain", _estimate(signed=True)),
+        "KL, nats": ("kl", _kl_cell),
+        "Win rate": _measure("win_rate", SHARE),
+        "Of the limit": ("frontier_efficiency", _efficiency_cell),
+        "Hacking gap": _measure("hacking_gap", _estimate(signed=True)),
+        **last,
+        "Length": _measure("length", _estimate(1)),
+        "Displacement": _measure("displacement", _estimate(1, signed=True)),
     }
-    columns = [NAME, *(Column(label, _keys(key)) for label, key in headings.items())]
-    return Table("main", "Every method at its tuned setting, on test prompts", columns, rows)
+    caption = "Every method at its tuned setting, on test prompts"
+    return _methods_table(results, "main", caption, shown)
 
 
 def unjudged_table(results: Results) -> Table:
     """What is known of each method without a judge."""
-    share, bar = _estimate(0, scale=100, unit=" %"), _scale([m.proxy for _, m in by_gold(results)])
-    rows = []
-    for name, m in by_gold(results):
-        score = _estimate(signed=True)(m.proxy)
-        kl = _estimate(kl_digits(m.kl.mean))(m.kl)
-        rows.append(
-            [
-                _method_cell(name, m),
-                Cell(score.text, score.note, score.values, bar=bar(m.proxy)),
-                _prefixed(kl, "≤ " if m.kl_is_bound else ""),
-                share(m.pair_accuracy),
-                _estimate(1)(m.length),
-                share(m.truncated),
-                _estimate(1, signed=True)(m.displacement),
-            ]
-        )
-    headings = {
-        "Score gained": "proxy",
-        "KL, nats": "kl",
-        "Pair accuracy": "pair_accuracy",
-        "Length": "length",
-        "Cut": "truncated",
-        "Displacement": "displacement",
+    shown: Shown = {
+        "Score gained": ("proxy", _with_bars(results, "proxy", _estimate(signed=True), zero=True)),
+        "KL, nats": ("kl", _kl_cell),
+        "Pair accuracy": _measure("pair_accuracy", SHARE),
+        "Length": _measure("length", _estimate(1)),
+        "Cut": _measure("truncated", SHARE),
+        "Displacement": _measure("displacement", _estimate(1, signed=True)),
     }
-    columns = [NAME, *(Column(label, _keys(key)) for label, key in headings.items())]
-    return Table("main", "Every method at its first setting, on test prompts", columns, rows)
+    caption = "Every method at its first setting, on test prompts"
+    return _methods_table(results, "main", caption, shown)
 
 
 def text_table(results: Results) -> Table:
     """What the text is like, whoever judges it."""
-    share, rows = _estimate(0, scale=100, unit=" %"), []
-    for name, m in by_gold(results):
-        rows.append(
-            [
-                _method_cell(name, m),
-                _estimate(1)(m.length),
-                share(m.truncated),
-                share(m.repetition),
-                _estimate()(m.distinct_2),
-                _estimate(1)(m.perplexity),
-                share(m.win_rate_length_controlled),
-                share(m.win_rate_against_chosen),
-                share(m.pair_accuracy),
-            ]
-        )
-    headings = {
-        "Length": "length",
-        "Cut": "truncated",
-        "Repeated 4-grams": "repetition",
-        "Distinct-2": "distinct_2",
-        "Perplexity": "perplexity",
-        "Win rate, lengths equal": "win_rate_length_controlled",
-        "Against chosen": "win_rate_against_chosen",
-        "Pair accuracy": "pair_accuracy",
+    shown: Shown = {
+        "Length": _measure("length", _estimate(1)),
+        "Cut": _measure("truncated", SHARE),
+        "Repeated 4-grams": _measure("repetition", SHARE),
+        "Distinct-2": _measure("distinct_2", _estimate()),
+        "Perplexity": _measure("perplexity", _estimate(1)),
+        "Win rate, lengths equal": _measure("win_rate_length_controlled", SHARE),
+        "Against chosen": _measure("win_rate_against_chosen", SHARE),
+        "Pair accuracy": _measure("pair_accuracy", SHARE),
     }
-    columns = [NAME, *(Column(label, _keys(key)) for label, key in headings.items())]
-    return Table("text", "The text of each method, on test prompts", columns, rows)
+    return _methods_table(results, "text", "The text of each method, on test prompts", shown)
 
 
 def matched_table(results: Results) -> Table:
@@ -313,7 +301,6 @@ def timed_alone(results: Results) -> str:
 def reward_table(results: Results) -> Table:
     """The reward model's numbers, one per row."""
     rm = results.reward_model
-    share = _estimate(0, scale=100, unit=" %")
     cells = [
         ("Accuracy on held-out pairs", "accuracy", _estimate(1, scale=100, unit=" %")(rm.accuracy)),
         (
@@ -321,7 +308,7 @@ def reward_table(results: Results) -> Table:
             "bayes_accuracy",
             Cell(percent(rm.bayes_accuracy, 1), values=(rm.bayes_accuracy, None, None)),
         ),
-        ("Share of what is attainable", "share_of_attainable", share(rm.share_of_attainable)),
+        ("Share of what is attainable", "share_of_attainable", SHARE(rm.share_of_attainable)),
         ("Calibration error", "calibration_error", _estimate(3)(rm.calibration_error)),
         ("Correlation with length", "length_correlation", _estimate()(rm.length_correlation)),
         ("Correlation with gold", "gold_correlation", _estimate()(rm.gold_correlation)),

@@ -14,12 +14,12 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
 from shared.config import Config
 from shared.data.splits import Split
 from shared.seeds import seed_of
-from shared.tasks.task import Demonstration, encode_corpus, encode_texts
+from shared.tasks.task import PlainTexts
 
 PAD, EOS = "<pad>", "</s>"
 _WORDS = [
@@ -44,7 +44,7 @@ class ExactConfig(Config):
     """Draws the Markov chain behind the corpus, and the effects of words behind gold."""
 
 
-class Exact:
+class Exact(PlainTexts):
     """The task `exact`; see `shared.tasks.task.Task`."""
 
     name = "exact"
@@ -84,14 +84,6 @@ class Exact:
         """Prompts with what the chain goes on with, cut at the cap."""
         rng = np.random.default_rng(seed_of(seed, "corpus"))
         return [(prompt, self._sample(prompt, rng)) for prompt in self.prompts("sft", count, seed)]
-
-    def encode(self, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str]) -> list[list[int]]:
-        return encode_texts(tokenizer, prompts)
-
-    def demonstrations(
-        self, tokenizer: PreTrainedTokenizerBase, count: int, seed: int
-    ) -> list[Demonstration]:
-        return encode_corpus(tokenizer, self.corpus(count, seed))
 
     def gold(self, prompts: Sequence[str], completions: Sequence[str]) -> Array:
         return np.array(

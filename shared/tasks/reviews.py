@@ -12,13 +12,13 @@ from collections.abc import Sequence
 
 import numpy as np
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
 
 from shared.config import Config, InputError
 from shared.data.splits import Split, split_of
 from shared.seeds import seed_of
-from shared.tasks.task import Demonstration, encode_corpus, encode_texts
+from shared.tasks.task import PlainTexts
 
 Grammar = dict[str, list[tuple[float, tuple[str, ...]]]]
 
@@ -98,7 +98,7 @@ class ReviewsConfig(Config):
     """How sharply labels follow gold: P(a beats b) = sigmoid(label_scale * (gold_a - gold_b))."""
 
 
-class Reviews:
+class Reviews(PlainTexts):
     """The task `reviews`; see `shared.tasks.task.Task`."""
 
     name = "reviews"
@@ -127,14 +127,6 @@ class Reviews:
         rng = np.random.default_rng(seed_of(seed, "corpus"))
         prompts = self.prompts("sft", count, seed)
         return [(prompt, sample(_what_follows(prompt), rng)) for prompt in prompts]
-
-    def encode(self, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str]) -> list[list[int]]:
-        return encode_texts(tokenizer, prompts)
-
-    def demonstrations(
-        self, tokenizer: PreTrainedTokenizerBase, count: int, seed: int
-    ) -> list[Demonstration]:
-        return encode_corpus(tokenizer, self.corpus(count, seed))
 
     def gold(self, prompts: Sequence[str], completions: Sequence[str]) -> np.ndarray:
         texts = (f"{p} {c}" for p, c in zip(prompts, completions, strict=True))

@@ -33,7 +33,7 @@ from shared.data.splits import Split, part_of
 from shared.seeds import seed_of
 from shared.tasks.regression import TextRegression, choose_strength, words_of
 from shared.tasks.snippets_data import Sentence, read_sentences, require_published
-from shared.tasks.task import Demonstration, encode_corpus, encode_texts
+from shared.tasks.task import PlainTexts
 
 Array = NDArray[np.float64]
 
@@ -71,7 +71,7 @@ class GoldQuality:
     strength: float  # of the ridge
 
 
-class Snippets:
+class Snippets(PlainTexts):
     """The task `snippets`; see `shared.tasks.task.Task`."""
 
     name = "snippets"
@@ -110,14 +110,6 @@ class Snippets:
                 "`task.snippets.longest_rest`"
             )
         return rows[:count]
-
-    def encode(self, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str]) -> list[list[int]]:
-        return encode_texts(tokenizer, prompts)
-
-    def demonstrations(
-        self, tokenizer: PreTrainedTokenizerBase, count: int, seed: int
-    ) -> list[Demonstration]:
-        return encode_corpus(tokenizer, self.corpus(count, seed))
 
     def gold(self, prompts: Sequence[str], completions: Sequence[str]) -> Array:
         """The rating, -4 to 4, that the regression expects of prompt and completion."""

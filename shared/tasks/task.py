@@ -1,5 +1,6 @@
 """What the pipeline needs of a task: prompts, a corpus to start from, the true score, labels."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
@@ -14,11 +15,6 @@ class Demonstration(NamedTuple):
 
     prompt: list[int]
     completion: list[int]
-
-
-def encode_texts(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str]) -> list[list[int]]:
-    """Prompts that are plain texts, with whatever the tokenizer puts before a text."""
-    return [tokenizer(prompt).input_ids for prompt in prompts]
 
 
 def encode_corpus(
@@ -72,3 +68,21 @@ class Task(Protocol):
     def preference(self, gold_a: np.ndarray, gold_b: np.ndarray) -> np.ndarray:
         """Bradley-Terry P(a beats b), (N,)."""
         ...
+
+
+class PlainTexts(ABC):
+    """What tasks of plain texts share: the tokenizer puts before a prompt what it puts before any
+    text, and SFT trains on the task's `corpus`.
+    """
+
+    @abstractmethod
+    def corpus(self, count: int, seed: int) -> list[tuple[str, str]]:
+        """Prompts of the `sft` split with a completion each."""
+
+    def encode(self, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str]) -> list[list[int]]:
+        return [tokenizer(prompt).input_ids for prompt in prompts]
+
+    def demonstrations(
+        self, tokenizer: PreTrainedTokenizerBase, count: int, seed: int
+    ) -> list[Demonstration]:
+        return encode_corpus(tokenizer, self.corpus(count, seed))

@@ -8,11 +8,10 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from checks import TINY
+from checks import TINY, Klash
 
 from benchmarks.cli import main
 from benchmarks.commands.settings import settings_page
@@ -27,28 +26,6 @@ from shared.stages import intact
 
 ROOT = Path(__file__).parents[2]
 ARM = '[arms.dpo]\nkind = "direct"\nsettings = [{ beta = 0.2 }]\n'
-
-Klash = Callable[..., tuple[int, str, str]]
-
-
-@pytest.fixture
-def klash(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
-) -> Klash:
-    """Runs `klash <words>` in an empty folder: (exit code, standard output, standard error)."""
-    monkeypatch.chdir(tmp_path)
-
-    def run(*words: str) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["klash", *words])
-        code: object = 0
-        try:
-            main()
-        except SystemExit as stop:
-            code = stop.code
-        out, err = capsys.readouterr()
-        return (code if isinstance(code, int) else 1 if code else 0), out, err
-
-    return run
 
 
 # --- words ------------------------------------------------------------------------------------

@@ -7,7 +7,6 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +19,12 @@ from chat_models import (
     write_policy,
     write_reward,
 )
+from checks import Klash
 from datasets import Dataset, load_dataset
 from preference_rows import chat_rows, text_rows, write_rows
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from benchmarks.cli import main
 from benchmarks.scoring import filtering
 from benchmarks.scoring.filtering import Filtering, filter_rows
 from benchmarks.scoring.rows import RowOptions
@@ -36,29 +35,8 @@ from shared.config import InputError
 from shared.models.scorer import save_normalisation
 from shared.stages import read_json, read_jsonl
 
-Klash = Callable[..., tuple[int, str, str]]
 ROWS = 12
 MARGIN = 0.7  # about half of the rows of these models pass it
-
-
-@pytest.fixture
-def klash(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
-) -> Klash:
-    """Runs `klash <words>` in an empty folder: (exit code, standard output, standard error)."""
-    monkeypatch.chdir(tmp_path)
-
-    def run(*words: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["klash", *map(str, words)])
-        code: object = 0
-        try:
-            main()
-        except SystemExit as stop:
-            code = stop.code
-        out, err = capsys.readouterr()
-        return (code if isinstance(code, int) else 1 if code else 0), out, err
-
-    return run
 
 
 @pytest.fixture(scope="module")

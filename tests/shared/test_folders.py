@@ -292,7 +292,9 @@ def test_old_buffers_in_the_file_are_no_fault(sound: Path, tmp_path: Path):
     shutil.copytree(sound, tmp_path / "model")
     name = "model.layers.0.self_attn.rotary_emb.inv_freq"
     weights(lambda values: values.update({name: torch.ones(4)}))(tmp_path / "model")
-    load_policy(tmp_path / "model")
+    loaded, plain = load_policy(tmp_path / "model"), load_policy(sound)
+    ids = torch.arange(8, 20)[None]
+    assert torch.equal(loaded(ids).logits, plain(ids).logits)  # computed, not read from the file
 
 
 # --- reward models -----------------------------------------------------------------------------
