@@ -9,14 +9,15 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from benchmarks.data import findings
-from benchmarks.data.giveaways import Accuracies, Answers, accuracies
+from benchmarks.data.giveaways import Accuracies, Answers, accuracies, count_sides
 from benchmarks.doctor.finding import Finding, finding_text, make_finding
 from shared.config import InputError
 from shared.data.chat import Encoded, Encoder, answer_text
 from shared.data.cleaning import Dropped
-from shared.data.examples import Numbered, Reading, iterate_encoded, iterate_rows
+from shared.data.examples import Numbered, Reading, iterate_encoded
 from shared.data.rows import DataConfig
 from shared.data.splits import near_duplicates, prompt_text, split_of
+from shared.models.folders import listed_ends, open_tokenizer
 
 
 @dataclass(frozen=True)
@@ -41,24 +42,30 @@ class Seen:
 
     better: Answers = field(default_factory=Answers)
     worse: Answers = field(default_factory=Answers)
-    prompts: list[str] = field(default_factory=list)
+    prompts: dict[int, str] = field(default_factory=dict)  # by the row's number
     context: int | None = None  # places that the model knows
-    too_long: int = 0
+    too_long: set[int] = field(default_factory=set)  # rows
     seconds: float = 0.0
 
     def add(self, one: Numbered, encoded: Encoded | None, keep_prompts: bool) -> None:
         """Count one row that stays."""
         row = one.row
-        if row.rejected is not None and row.chosen is not None:
-            self.better.add(answer_text(row.chosen))
-            self.worse.add(answer_text(row.rejected))
-        elif row.label is not None and row.chosen is not None:
-            (self.better if row.label else self.worse).add(answer_text(row.chosen))
+        if row.chosen is not None:
+            rejected = None if row.rejected is None else answer_text(row.rejected)
+            sides = answer_text(row.chosen), rejected, row.label
+            count_sides(self.better, self.worse, *sides, one.number)
         if keep_prompts:
-            self.prompts.append(prompt_text(row.prompt))
+            self.prompts[one.number] = prompt_text(row.prompt)
         if encoded is not None and self.context is not None:
             longest = max(len(encoded.chosen_ids), len(encoded.rejected_ids or ()))
-            self.too_long += len(encoded.prompt_ids) + longest > self.context
+            if len(encoded.prompt_ids) + longest > self.context:
+                self.too_long.add(one.number)
+
+    def leave_out(self, gone: set[int]) -> None:
+        """Forget rows that passed and were dropped later."""
+        self.better, self.worse = self.better.without(gone), self.worse.without(gone)
+        self.prompts = {n: prompt for n, prompt in self.prompts.items() if n not in gone}
+        self.too_long -= gone
 
     @property
     def giveaways(self) -> Accuracies | None:
@@ -116,10 +123,11 @@ def read_all(
 ) -> Seen:
     """Read every row once, through the model's tokenizer if there is one, and count."""
     seen = Seen()
-    rows = _encoded(iterate_rows(sources, Path(), reading), reading, model, seen)
+    rows = _encoded(reading.rows(sources, Path()), reading, model, seen)
     started = time.perf_counter()  # the tokenizer is there
     for one, encoded in rows:
         seen.add(one, encoded, keep_prompts)
+    seen.leave_out(reading.gone)
     seen.seconds = time.perf_counter() - started
     return seen
 
@@ -131,11 +139,10 @@ def _encoded(
         return ((one, None) for one in rows)
     # These take seconds to import.
     from benchmarks.doctor.examine import context_length
-    from benchmarks.doctor.patient import any_tokenizer, end_ids
 
-    tokenizer = any_tokenizer(model)
+    tokenizer = open_tokenizer(model)
     seen.context = context_length(model)
-    return iterate_encoded(rows, reading, Encoder(tokenizer, end_ids(tokenizer, model)))
+    return iterate_encoded(rows, reading, Encoder(tokenizer, listed_ends(model)))
 
 
 def all_findings(reading: Reading, seen: Seen, asked: Asked) -> Iterator[Finding]:
@@ -151,14 +158,14 @@ def all_findings(reading: Reading, seen: Seen, asked: Asked) -> Iterator[Finding
         yield make_finding(
             "lengths",
             not seen.too_long,
-            f"{seen.too_long} of {report.kept} rows are longer than the model's {seen.context} "
-            "tokens",
+            f"{len(seen.too_long)} of {report.kept} rows are longer than the model's "
+            f"{seen.context} tokens",
             "drop them: max_prompt_tokens and max_completion_tokens",
         )
         rate = report.read / max(seen.seconds, 1e-9)
         yield Finding("speed", f"{rate:,.0f} rows/s, {report.tokens:,} tokens of answers")
     if asked.near_duplicates:
-        yield of_near_duplicates(seen.prompts, asked.judge_share)
+        yield of_near_duplicates([*seen.prompts.values()], asked.judge_share)
 
 
 def of_near_duplicates(prompts: Sequence[str], judge_share: float) -> Finding:

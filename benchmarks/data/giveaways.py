@@ -6,6 +6,7 @@ that is what every method will learn first.
 
 from array import array
 from collections.abc import Sequence
+from itertools import compress
 from typing import NamedTuple
 
 import numpy as np
@@ -36,11 +37,12 @@ class Answers:
     """Length and a few words of each answer, in some bytes a row."""
 
     def __init__(self) -> None:
-        self.lengths = array("q")
+        self.numbers, self.lengths = array("q"), array("q")
         self.words = {name: array("q") for name in ("first 1", "first 2", "first 3", "last 1")}
 
-    def add(self, answer: str) -> None:
-        """Take what is counted of one more answer."""
+    def add(self, answer: str, number: int = 0) -> None:
+        """Take what is counted of one more answer, of the row called `number`."""
+        self.numbers.append(number)
         self.lengths.append(len(answer))
         first = answer[:WINDOW].lower().split(None, 3)[:3]
         last = answer[-WINDOW:].lower().rsplit(None, 1)[-1:]
@@ -48,8 +50,34 @@ class Answers:
             self.words[f"first {count}"].append(hash(tuple(first[:count])))
         self.words["last 1"].append(hash(tuple(last)))
 
+    def without(self, gone: set[int]) -> "Answers":
+        """But for those of the rows in `gone`."""
+        if not gone:
+            return self
+        kept, stays = Answers(), [number not in gone for number in self.numbers]
+        kept.numbers = array("q", compress(self.numbers, stays))
+        kept.lengths = array("q", compress(self.lengths, stays))
+        kept.words = {n: array("q", compress(each, stays)) for n, each in self.words.items()}
+        return kept
+
     def __len__(self) -> int:
         return len(self.lengths)
+
+
+def count_sides(
+    better: Answers,
+    worse: Answers,
+    chosen: str,
+    rejected: str | None,
+    label: bool | None,
+    number: int = 0,
+) -> None:
+    """Count a row's answers: of a pair both, of an answer with a label the one it is."""
+    if rejected is not None:
+        better.add(chosen, number)
+        worse.add(rejected, number)
+    elif label is not None:
+        (better if label else worse).add(chosen, number)
 
 
 def accuracies(better: Answers, worse: Answers) -> Accuracies | None:

@@ -13,14 +13,17 @@ from shared.config import InputError
 from shared.data.chat import Encoder, answer_text
 from shared.data.examples import (
     Example,
+    Numbered,
     Reading,
     example_of,
     iterate_encoded,
-    iterate_rows,
     no_rows_text,
 )
 from shared.data.rows import DataConfig, Message, Messages
 from shared.data.splits import SHARES, prompt_text, split_of
+from shared.models.folders import listed_ends, open_tokenizer
+
+LEVELS = {"min": 0, "median": 50, "p90": 90, "p99": 99, "max": 100}  # percentiles
 
 
 def statistics(sources: Sequence[str], data: DataConfig) -> dict[str, Any]:
@@ -31,7 +34,8 @@ def statistics(sources: Sequence[str], data: DataConfig) -> dict[str, Any]:
     if not report.kept:
         raise InputError(no_rows_text(sources, report))
     found = report.as_json()
-    lengths = {"prompt": [len(prompt) for prompt in seen.prompts]}
+    prompts = [*seen.prompts.values()]
+    lengths = {"prompt": [len(prompt) for prompt in prompts]}
     names = ("desirable", "undesirable") if report.kind == "labels" else ("chosen", "rejected")
     for name, side in zip(names, (seen.better, seen.worse), strict=True):
         if len(side):
@@ -40,7 +44,7 @@ def statistics(sources: Sequence[str], data: DataConfig) -> dict[str, Any]:
     found["values"] = lengths
     if told is not None:
         found["accuracy"] = told._asdict() | {"length": told.length}
-    splits = [split_of(prompt) for prompt in seen.prompts]
+    splits = [split_of(prompt) for prompt in prompts]
     found["splits"] = {name: splits.count(name) for name in SHARES}
     found["labels"] = [finding.observed for finding in findings.of_labels(report)]
     return found
@@ -48,8 +52,7 @@ def statistics(sources: Sequence[str], data: DataConfig) -> dict[str, Any]:
 
 def quantiles(values: Sequence[int]) -> dict[str, float]:
     """Mean and a few quantiles."""
-    levels = {"min": 0, "median": 50, "p90": 90, "p99": 99, "max": 100}
-    at = {name: float(np.percentile(values, level)) for name, level in levels.items()}
+    at = {name: float(np.percentile(values, level)) for name, level in LEVELS.items()}
     return {"mean": round(float(np.mean(values)), 1), **at}
 
 
@@ -62,7 +65,7 @@ def statistics_text(found: dict[str, Any]) -> str:
         f"prompts   {found['notes'].get('repeated prompts', 0):,} repeated",
         "splits    " + ", ".join(f"{name} {count:,}" for name, count in found["splits"].items()),
         "",
-        f"{'characters':12}" + "".join(f"{name:>9}" for name in ("mean", *_LEVELS)),
+        f"{'characters':12}" + "".join(f"{name:>9}" for name in ("mean", *LEVELS)),
     ]
     for name, at in found["characters"].items():
         lines.append(f"{name:12}" + "".join(f"{value:9,.0f}" for value in at.values()))
@@ -75,9 +78,6 @@ def statistics_text(found: dict[str, Any]) -> str:
             f"{told['first_words']:.1%}, the last word in {told['last_words']:.1%}",
         ]
     return "\n".join([*lines, *found["labels"]])
-
-
-_LEVELS = ("min", "median", "p90", "p99", "max")
 
 
 def draw(found: dict[str, Any], folder: Path) -> list[Path]:
@@ -108,21 +108,34 @@ def draw(found: dict[str, Any], folder: Path) -> list[Path]:
 def rows_text(
     sources: Sequence[str], data: DataConfig, count: int, model: Path | None
 ) -> Iterator[str]:
-    """The first `count` rows that are kept, as they are read, or as a model reads them."""
-    reading = Reading(data, finish=True)
-    rows = iterate_rows(sources, Path(), reading)
-    if model is None:
-        for one in islice(rows, count):
-            prompt = one.row.prompt
-            said = prompt if isinstance(prompt, str) else chat_text(prompt)
-            first, second = (None if a is None else answer_text(a) for a in one.row[1:3])
-            yield _row_text(str(one.where), prompt_text(prompt), said, first, second, one.row.label)
-        return
-    from benchmarks.doctor.patient import any_tokenizer, end_ids
+    """The first `count` rows that are kept, as they are read, or as a model reads them.
 
-    tokenizer = any_tokenizer(model)
-    encoder = Encoder(tokenizer, end_ids(tokenizer, model))
-    for one, encoded in islice(iterate_encoded(rows, reading, encoder), count):
+    InputError where there is none, or none is asked for.
+    """
+    if count < 1:
+        raise InputError(f"--rows must be 1 or more, found {count}")
+    reading = Reading(data, finish=True)
+    rows = reading.rows(sources, Path())
+    texts = _as_read(rows) if model is None else _as_encoded(rows, reading, model)
+    first = next(texts, None)
+    if first is None:
+        raise InputError(no_rows_text(sources, reading.report))
+    yield first
+    yield from islice(texts, count - 1)
+
+
+def _as_read(rows: Iterator[Numbered]) -> Iterator[str]:
+    for one in rows:
+        prompt = one.row.prompt
+        said = prompt if isinstance(prompt, str) else chat_text(prompt)
+        first, second = (None if a is None else answer_text(a) for a in one.row[1:3])
+        yield _row_text(str(one.where), prompt_text(prompt), said, first, second, one.row.label)
+
+
+def _as_encoded(rows: Iterator[Numbered], reading: Reading, model: Path) -> Iterator[str]:
+    tokenizer = open_tokenizer(model)
+    encoder = Encoder(tokenizer, listed_ends(model))
+    for one, encoded in iterate_encoded(rows, reading, encoder):
         example: Example = example_of(one, encoded)
         first, second = (
             None if ids is None else f"{tokenizer.decode(ids)}  [{len(ids)} tokens]"

@@ -15,16 +15,17 @@ from torch import nn
 from transformers import AutoConfig, PreTrainedModel
 
 from benchmarks.data import findings
-from benchmarks.data.giveaways import Answers, accuracies
+from benchmarks.data.giveaways import Answers, accuracies, count_sides
 from benchmarks.doctor import models, reward, tokens
 from benchmarks.doctor.finding import Finding, finding_text
-from benchmarks.doctor.patient import Patient, any_tokenizer, token_id
+from benchmarks.doctor.patient import Patient, token_id
 from shared.data.cleaning import Report
 from shared.data.pairs import Pair
 from shared.generation.hf import HFEngine
 from shared.models.folders import (
     embedding_count,
     load_with_info,
+    open_tokenizer,
     readable,
     require_folder,
     text_config,
@@ -77,11 +78,12 @@ def examine(patient: Patient) -> Iterator[Finding]:
     if patient.report is None:
         yield tokens.boundary(tokenizer, patient.pairs)
     ends = patient.ends | ({eos} if eos is not None else frozenset())
-    if eos is not None:
-        yield tokens.one_eos(patient.pairs, ends, patient.cap)
+    answers = answers_of(patient)
+    if eos is not None and answers:
+        yield tokens.one_eos(answers, ends, patient.cap)
     pad = token_id(tokenizer, "pad_token_id")
-    if pad is not None and pad != eos:
-        yield tokens.ends_in_pad(patient.pairs, pad)
+    if pad is not None and pad != eos and answers:
+        yield tokens.ends_in_pad(answers, pad)
     yield tokens.lengths(patient.pairs, limit, patient.max_new_tokens)
     kept = tokens.truncated(patient.pairs, limit)
     if patient.report is None or patient.report.kind == "pairs":
@@ -95,17 +97,23 @@ def examine(patient: Patient) -> Iterator[Finding]:
         yield from check_reward_model(patient, patient.reward_model, kept)
 
 
+def answers_of(patient: Patient) -> list[list[int]]:
+    """The token ids of every answer, each once; prompts alone have none."""
+    if patient.report is None:
+        return [side for pair in patient.pairs for side in (pair.chosen_ids, pair.rejected_ids)]
+    if patient.report.kind == "prompts":
+        return []
+    both = ((one.chosen_ids, one.rejected_ids) for one in patient.examples)
+    return [side for sides in both for side in sides if side is not None]
+
+
 def of_report(patient: Patient, report: Report) -> Iterator[Finding]:
     """What became of the rows of a file, and what its labels and texts hold."""
     yield from findings.of_rows(report, 0, strict=True)
     yield from findings.of_labels(report)
     better, worse = Answers(), Answers()
     for example in patient.examples:
-        if example.rejected is not None:
-            better.add(example.chosen)
-            worse.add(example.rejected)
-        elif example.label is not None:
-            (better if example.label else worse).add(example.chosen)
+        count_sides(better, worse, example.chosen, example.rejected, example.label)
     yield from findings.of_giveaways(accuracies(better, worse))
     for finding in findings.of_tokens(report):
         if finding.check != "one eos":  # counted from the tokens below
@@ -163,7 +171,7 @@ def check_policy(patient: Patient, pairs: list[Pair]) -> Iterator[Finding]:
 
 def check_reward_model(patient: Patient, folder: Path, pairs: list[Pair]) -> Iterator[Finding]:
     """Checks of the reward model, on pairs with two tokens a side and more that end in no pad."""
-    tokenizer, owner = any_tokenizer(folder), "reward model's "
+    tokenizer, owner = open_tokenizer(folder), "reward model's "
     plain, info = load_with_info(folder, "reward model")
     decoder = isinstance(getattr(plain, "score", None), nn.Linear)
     if decoder:
@@ -201,7 +209,8 @@ def check_reward_model(patient: Patient, folder: Path, pairs: list[Pair]) -> Ite
         )
         yield finding
     yield reward.score_moves(scores)
-    yield reward.preference_accuracy(scores)
+    if patient.report is None or patient.report.kind == "pairs":
+        yield reward.preference_accuracy(scores)
     yield reward.normalisation(folder, scores)
 
 

@@ -15,7 +15,7 @@ from benchmarks.pipeline.plan import plan_of
 from benchmarks.pipeline.progress import progress
 from shared.config import Config, InputError, load, read_toml
 from shared.data.cleaning import Report
-from shared.data.examples import Example, read_all_examples
+from shared.data.examples import Example, read_examples
 from shared.data.pairs import Pair, read_pairs
 from shared.data.rows import DataConfig
 from shared.generation.engine import Sampling
@@ -106,10 +106,9 @@ def of_experiment(experiment: Experiment, runs: Path) -> Patient:
 def of_files(config: DoctorConfig, beside: Path) -> Patient:
     """One's own models and data."""
     folder = beside / config.model
-    tokenizer = any_tokenizer(folder)
-    ends = end_ids(tokenizer, folder)
+    tokenizer, ends = open_tokenizer(folder), listed_ends(folder)
     sources = [config.data] if isinstance(config.data, str) else config.data
-    examples, report = read_all_examples(sources, beside, config.reading, tokenizer, ends)
+    examples, report = read_examples(sources, beside, config.reading, tokenizer, ends)
     sampling = Sampling(temperature=config.temperature)
     if config.max_new_tokens is not None:
         sampling = sampling.model_copy(update={"max_new_tokens": config.max_new_tokens})
@@ -149,14 +148,3 @@ def pair_of(example: Example) -> Pair:
         example.chosen_ids,
         example.chosen_ids if rejected is None else rejected,
     )
-
-
-def end_ids(tokenizer: PreTrainedTokenizerBase, folder: Path) -> frozenset[int]:
-    """What ends an answer: the tokenizer's EOS and every end that the model's own files list."""
-    eos = token_id(tokenizer, "eos_token_id")
-    return listed_ends(folder) | (frozenset() if eos is None else {eos})
-
-
-def any_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    """The tokenizer of a folder, whatever its special tokens are: these are examined."""
-    return open_tokenizer(folder)

@@ -126,9 +126,8 @@ def boundary(tokenizer: PreTrainedTokenizerBase, pairs: Sequence[Pair]) -> Findi
     )
 
 
-def one_eos(pairs: Sequence[Pair], ends: frozenset[int], cap: int | None) -> Finding:
+def one_eos(sides: Sequence[list[int]], ends: frozenset[int], cap: int | None) -> Finding:
     """A completion ends with EOS and holds no other; one of `cap` tokens was cut, without EOS."""
-    sides = [side for p in pairs for side in (p.chosen_ids, p.rejected_ids)]
     counts = [sum(token in ends for token in side) for side in sides]
     cut = sum(not count and len(side) == cap for side, count in zip(sides, counts, strict=True))
     none = counts.count(0) - cut
@@ -145,12 +144,11 @@ def one_eos(pairs: Sequence[Pair], ends: frozenset[int], cap: int | None) -> Fin
     )
 
 
-def ends_in_pad(pairs: Sequence[Pair], pad: int) -> Finding:
+def ends_in_pad(sides: Sequence[list[int]], pad: int) -> Finding:
     """No completion ends in the pad token, which a policy can sample like any other.
 
     transformers' classifiers read a score at the last token that is not pad.
     """
-    sides = [side for p in pairs for side in (p.chosen_ids, p.rejected_ids)]
     inside, last = sum(pad in side for side in sides), sum(side[-1:] == [pad] for side in sides)
     return make_finding(
         "pad in completions",
@@ -207,7 +205,5 @@ def usable(pairs: Sequence[Pair]) -> tuple[list[Pair], Finding]:
     )
 
 
-def _ids(
-    tokenizer: PreTrainedTokenizerBase, texts: list[str], add_special_tokens: bool = True
-) -> list[list[int]]:
-    return tokenizer(texts, add_special_tokens=add_special_tokens).input_ids
+def _ids(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
+    return tokenizer(texts).input_ids if texts else []

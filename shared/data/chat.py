@@ -24,7 +24,6 @@ class Encoded(NamedTuple):
     chosen_ids: list[int]
     rejected_ids: list[int] | None
     notes: tuple[str, ...]  # of NOTES
-    unknown: int = 0  # tokens of the answers that are the unknown one
 
 
 NOTES = {
@@ -68,7 +67,7 @@ def render(
             add_generation_prompt=open_answer,
             **(template or {}),
         )
-    except (TemplateError, TypeError) as error:
+    except (TemplateError, TypeError, ValueError) as error:
         raise Unusable("refused", f"the chat template refuses it: {error}") from error
 
 
@@ -161,8 +160,7 @@ class Encoder:
         if chat and not self._opens_answers(row, text.prompt):
             notes.add("no-generation-prompt")
         chosen, rejected = [*sides, None, None][:2]
-        unknown = 0 if self.unknown is None else sum(ids.count(self.unknown) for ids in sides)
-        return Encoded(text.prompt, prompt, chosen or [], rejected, tuple(sorted(notes)), unknown)
+        return Encoded(text.prompt, prompt, chosen or [], rejected, tuple(sorted(notes)))
 
     def _opens_answers(self, row: Row, prompt: str) -> bool:
         """Whether the template ends a prompt with the answer's header; the first row tells."""

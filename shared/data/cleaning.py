@@ -144,14 +144,16 @@ class Cleaner:
         """
         if blank_sides(row):
             return "empty", None
-        prompt, *sides = (_text(part) for part in (row.prompt, row.chosen, row.rejected))
+        sides = [_text(part) for part in (row.chosen, row.rejected)]
+        about = _text(row.prompt)
+        if row.tools is not None or row.template is not None:  # the model reads another prompt
+            about += _json([row.tools, row.template])
         if row.rejected is not None and sides[0] == sides[1]:
             return "identical", None
         reverse = row.label is False or (row.rejected is not None and sides[1] < sides[0])
         if row.rejected is not None and reverse:
             sides.reverse()
-        about = _digest(prompt if row.tools is None else prompt + _json(row.tools))
-        key = _digest("\0".join([prompt, *sides]) + ("" if row.tools is None else _json(row.tools)))
+        key = _digest("\0".join([about, *sides]))
         if key in self.contested:
             return "contradiction", None
         if key in self.seen:
@@ -162,7 +164,7 @@ class Cleaner:
             del self.seen[key]
             return "contradiction", (before, place)
         self.seen[key] = number, where, reverse
-        self.prompts.add(about)
+        self.prompts.add(_digest(about))
         self.passed += 1
         return "", None
 

@@ -2,7 +2,7 @@
 
     sources -> raw rows -> rows of a format -> cleaned -> encoded -> cleaned again
 
-`iterate_rows` is the first half, without a tokenizer and without holding rows; `read_examples` all.
+`Reading.rows` is the first half, without a tokenizer and without holding rows; `read_examples` all.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -113,7 +113,7 @@ class Reading:
         if raw.fault:
             raise Unreadable(raw.fault)
         if raw.where.file != self._file or not self._format:
-            self._file = raw.where.file
+            self._file, self._format = raw.where.file, ""
             named = self.data.format != "auto"
             self._format = format_named(self.data.format) if named else find_format(raw.value)
             if self._format not in self.formats:
@@ -178,14 +178,6 @@ class Reading:
             raise InputError(f"{where}: {said}{most}")
 
 
-def iterate_rows(sources: Sequence[str], beside: Path, reading: Reading) -> Iterator[Numbered]:
-    """Rows that pass, without a tokenizer; `reading.report` fills as they come.
-
-    Raises InputError for what cannot be read.
-    """
-    return reading.rows(sources, beside)
-
-
 BATCH = 256  # rows that are encoded together
 
 
@@ -204,20 +196,24 @@ def iterate_encoded(
                 reading.drop_passed(one, fault.reason, str(fault))
         found = encoder.encode([one.row for one, _ in rendered], [text for _, text in rendered])
         for (one, _), encoded in zip(rendered, found, strict=True):
-            fitted, reason = fit(encoded, reading.data)
+            fitted, reason = fit(encoded, reading.data, answered=one.row.chosen is not None)
             if reason:
                 reading.drop_passed(one, reason)
                 continue
             for note in fitted.notes:
                 reading.report.note(note, one.where)
-            answers = len(fitted.chosen_ids) + len(fitted.rejected_ids or ())
-            reading.report.tokens += answers
-            reading.report.unknown_tokens += fitted.unknown
+            answers = [*fitted.chosen_ids, *(fitted.rejected_ids or ())]
+            reading.report.tokens += len(answers)
+            if encoder.unknown is not None:
+                reading.report.unknown_tokens += answers.count(encoder.unknown)
             yield one, fitted
 
 
-def fit(encoded: Encoded, data: DataConfig) -> tuple[Encoded, str]:
-    """(the row within the limits of length, the reason for which it goes, if it does)."""
+def fit(encoded: Encoded, data: DataConfig, *, answered: bool) -> tuple[Encoded, str]:
+    """(the row within the limits of length, the reason for which it goes, if it does).
+
+    `answered`: the row is no prompt alone, so that its answer must have tokens.
+    """
     sides = [ids for ids in (encoded.chosen_ids, encoded.rejected_ids) if ids is not None]
     if data.max_prompt_tokens is not None and len(encoded.prompt_ids) > data.max_prompt_tokens:
         return encoded, "over-long"
@@ -229,7 +225,8 @@ def fit(encoded: Encoded, data: DataConfig) -> tuple[Encoded, str]:
         chosen, rejected = [*sides, None][:2]
         notes = tuple(sorted({*encoded.notes, "cut"}))
         encoded = encoded._replace(chosen_ids=chosen, rejected_ids=rejected, notes=notes)
-    if not encoded.prompt_ids or encoded.rejected_ids == []:
+    no_answer = answered and not encoded.chosen_ids
+    if not encoded.prompt_ids or no_answer or encoded.rejected_ids == []:
         return encoded, "empty"
     if encoded.rejected_ids is not None and encoded.chosen_ids == encoded.rejected_ids:
         return encoded, "identical"
@@ -244,39 +241,31 @@ def read_examples(
     ends: frozenset[int],
     on_drop: OnDrop = ignore,
 ) -> tuple[list[Example], Report]:
-    """All usable rows of `sources`, encoded, and what became of the others.
+    """All rows of `sources` that pass, encoded, and what became of the others.
 
     `ends` are the ids that end an answer, beside the tokenizer's EOS; `on_drop` sees each row that
-    is dropped. Raises InputError for what cannot be read, and where no row is usable.
+    is dropped. Raises InputError for what cannot be read. What is left may be nothing, or end with
+    nothing: `require_usable` is for who trains on it.
     """
-    examples, report = read_all_examples(sources, beside, data, tokenizer, ends, on_drop)
-    if not examples:
-        raise InputError(no_rows_text(sources, report))
-    if report.notes["without-end"] == report.kept > report.notes["cut"]:
-        raise InputError(
-            f"{', '.join(sources)}: no answer ends with a token that ends one: the chat template "
-            "must end an answer with the tokenizer's eos_token, or one that generation_config lists"
-        )
-    return examples, report
-
-
-def read_all_examples(
-    sources: Sequence[str],
-    beside: Path,
-    data: DataConfig,
-    tokenizer: PreTrainedTokenizerBase,
-    ends: frozenset[int],
-    on_drop: OnDrop = ignore,
-) -> tuple[list[Example], Report]:
-    """As `read_examples`, for who looks into rows that no method can use: there may be none."""
     reading = Reading(data, on_drop=on_drop)
-    rows = iterate_rows(sources, beside, reading)
+    rows = reading.rows(sources, beside)
     found = [
         (one.number, example_of(one, encoded))
         for one, encoded in iterate_encoded(rows, reading, Encoder(tokenizer, ends))
     ]
     examples = [example for number, example in found if number not in reading.gone]
     return examples, reading.report
+
+
+def require_usable(sources: Sequence[str], report: Report) -> None:
+    """InputError where no row is left, or no answer ends with a token that ends one."""
+    if not report.kept:
+        raise InputError(no_rows_text(sources, report))
+    if report.notes["without-end"] == report.kept > report.notes["cut"]:
+        raise InputError(
+            f"{', '.join(sources)}: no answer ends with a token that ends one: the chat template "
+            "must end an answer with the tokenizer's eos_token, or one that generation_config lists"
+        )
 
 
 def example_of(one: Numbered, encoded: Encoded) -> Example:

@@ -9,6 +9,8 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from shared.data.rows import (
+    ANSWERS,
+    RATINGS,
     DataConfig,
     Messages,
     Row,
@@ -163,6 +165,7 @@ def read_comparisons(raw: Raw, data: DataConfig) -> list[Row]:
         raise Unreadable("`summaries` must be two objects with a `text`")
     if choice not in (0, 1):
         raise Unreadable(f"`choice` must be 0 or 1 (found {shown(choice)})")
+    choice = int(choice)
     parts = [
         f"{name.upper()}: {'r/' if name == 'subreddit' else ''}{info[name]}"
         for name in ("subreddit", "title", "post", "article")
@@ -192,12 +195,17 @@ def read_alpaca(raw: Raw, data: DataConfig) -> list[Row]:
     """
     words = [text_at(raw, key) for key in ("instruction", "input") if raw.get(key)]
     messages: Messages = []
-    for turn in raw.get("history") or []:
+    history = raw.get("history") or []
+    if not isinstance(history, list):
+        raise Unreadable(f"`history` must be a list (found {shown(history)})")
+    for turn in history:
         if not isinstance(turn, list) or len(turn) != 2:
             raise Unreadable(f"`history` must be pairs of texts (found {shown(turn)})")
         messages += [user(turn[0]), {"role": "assistant", "content": turn[1]}]
     messages = [message_of(one, "history") for one in messages] + [user("\n".join(words))]
-    keys = SIDES if "chosen" in raw else ("output",)
+    keys = SIDES if set(SIDES) <= raw.keys() else ("output",)
+    if not set(keys) <= raw.keys():
+        raise Unreadable("no `output`, and no `chosen` with `rejected`")
     answers = [{"role": "assistant", "content": text_at(raw, key)} for key in keys]
     return [Row(messages, *answers, label=_label(raw))]
 
@@ -207,8 +215,6 @@ def _label(raw: Raw) -> bool | None:
     return None if key is None else label_at(raw, key)
 
 
-ANSWERS = ("completions", "responses", "answers")
-RATINGS = ("scores", "ratings", "rewards")
 IN_ANSWER = ("overall_score", "score", "rating", "reward")
 
 

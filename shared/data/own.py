@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from shared.config import InputError
-from shared.data.examples import read_examples
+from shared.data.examples import dropped_lines, read_examples, require_usable
 from shared.data.pairs import Pair, swapped
 from shared.data.rows import DataConfig
 from shared.data.samples import null_for_nan
@@ -42,6 +42,7 @@ def prepare_data(
         found, report = read_examples(
             names, Path(), data, tokenizer, ends, lambda row: write(row.as_json())
         )
+    require_usable(names, report)
     pairs = [e for e in found if e.rejected is not None and e.rejected_ids is not None]
     if not pairs:
         raise InputError(
@@ -69,7 +70,8 @@ def prepare_data(
         if prompts[side] < FEWEST:
             raise InputError(
                 f"{sources[0].source}: {report.kept} usable rows leave {prompts[side]} prompts for "
-                f"{side}, and {FEWEST} are needed; give more rows (dropped: {report.dropped})"
+                f"{side}, and {FEWEST} are needed; give more rows"
+                + "".join(f"\n{line}" for line in dropped_lines(report))
             )
     write_jsonl(folder / "examples.jsonl", [row._asdict() for row in rows])
     chats = {tuple(row.prompt_ids): row.messages for row in rows if row.messages is not None}

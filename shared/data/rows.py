@@ -4,13 +4,13 @@ A format (`shared.data.files`) makes rows out of what a file holds. A row that c
 `Unreadable`, one that can but teaches nothing raises `Unusable` with the reason it is counted by.
 """
 
-import json
 import math
 from typing import Any, Literal, NamedTuple
 
 from pydantic import Field, model_validator
 
 from shared.config import Config, Misfit
+from shared.data.strict_json import explained, parse
 
 Message = dict[str, Any]  # role, content, and what templates know beside: name, tool_calls, ...
 Messages = list[Message]
@@ -50,6 +50,10 @@ class DataConfig(Config):
         if self.rated == "margin" and self.margin == 0:
             raise Misfit("rated = margin needs a margin above 0", "margin")
         return self
+
+
+ANSWERS = ("completions", "responses", "answers")  # keys of several answers to a prompt
+RATINGS = ("scores", "ratings", "rewards")  # and of their ratings
 
 
 class Place(NamedTuple):
@@ -127,9 +131,13 @@ def finite(value: Any, name: str) -> float:
             raise Unreadable(f"`{name}` must be a number (found {shown(value)})") from None
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise Unreadable(f"`{name}` must be a number (found {shown(value)})")
-    if not math.isfinite(value):
-        raise Unusable("not-finite", f"`{name}` is {value}")
-    return value
+    try:
+        number = float(value)
+    except OverflowError:  # a whole number of hundreds of digits
+        number = math.inf
+    if not math.isfinite(number):
+        raise Unusable("not-finite", f"`{name}` is {shown(value)}")
+    return number
 
 
 _LABELS = {"true": True, "false": False, "1": True, "0": False}
@@ -229,6 +237,6 @@ def _joined(parts: list[Any], name: str) -> str:
 def decoded(text: str, name: str) -> Any:
     """JSON inside a text."""
     try:
-        return json.loads(text)
+        return parse(text)
     except ValueError as error:
-        raise Unreadable(f"`{name}` is not JSON: {error}") from None
+        raise Unreadable(f"`{name}` is not JSON: {explained(error)}") from None

@@ -8,7 +8,6 @@ cannot be decoded comes as a `Raw` with its `fault`; what leaves the rest of a f
 import csv
 import gzip
 import io
-import json
 import re
 import zlib
 from collections.abc import Callable, Iterator, Sequence
@@ -17,7 +16,8 @@ from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 from shared.config import InputError
-from shared.data.rows import DataConfig, Place
+from shared.data.rows import ANSWERS, RATINGS, DataConfig, Place
+from shared.data.strict_json import BLANKS, DECODER, check_text, explained, parse
 
 BATCH = 1000  # rows of a column file that are read at once
 SPACE = b" \t\r\n"
@@ -149,9 +149,9 @@ def _lines(path: Path, file: BinaryIO) -> Iterator[Raw]:
             continue
         where = Place(name, number)
         try:
-            value = _parse(line.decode("utf-8"))
+            value = parse(line.decode("utf-8"))
         except (ValueError, RecursionError) as error:
-            yield Raw(where, {}, f"not JSON: {_explained(error)}")
+            yield Raw(where, {}, f"not JSON: {explained(error)}")
             continue
         if isinstance(value, dict):
             yield Raw(where, value)
@@ -164,67 +164,28 @@ def _array(path: Path, file: BinaryIO) -> Iterator[Raw]:
     try:
         text = file.read().decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise InputError(f"{path}: cannot read it: {_explained(error)}") from error
-    surrogates, at, number = _may_hold_surrogates(text), text.index("[") + 1, 0
+        raise InputError(f"{path}: cannot read it: {explained(error)}") from error
+    at, number = text.index("[") + 1, 0
     while True:
-        at = _BLANKS.match(text, at).end()  # pyright: ignore[reportOptionalMemberAccess]
+        at = BLANKS.match(text, at).end()  # pyright: ignore[reportOptionalMemberAccess]
         if text[at : at + 1] == "]":
             break
         number += 1
         where = Place(str(path), number, "row")
         try:
-            value, at = _DECODER.raw_decode(text, at)
-            if surrogates:
-                _check_text(value)
+            begin = at
+            value, at = DECODER.raw_decode(text, at)
+            check_text(text[begin:at], value)
         except (ValueError, RecursionError) as error:
-            raise InputError(f"{where}: not JSON: {_explained(error)}") from error
+            raise InputError(f"{where}: not JSON: {explained(error)}") from error
         fault = "" if isinstance(value, dict) else f"not an object but {type(value).__name__}"
         yield Raw(where, {} if fault else value, fault)
-        at = _BLANKS.match(text, at).end()  # pyright: ignore[reportOptionalMemberAccess]
+        at = BLANKS.match(text, at).end()  # pyright: ignore[reportOptionalMemberAccess]
         if text[at : at + 1] not in (",", "]"):
             raise InputError(f"{where}: not JSON: the array has no , or ] after it; is it cut off?")
         at += text[at] == ","
     if text[at + 1 :].strip():
         raise InputError(f"{path}: not JSON: something follows the array's end")
-
-
-def _parse(text: str) -> Any:
-    value = _DECODER.decode(text)
-    if _may_hold_surrogates(text):
-        _check_text(value)
-    return value
-
-
-def _may_hold_surrogates(text: str) -> bool:
-    return "\\ud" in text or "\\uD" in text
-
-
-def _check_text(value: Any) -> None:
-    """Half of a surrogate pair is no text: tokenizers refuse it."""
-    json.dumps(value, ensure_ascii=False).encode()
-
-
-def _no_key_twice(items: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(items)
-    if len(found) < len(items):
-        names = [name for name, _ in items]
-        twice = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"`{twice}` is there twice")
-    return found
-
-
-_DECODER = json.JSONDecoder(object_pairs_hook=_no_key_twice)
-_BLANKS = re.compile(r"[ \t\r\n]*")
-
-
-def _explained(error: Exception) -> str:
-    if isinstance(error, UnicodeDecodeError):
-        return f"its text is not UTF-8 (byte {error.start}: {error.reason})"
-    if isinstance(error, UnicodeEncodeError):
-        return "it holds half of a surrogate pair (\\ud800 to \\udfff), which is no text"
-    if isinstance(error, RecursionError):
-        return "nested too deeply"
-    return str(error)
 
 
 # --- columns -----------------------------------------------------------------------------------
@@ -250,20 +211,30 @@ def read_csv(path: Path) -> Iterator[Raw]:
                 if len(cells) != len(header):
                     yield Raw(where, {}, f"{len(cells)} cells under {len(header)} columns")
                     continue
-                yield Raw(where, dict(zip(header, map(_cell, cells), strict=True)))
+                yield Raw(where, dict(zip(header, map(_cell, header, cells), strict=True)))
         except UnicodeDecodeError as error:
-            raise InputError(f"{path}: cannot read it: {_explained(error)}") from error
+            raise InputError(f"{path}: cannot read it: {explained(error)}") from error
 
 
-def _cell(text: str) -> Any:
+STRUCTURED = ("info", "summaries", "tools", "chat_template_kwargs", *ANSWERS, *RATINGS)  # columns
+
+
+def _cell(column: str, text: str) -> Any:
+    """A message or a list of them, and what else a format has as an object; else the text: an
+    answer may be JSON as well.
+    """
     if text[:1] not in ("[", "{"):
         return text
     try:
-        value = json.loads(text)
-    except (ValueError, RecursionError):
+        value = parse(text)
+    except ValueError:
         return text
-    is_rows = isinstance(value, list) and value and all(isinstance(v, dict) for v in value)
-    return value if is_rows or isinstance(value, dict) else text
+    messages = value if isinstance(value, list) else [value]
+    are_messages = bool(messages) and all(
+        isinstance(one, dict) and ("role" in one or {"from", "value"} <= one.keys())
+        for one in messages
+    )
+    return value if are_messages or column in STRUCTURED else text
 
 
 def read_parquet(path: Path) -> Iterator[Raw]:

@@ -13,9 +13,9 @@ from pydantic import Field, model_validator
 
 from shared.config import Config, InputError
 from shared.data.pairs import read_pairs
+from shared.data.rows import Messages
 from shared.stages import Given, write_json
 
-Messages = list[dict[str, Any]]
 Score = Callable[[list[str | Messages], list[str]], Any]
 
 

@@ -17,12 +17,13 @@ from transformers import PreTrainedTokenizerBase
 
 from shared.config import InputError
 from shared.data.pairs import Pair
+from shared.data.rows import Messages
 from shared.data.splits import Split
 from shared.models.load import load_tokenizer
 from shared.models.scorer import Scorer
 from shared.seeds import seed_of
 from shared.stages import read_jsonl
-from shared.tasks.judge import Judge, Messages, judged_by_function
+from shared.tasks.judge import Judge, judged_by_function
 from shared.tasks.task import Demonstration, encode_corpus
 
 Side = Literal["train", "validation", "test", "judge"]

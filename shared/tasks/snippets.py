@@ -119,10 +119,6 @@ class Snippets(PlainTexts):
         """Gold of whole texts, (N,)."""
         return self.film.gold(texts).clip(-self.most_gold, self.most_gold)
 
-    def second_opinion(self, prompts: Sequence[str], completions: Sequence[str]) -> Array:
-        """VADER's compound score of prompt and completion, -1 to 1, (N,)."""
-        return vader([p + c for p, c in zip(prompts, completions, strict=True)])
-
     def well_formed(self, completion: str) -> bool:
         """It ends as a sentence does; three in four of its words, and one at least, are known from
         the sentences; no word stands three times running, and no pair of words three times.

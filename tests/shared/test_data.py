@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 
 from shared.config import InputError
 from shared.data.cleaning import Dropped
-from shared.data.examples import Numbered, Reading, iterate_rows
+from shared.data.examples import Numbered, Reading
 from shared.data.files import ALIASES, FORMATS
 from shared.data.formats import find_format
 from shared.data.rows import DataConfig, Row
@@ -47,7 +47,7 @@ class Read:
     def __init__(self, *sources: str, beside: Path = Path(), finish: bool = True, **config: Any):
         self.dropped: list[Dropped] = []
         reading = Reading(DataConfig(**config), finish=finish, on_drop=self.dropped.append)
-        passed = list(iterate_rows(sources, beside, reading))
+        passed = list(reading.rows(sources, beside))
         self.kept: list[Numbered] = [one for one in passed if one.number not in reading.gone]
         self.report = reading.report
         assert self.report.read == self.report.kept + sum(self.report.dropped.values())

@@ -264,7 +264,7 @@ LONG = Encoded("p", [1, 2, 3], [4, 5, 6, 0], [4, 5, 0], ())
     ],
 )
 def test_limits_of_length(config: dict[str, Any], expected: str):
-    found, reason = fit(LONG, DataConfig(**config))
+    found, reason = fit(LONG, DataConfig(**config), answered=True)
     assert reason == expected
     if reason == "":
         most = config.get("max_completion_tokens", 4)
