@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from huggingface_hub import HfApi, snapshot_download, try_to_load_from_cache
 from huggingface_hub.errors import HTTPError  # pyright: ignore[reportPrivateImportUsage]
+from jinja2 import TemplateError
 from safetensors import safe_open
 from transformers import (
     AutoModelForCausalLM,
@@ -182,11 +183,16 @@ def set_ends(
 
 
 def turn_end(tokenizer: PreTrainedTokenizerBase) -> int | None:
-    """The special token that the chat template puts behind an answer; None without one."""
+    """The special token that the chat template puts behind an answer; None without one, or where
+    the template refuses the shortest of chats.
+    """
     if not tokenizer.chat_template:
         return None
     chat = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "klash"}]
-    text = str(tokenizer.apply_chat_template(chat, tokenize=False))
+    try:
+        text = str(tokenizer.apply_chat_template(chat, tokenize=False))
+    except (TemplateError, TypeError):  # it wants words that only real rows bring
+        return None
     _, _, behind = text.rpartition("klash")
     ids: list[int] = tokenizer(behind, add_special_tokens=False).input_ids
     special = set(tokenizer.all_special_ids) | set(tokenizer.added_tokens_decoder)
