@@ -624,3 +624,48 @@ def test_a_policy_that_is_not_sound_is_set_right_in_a_copy(
         assert tokenizer.pad_token_id not in {*listed, tokenizer.eos_token_id, None}
         Policy(found, Sampled(max_new_tokens=4))
     assert not found.exists()
+
+
+@pytest.mark.usefixtures("small_chunks")
+def test_rows_that_went_at_a_chunks_end_go_from_the_log_too(
+    tmp_path: Path, policy: Path, reward: Path, chats: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """What is written is what eight rows give on their own."""
+    data, (one, two) = tmp_path / "rows.jsonl", (tmp_path / n / "kept.jsonl" for n in "ab")
+    for out in (one, two):
+        out.parent.mkdir()
+    shutil.copy(chats, data)
+    with pytest.raises(InputError, match="no row stays"):  # all twelve are in the log
+        filter_rows(asked(one, policy, reward, data, margin=1e6))
+    write_rows(data, read_jsonl(chats)[:8])
+    with monkeypatch.context() as patch:
+        assert stop_at(patch, chunk=1) == []
+        filter_rows(asked(one, policy, reward, data))
+    filter_rows(asked(two, policy, reward, data))
+    assert whole(one) == whole(two)
+    assert len(read_jsonl(one.with_suffix(".audit.jsonl"))) == 8
+
+
+def test_another_version_of_a_library_or_of_the_code_starts_over(
+    tmp_path: Path, policy: Path, reward: Path, chats: Path,
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+):  # fmt: skip
+    out = tmp_path / "kept.jsonl"
+    for name, said in (("versions", "library versions"), ("code_of", "code")):
+        with pytest.raises(InputError, match="no row stays"):
+            filter_rows(asked(out, policy, reward, chats, margin=1e6))
+        monkeypatch.setattr(filtering, name, lambda *_: {"torch": "0"})
+        with pytest.raises(InputError, match="no row stays"):
+            filter_rows(asked(out, policy, reward, chats, margin=1e6))
+        assert f"another {said}: starting over" in capsys.readouterr().out
+
+
+def test_an_output_inside_a_folder_that_is_read_is_refused(
+    klash: Klash, tmp_path: Path, reward: Path, chats: Path
+):
+    (tmp_path / "rows").mkdir()
+    shutil.copy(chats, tmp_path / "rows" / "train.jsonl")
+    code, _, err = klash("score", "rows", "--reward-model", reward, "--out", "rows/scored.jsonl")
+    assert code == 2
+    assert "rows/scored.jsonl: lies in rows, which is read" in err
+    assert [path.name for path in (tmp_path / "rows").iterdir()] == ["train.jsonl"]
