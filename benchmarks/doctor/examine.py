@@ -18,7 +18,7 @@ from benchmarks.data import findings
 from benchmarks.data.giveaways import Answers, accuracies
 from benchmarks.doctor import models, reward, tokens
 from benchmarks.doctor.finding import Finding, finding_text
-from benchmarks.doctor.patient import Patient, any_tokenizer, token_id
+from benchmarks.doctor.patient import Patient, any_tokenizer, end_ids, token_id
 from shared.data.cleaning import Report
 from shared.data.pairs import Pair
 from shared.generation.hf import HFEngine
@@ -196,8 +196,9 @@ def check_reward_model(patient: Patient, folder: Path, pairs: list[Pair]) -> Ite
         scores = reward.score(load_scalar_model(folder).eval(), long, pad)
         yield reward.score_at_eos(plain.eval(), scores, long, pad, eos)
     else:
+        ends = end_ids(patient.tokenizer, patient.policy)
         scores, finding = reward.score_texts(
-            folder, patient.tokenizer, long, prompt_chats(patient), plain
+            folder, patient.tokenizer, ends, long, prompt_chats(patient), plain
         )
         yield finding
     yield reward.score_moves(scores)
