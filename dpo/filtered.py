@@ -74,7 +74,7 @@ def train_filtered(
     pairs = read_pairs(data.preferences / "train.jsonl")
     objective = Objective(data, special.pad, "dpo", hyperparameters, direct.limit)
     model = start.load()
-    scorer = Scorer(filtering.reward_model, reader=tokenizer, dtype=start.dtype)
+    scorer = Scorer(filtering.reward_model, reader=tokenizer, ends=special.ends, dtype=start.dtype)
     drawing, temperature = filtering.drawing, filtering.drawing.sampling.temperature
     engine = make_engine(drawing.generation, model, special, start.policy, temperature)
     meter.models_held = 2

@@ -13,10 +13,10 @@ from shared.data.batches import Batch, PairRows
 from shared.data.pairs import read_pairs
 from shared.data.samples import read_samples
 from shared.models.cost import Meter
-from shared.models.folders import require_folder
+from shared.models.folders import CHATS, NORMALISATION, require_folder
 from shared.models.load import load_tokenizer, new_scalar_model, save, sequence_scores, special_ids
 from shared.models.pretrained import is_model_file, local_path
-from shared.models.scorer import CHATS, NORMALISATION, require_scale, save_normalisation, scorer_of
+from shared.models.scorer import require_scale, save_normalisation, scorer_of
 from shared.models.sequences import Limit
 from shared.seeds import seed_of
 from shared.stages import write_json
@@ -79,7 +79,8 @@ def train_reward(
                 raise Diverged(f"reward model, step {len(log) + 1}: {error}; {fix}") from error
     save(trainee.accelerator.unwrap_model(trainee.model), tokenizer, folder)
     with meter.phase("normalise"):
-        normalise(folder, references, scaled=reward.normalise)
+        ends = special_ids(tokenizer, policy).ends
+        normalise(folder, references, scaled=reward.normalise, ends=ends)
     write_json(folder / "cost.json", {**meter.summary(), "labels_used": len(pairs)})
 
 
@@ -128,10 +129,12 @@ def normalise(
     *,
     scaled: bool = True,
     policy: Path | None = None,
+    ends: frozenset[int] | None = None,
 ) -> None:
     """Measure `offset` (mean raw score) and `scale` (within-prompt deviation) on SFT samples.
 
     Not `scaled`: the scale is 1. `policy`: whose tokens they are, if not the reward model's own.
+    `ends`: of a reward model that was trained here, what ended answers in its training.
     InputError where the scores do not differ.
     """
     samples, scorer = read_samples(references), scorer_of(folder, policy)
@@ -141,7 +144,7 @@ def normalise(
     raw = raw.view(len(samples), count)
     deviation = raw.var(1, unbiased=True).mean().sqrt().item()
     require_scale(folder, raw.mean().item(), deviation)
-    save_normalisation(folder, raw.mean().item(), deviation if scaled else 1.0)
+    save_normalisation(folder, raw.mean().item(), deviation if scaled else 1.0, ends)
 
 
 def examine_reward(

@@ -157,7 +157,7 @@ def make_actors(
     if isinstance(judge, GoldScorer):
         scorer, value = judge, None if shared_trunk else with_zero_head(start.policy)
     else:
-        scorer = Scorer(judge, device, reader=tokenizer, dtype=start.dtype)
+        scorer = Scorer(judge, device, reader=tokenizer, ends=ids.ends, dtype=start.dtype)
         value = None if shared_trunk else first_values(start.policy, judge, scorer)
     models = trainee.model, value, ref, scorer.model
     meter.models_held = sum(model is not None for model in models)

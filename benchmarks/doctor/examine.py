@@ -77,10 +77,9 @@ def examine(patient: Patient) -> Iterator[Finding]:
     yield tokens.one_bos(tokenizer, patient.pairs, patient.examples)
     if patient.report is None:
         yield tokens.boundary(tokenizer, patient.pairs)
-    ends = patient.ends | ({eos} if eos is not None else frozenset())
     answers = answers_of(patient)
     if eos is not None and answers:
-        yield tokens.one_eos(answers, ends, patient.cap)
+        yield tokens.one_eos(answers, patient.all_ends, patient.cap)
     pad = token_id(tokenizer, "pad_token_id")
     if pad is not None and pad != eos and answers:
         yield tokens.ends_in_pad(answers, pad)
@@ -205,7 +204,7 @@ def check_reward_model(patient: Patient, folder: Path, pairs: list[Pair]) -> Ite
         yield reward.score_at_eos(plain.eval(), scores, long, pad, eos)
     else:
         scores, finding = reward.score_texts(
-            folder, patient.tokenizer, long, prompt_chats(patient), plain
+            folder, patient.tokenizer, patient.all_ends, long, prompt_chats(patient), plain
         )
         yield finding
     yield reward.score_moves(scores)

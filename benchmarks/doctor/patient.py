@@ -66,6 +66,12 @@ class Patient(NamedTuple):
     reference: Path | None = None
     adapter: Path | None = None
 
+    @property
+    def all_ends(self) -> frozenset[int]:
+        """Tokens that end an answer, EOS among them."""
+        eos = token_id(self.tokenizer, "eos_token_id")
+        return self.ends | (frozenset() if eos is None else {eos})
+
 
 def admit(file: str, runs: Path, overrides: Sequence[str], quick: bool) -> Patient:
     """Read `file`, an experiment or a `DoctorConfig`; an experiment's first stages are run."""

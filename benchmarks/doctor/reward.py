@@ -45,12 +45,13 @@ def tokens_read(
 def score_texts(
     folder: Path,
     reader: PreTrainedTokenizerBase,
+    ends: frozenset[int],
     pairs: list[Pair],
     chats: Chats,
     plain: PreTrainedModel,
 ) -> tuple[Scores, Finding]:
     """Raw scores of a reward model that reads texts; the same of each row on its own."""
-    scorer = Scorer(folder, reader=reader, chats=chats)
+    scorer = Scorer(folder, reader=reader, ends=ends, chats=chats)
     prompts = [p.prompt_ids for p in pairs] * 2
     sides = [p.chosen_ids for p in pairs] + [p.rejected_ids for p in pairs]
     ours = scorer.score_all(prompts, sides, finite=False) * scorer.scale + scorer.offset

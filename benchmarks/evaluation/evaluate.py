@@ -21,7 +21,7 @@ from shared.models import ops
 from shared.models.cost import Meter
 from shared.models.load import load_policy, load_tokenizer, special_ids
 from shared.models.logprobs import completion_logits, gather_logprobs, score_logps
-from shared.models.scorer import Scorer, reader_of
+from shared.models.scorer import Scorer, scorer_of
 from shared.models.sequences import SCORING, Limit, by_length, collate
 from shared.stages import write_json, write_jsonl
 from shared.tasks.own import Own
@@ -70,8 +70,11 @@ def evaluate(
     texts, samples = prompts.texts(), prompts.samples
     ids = source.encode(tokenizer, texts)
     many = [p for p in ids for _ in range(samples)]
+    judge = None
+    if reward_model is not None:
+        judge = Scorer(reward_model, reader=tokenizer, ends=special.ends)
     drawn = engine.generate(many, drawing.at(temperature=1.0).sampling)
-    columns = describe(source, tokenizer, reward_model, texts, ids, drawn, samples)
+    columns = describe(source, tokenizer, judge, texts, ids, drawn, samples)
     columns.update(measure_kl(model, ref_model, many, drawn.ids, special.pad))
     greedy = engine.generate(ids, drawing.at(temperature=0.0).sampling)
     greedy_texts = tokenizer.batch_decode(greedy.ids, skip_special_tokens=True)
@@ -100,8 +103,8 @@ def evaluate_best_of_n(
 
     Its cost is that of answering the test prompts: this arm pays when it is used."""
     tokenizer, source, meter = load_tokenizer(ref), make_task(prompts.task), Meter()
-    model, scorer = load_policy(ref).eval(), Scorer(reward_model, reader=tokenizer)
-    special = special_ids(tokenizer, ref)
+    model, special = load_policy(ref).eval(), special_ids(tokenizer, ref)
+    scorer = Scorer(reward_model, reader=tokenizer, ends=special.ends)
     engine = make_engine(drawing.generation, model, special, ref)
     meter.models_held = 2
     texts, samples = prompts.texts(), prompts.samples
@@ -111,7 +114,7 @@ def evaluate_best_of_n(
         sampling = drawing.at(temperature=1.0).sampling
         favourites = best_of_n(engine, scorer, many, n, sampling)
     write_json(folder / "cost.json", meter.summary())
-    columns = describe(source, tokenizer, reward_model, texts, ids, favourites, samples)
+    columns = describe(source, tokenizer, scorer, texts, ids, favourites, samples)
     rows = _rows(texts, columns, samples)
     add_sets(rows, favourites.ids, samples)
     add_chosen(rows, source)
@@ -155,7 +158,7 @@ def score_samples(
 
     None: of all that there are. `policy`: whose tokens they are, if not the reward model's own.
     """
-    rows, scorer = read_samples(samples), Scorer(reward_model, reader=reader_of(policy))
+    rows, scorer = read_samples(samples), scorer_of(reward_model, policy)
     per_prompt = per_prompt or len(rows[0].completions)
     prompts = [row.prompt_ids for row in rows for _ in range(per_prompt)]
     scores = scorer.score_all(prompts, [c for row in rows for c in row.completions[:per_prompt]])
@@ -165,7 +168,7 @@ def score_samples(
 def describe(
     source: Task,
     tokenizer: PreTrainedTokenizerBase,
-    reward_model: Path | None,
+    scorer: Scorer | None,
     texts: list[str],
     ids: list[list[int]],
     drawn: Completions,
@@ -185,11 +188,9 @@ def describe(
             for text, cut in zip(completions, drawn.truncated, strict=True)
         ],
     }
-    if reward_model is not None:
+    if scorer is not None:
         prompts = [p for p in ids for _ in range(samples)]
-        columns["score"] = (
-            Scorer(reward_model, reader=tokenizer).score_all(prompts, drawn.ids).tolist()
-        )
+        columns["score"] = scorer.score_all(prompts, drawn.ids).tolist()
     return columns
 
 

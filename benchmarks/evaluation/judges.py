@@ -1,5 +1,6 @@
 """Scores of policies' answers, and of a file's own, by a reward model and by a judge."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -7,7 +8,7 @@ from pathlib import Path
 from benchmarks.evaluation.answers import Answering, Question
 from benchmarks.pipeline.given import given_function
 from benchmarks.scoring.models import open_scorer, require_reward_model
-from benchmarks.scoring.rows import Unscored, answered, row_inputs
+from benchmarks.scoring.rows import NOT_FINITE, Unscored, answered, row_inputs
 from benchmarks.scoring.sampling import answered_by_sample
 from shared.config import InputError
 from shared.data.chat import answer_text
@@ -102,18 +103,20 @@ def chosen_of(asks: Sequence[Question]) -> dict[int, list[Answered]]:
 def scored_by(
     scorer: Scorer, rows: Mapping[int, list[Answered]], unread: dict[int, Unscored]
 ) -> dict[int, list[float]]:
-    """A reward model's scores; what it cannot read joins `unread`. InputError: not numbers."""
+    """A reward model's scores; prompts that it cannot read, or to whose answers it gives no
+    number, join `unread`.
+    """
     inputs = {n: row_inputs(scorer, answers) for n, answers in rows.items()}
     unread |= {n: found for n, found in inputs.items() if isinstance(found, Unscored)}
     readable = {n: found for n, found in inputs.items() if not isinstance(found, Unscored)}
-    flat = [one for found in readable.values() for one in found]
-    values = scorer.score_inputs(flat)
-    if not values.isfinite().all():
-        raise InputError(
-            f"{scorer.folder}: a score is not a number; is it broken, or dtype narrow?"
-        )
-    scores = iter(values.tolist())
-    return {n: [next(scores) for _ in found] for n, found in readable.items()}
+    scores = iter(
+        scorer.score_inputs([one for found in readable.values() for one in found]).tolist()
+    )
+    values = {n: [next(scores) for _ in found] for n, found in readable.items()}
+    broken = {n for n, scores in values.items() if not all(map(math.isfinite, scores))}
+    said = f"{scorer.folder}: a score is not a number; is it broken, or dtype narrow?"
+    unread |= dict.fromkeys(broken, NOT_FINITE._replace(said=said))
+    return {n: scores for n, scores in values.items() if n not in broken}
 
 
 def by_function(judge: Judge, rows: Mapping[int, list[Answered]]) -> dict[int, list[float]]:

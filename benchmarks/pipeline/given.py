@@ -10,6 +10,7 @@ from huggingface_hub import HfApi, hf_hub_download
 from rlhf.reward import take_reward
 from shared.config import InputError
 from shared.models.cost import Meter
+from shared.models.folders import CHATS
 from shared.models.load import ModelConfig
 from shared.models.pretrained import (
     HUB_ERRORS,
@@ -19,7 +20,6 @@ from shared.models.pretrained import (
     is_local,
     take_pretrained,
 )
-from shared.models.scorer import CHATS
 from shared.stages import Given, write_json
 from shared.tasks.registry import TaskConfig
 
@@ -96,8 +96,10 @@ def given_function(name: str) -> Given:
         raise InputError(f"judge.function: {name!r} is not `file.py:function`, such as my.py:score")
     path = Path(module)
     if path.suffix != ".py":
-        top = module.partition(".")[0]
-        found = importlib.util.find_spec(module) if importlib.util.find_spec(top) else None
+        try:
+            found = importlib.util.find_spec(module)
+        except (ImportError, ValueError, AttributeError):  # what it is below is no package
+            found = None
         if found is None or found.origin is None:
             raise InputError(f"judge.function: there is no module `{module}`; name its file.py")
         path = Path(found.origin)

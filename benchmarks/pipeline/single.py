@@ -14,9 +14,8 @@ from benchmarks.pipeline.plan import plan_of
 from benchmarks.pipeline.progress import progress
 from shared.config import InputError, suggest
 from shared.models.cost import versions
+from shared.models.pretrained import is_model_file
 from shared.stages import Runner, Stages, read_json
-
-FILES = ("config.json", "generation_config.json", "normalisation.json", "chat_template.jinja")
 
 
 @dataclass(frozen=True)
@@ -81,22 +80,12 @@ def put_model(trained: TrainedModel, out: Path) -> None:
     shutil.rmtree(unfinished, ignore_errors=True)
     unfinished.mkdir(parents=True)
     for file in sorted(trained.model.iterdir()):
-        if file.is_file() and is_model_file(file):
+        if is_model_file(file):
             shutil.copyfile(file, unfinished / file.name)
     (unfinished / "README.md").write_text(card(trained), encoding="utf-8")
     if out.is_dir():
         out.rmdir()  # it is empty
     unfinished.rename(out)
-
-
-def is_model_file(file: Path) -> bool:
-    """Whether transformers or `Scorer` reads it; logs and manifests stay with the stage."""
-    return (
-        file.suffix in (".safetensors", ".model", ".jinja")
-        or file.name in FILES
-        or file.name.startswith(("tokenizer", "special_tokens", "vocab", "merges", "added_tokens"))
-        or file.name.endswith(".safetensors.index.json")
-    )
 
 
 def card(trained: TrainedModel) -> str:

@@ -6,6 +6,7 @@ Filtered DPO (Morimura et al. 2024, arXiv:2404.13846) keeps a pair where the rew
 answer beats that of the policy's own sample; this is its first epoch, on any file.
 """
 
+import hashlib
 import json
 from array import array
 from collections.abc import Iterator
@@ -38,8 +39,10 @@ from benchmarks.scoring.rows import (
 )
 from benchmarks.scoring.rule import Rule, blindly
 from benchmarks.scoring.sampling import Policy, Sampled
+from shared.code import code_of
 from shared.config import InputError
 from shared.data.examples import Numbered, dropped_lines
+from shared.models.cost import versions
 from shared.models.pretrained import address_of_model
 from shared.models.scorer import Scorer
 from shared.seeds import seed_of
@@ -84,7 +87,9 @@ class Filtering:
             require_policy(self.policy)
 
     def origin(self, reward_model: Path) -> dict[str, Any]:
-        """All that the scores depend on but the rows: models by their content, and options."""
+        """All that the scores depend on but the rows: models by their content, options, and the
+        program.
+        """
         found: dict[str, Any] = {
             "reward model": address_of_model(str(reward_model)),
             "policy": None if self.policy is None else address_of_model(self.policy),
@@ -92,10 +97,17 @@ class Filtering:
             "rows": asdict(self.options),
             "chunk": self.chunk,
             "dtype": self.sampled.dtype,
+            "code": digest_of(code_of(__name__)),
+            "library versions": versions(),
         }
         if self.policy is not None:
             found["sampling"] = asdict(self.sampled)
         return found
+
+
+def digest_of(code: dict[str, str]) -> str:
+    """One short hash of all files of `code_of`."""
+    return hashlib.sha256(json.dumps(code).encode()).hexdigest()[:16]
 
 
 def filter_rows(asked: Filtering) -> None:
@@ -140,6 +152,7 @@ def score_rows(asked: Filtering, log: ScoreLog, rows: Rows, reward_model: Path, 
             both = asked.rule.by == "margin"
             log.add(key, score_chunk(scorer, chunk, both=both, policy=policy, seed=seed))
             done(len(chunk), True)
+    log.end()
 
 
 def open_models(

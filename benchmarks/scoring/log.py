@@ -77,6 +77,12 @@ class ScoreLog:
         self.file.flush()
         os.fsync(self.file.fileno())
 
+    def end(self) -> None:
+        """All rows have been seen: what a longer file left behind them is forgotten."""
+        if self.replaying and self.file.tell() < os.fstat(self.file.fileno()).st_size:
+            self.file.truncate(self.file.tell())
+        self.replaying = False
+
     def all(self) -> Iterator[list[dict[str, Any]]]:
         """The chunks' scores, from the first on."""
         self.file.seek(0)

@@ -8,9 +8,9 @@ from pathlib import Path
 import torch
 
 from shared.config import InputError
-from shared.models.folders import open_tokenizer, require_folder
+from shared.models.folders import listed_ends, open_tokenizer, require_folder
 from shared.models.load import ModelConfig, WeightDtype
-from shared.models.pretrained import is_local, local_path, take_pretrained
+from shared.models.pretrained import is_local, local_path, take_pretrained, turn_end
 from shared.models.scorer import Scorer
 
 
@@ -42,13 +42,13 @@ def require_policy(name: str) -> None:
 def as_folder(name: str) -> Iterator[Path]:
     """A policy's plain transformers folder: the named one where it is sound, else a taken copy.
 
-    A hub name, a .gguf file, and a folder whose pad token is missing or is its EOS are copied and
-    set right, and the copy is gone afterwards.
+    A hub name, a .gguf file, and a folder that is not `sound` are copied and set right, and the
+    copy is gone afterwards.
     """
     path = Path(name)
     if is_local(name) and path.is_dir():
         require_folder(path, "policy")
-        if pads_apart(path):
+        if sound(path):
             yield path
             return
     with tempfile.TemporaryDirectory(prefix="klash-") as folder:
@@ -56,12 +56,18 @@ def as_folder(name: str) -> Iterator[Path]:
         yield Path(folder)
 
 
-def pads_apart(folder: Path) -> bool:
-    """Whether a folder's tokenizer has a pad token that is no other, and an EOS."""
+def sound(folder: Path) -> bool:
+    """Whether `take_pretrained` would leave a policy's special tokens as its files have them.
+
+    There is an EOS, a pad token that ends no answer, and what ends a turn is among what the files
+    say ends an answer.
+    """
     tokenizer = open_tokenizer(folder)
-    if tokenizer.pad_token_id is None or tokenizer.eos_token_id is None:
+    pad, eos, turn = tokenizer.pad_token_id, tokenizer.eos_token_id, turn_end(tokenizer)
+    if pad is None or not isinstance(eos, int):
         return False
-    return tokenizer.pad_token_id != tokenizer.eos_token_id
+    ends = listed_ends(folder) | {eos}
+    return pad not in ends and (turn is None or turn in ends)
 
 
 def require_positive(**numbers: float) -> None:

@@ -17,12 +17,18 @@ SAY = 15.0  # seconds between two lines where there is no terminal
 
 
 def require_rows_file(path: Path, sources: Sequence[str]) -> None:
-    """InputError if JSON lines cannot be written to `path`, or it is one of the files read."""
+    """InputError if JSON lines cannot be written to `path`, or it is among the files read."""
     if path.suffix not in (".jsonl", ".json"):
         raise InputError(f"{path}: what is written is JSON lines; name it .jsonl")
     require_writable(path)
-    if any(Path(source).resolve() == path.resolve() for source in sources):
-        raise InputError(f"{path}: is what is read; name another file to write")
+    for source in map(Path, sources):
+        if source.resolve() == path.resolve():
+            raise InputError(f"{path}: is what is read; name another file to write")
+        if source.is_dir() and path.resolve().is_relative_to(source.resolve()):
+            raise InputError(
+                f"{path}: lies in {source}, which is read, so that it would be read the next time; "
+                "write it elsewhere"
+            )
 
 
 def require_writable(path: Path) -> None:

@@ -5,12 +5,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from transformers import PreTrainedTokenizerBase
-
 from benchmarks.scoring.models import device, require_positive
 from benchmarks.scoring.rows import TOO_LONG, Unscored, answered
 from shared.config import InputError
-from shared.data.chat import Encoder
+from shared.data.chat import Encoder, said_by
 from shared.data.rows import Row, Unusable
 from shared.generation.engine import Engine, Sampling
 from shared.generation.start import GenerationConfig, make_engine
@@ -93,15 +91,6 @@ class Answers:
     ids: list[list[int]]
     texts: list[str]
     truncated: list[bool]
-
-
-def said_by(tokenizer: PreTrainedTokenizerBase, prompt: list[int], completion: list[int]) -> str:
-    """What a completion adds to the prompt's text: some tokenizers drop a first blank otherwise."""
-    before = str(tokenizer.decode(prompt, skip_special_tokens=True))
-    whole = str(tokenizer.decode([*prompt, *completion], skip_special_tokens=True))
-    if whole.startswith(before):
-        return whole[len(before) :]
-    return str(tokenizer.decode(completion, skip_special_tokens=True))
 
 
 def answered_by_sample(row: Row, text: str, truncated: bool) -> Answered:

@@ -76,6 +76,15 @@ def answer_text(answer: str | Message) -> str:
     return answer if isinstance(answer, str) else str(answer["content"])
 
 
+def said_by(tokenizer: PreTrainedTokenizerBase, prompt: list[int], completion: list[int]) -> str:
+    """What a completion adds to the prompt's text: some tokenizers drop a first blank otherwise."""
+    before = str(tokenizer.decode(prompt, skip_special_tokens=True))
+    whole = str(tokenizer.decode([*prompt, *completion], skip_special_tokens=True))
+    if whole.startswith(before):
+        return whole[len(before) :]
+    return str(tokenizer.decode(completion, skip_special_tokens=True))
+
+
 class Encoder:
     """What a tokenizer does beside encoding, found out once; and how rows are encoded by it.
 

@@ -41,6 +41,7 @@ PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 TOKENIZER = (
     "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt",
 )  # fmt: skip
+NORMALISATION, CHATS = "normalisation.json", "chats.jsonl"  # what a Scorer reads besides
 BUFFERS = (".attn.bias", ".masked_bias", ".inv_freq", "position_ids")  # computed, not trained
 UNREADABLE = (
     OSError, ValueError, RuntimeError, LookupError, TypeError, AttributeError, ImportError,

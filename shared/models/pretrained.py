@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from huggingface_hub import HfApi, snapshot_download, try_to_load_from_cache
 from huggingface_hub.errors import HTTPError  # pyright: ignore[reportPrivateImportUsage]
+from jinja2 import TemplateError
 from safetensors import safe_open
 from transformers import (
     AutoModelForCausalLM,
@@ -25,6 +26,7 @@ from transformers import (
 
 from shared.config import InputError
 from shared.models.folders import (
+    CHATS,
     as_ids,
     embedding_count,
     open_model,
@@ -39,8 +41,12 @@ from shared.models.folders import (
 )
 from shared.models.load import ModelConfig
 
-READ = (".json", ".safetensors", ".jinja", ".model", ".txt", ".tiktoken", ".gguf", ".bin")
-BESIDE = ("manifest.json", "cost.json", "trainer_state.json", "training_args.bin")
+READ = (".json", ".safetensors", ".jinja", ".model", ".txt", ".tiktoken")
+BESIDE = (  # what stages and trainers leave there, which no loader reads
+    "manifest.json", "cost.json", "checkpoints.json", "stopped.json", "scores.json",
+    "filtering.json", "trainer_state.json", "all_results.json", "train_results.json",
+    "eval_results.json", "log.txt", "training_args.bin",
+)  # fmt: skip
 PADS = (  # special tokens that no text holds, the best first
     re.compile(r"pad", re.IGNORECASE),
     re.compile(r"reserved|unused|placeholder", re.IGNORECASE),
@@ -182,11 +188,16 @@ def set_ends(
 
 
 def turn_end(tokenizer: PreTrainedTokenizerBase) -> int | None:
-    """The special token that the chat template puts behind an answer; None without one."""
+    """The special token that the chat template puts behind an answer; None without one, or where
+    the template refuses the shortest of chats.
+    """
     if not tokenizer.chat_template:
         return None
     chat = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "klash"}]
-    text = str(tokenizer.apply_chat_template(chat, tokenize=False))
+    try:
+        text = str(tokenizer.apply_chat_template(chat, tokenize=False))
+    except (TemplateError, TypeError):  # it wants words that only real rows bring
+        return None
     _, _, behind = text.rpartition("klash")
     ids: list[int] = tokenizer(behind, add_special_tokens=False).input_ids
     special = set(tokenizer.all_special_ids) | set(tokenizer.added_tokens_decoder)
@@ -276,7 +287,7 @@ def local_path(name: str, revision: str | None) -> Path:
     if is_local(name):
         return Path(name)
     try:
-        patterns = [f"*{suffix}" for suffix in READ if suffix not in (".gguf", ".bin")]
+        patterns = [*(f"*{suffix}" for suffix in READ), CHATS]
         return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
     except HUB_ERRORS as error:
         raise hub_error(name, error) from error
@@ -311,14 +322,24 @@ def address_of_model(name: str, revision: str | None = None) -> dict[str, Any]:
     """
     if is_local(name):
         path = Path(name)
-        files = [path] if path.is_file() else sorted(filter(is_model_file, path.iterdir()))
+        files = [path] if path.is_file() else sorted(filter(_counts, path.iterdir()))
         return {"files": {file.name: content_hash(file) for file in files}}
     return {"hub": name, "commit": commit_of(name, revision)}
 
 
 def is_model_file(path: Path) -> bool:
-    """Whether a loader may read this file of a model's folder."""
-    return path.is_file() and path.suffix in READ and path.name not in BESIDE
+    """Whether transformers or a Scorer reads this file of a whole model's folder.
+
+    What runs when it is read (pickles), logs and adapters are none of it.
+    """
+    read = path.suffix in READ and path.name not in BESIDE and not path.name.startswith("adapter_")
+    return path.is_file() and (read or path.name == CHATS)
+
+
+def _counts(path: Path) -> bool:
+    """Whether a file is part of what a name stands for: adapters and whatever is refused too."""
+    read = path.suffix in (*READ, ".gguf", ".bin") and path.name not in BESIDE
+    return path.is_file() and (read or path.name == CHATS)
 
 
 def commit_of(name: str, revision: str | None) -> str:

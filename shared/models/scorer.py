@@ -16,10 +16,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from shared.config import InputError
-from shared.data.chat import Encoder, answer_text, render
+from shared.data.chat import Encoder, answer_text, render, said_by
 from shared.data.rows import Message, Messages, Row, Unusable
 from shared.models.cost import At, Work, count_pass
-from shared.models.folders import open_tokenizer, read_object
+from shared.models.folders import CHATS, NORMALISATION, open_tokenizer, read_object
 from shared.models.load import (
     WeightDtype,
     load_scalar_model,
@@ -31,7 +31,6 @@ from shared.models.sequences import SCORING, Limit, Sequences, by_length, collat
 from shared.stages import read_jsonl, write_jsonl
 
 Chats = Mapping[tuple[int, ...], Messages]  # of prompts, by their token ids
-NORMALISATION, CHATS = "normalisation.json", "chats.jsonl"
 
 
 class Answered(NamedTuple):
@@ -48,7 +47,8 @@ class Scorer:
     """`score` = (raw - offset) / scale, in SFT within-prompt deviations.
 
     `reader` is the tokenizer of the ids that come, the policy's; without one they are the reward
-    model's own. `chats` holds the messages of prompts that are chats, which then go through the
+    model's own. `ends` are the tokens that end the policy's answers, by default the reader's
+    special tokens. `chats` holds the messages of prompts that are chats, which then go through the
     reward model's own template; by default those in its folder's `chats.jsonl`. Without any,
     prompts are scored as the text that they are.
     """
@@ -59,6 +59,7 @@ class Scorer:
         device: torch.device | str = "cpu",
         *,
         reader: PreTrainedTokenizerBase | None = None,
+        ends: frozenset[int] | None = None,
         chats: Chats | None = None,
         dtype: WeightDtype = "float32",
     ):
@@ -72,6 +73,7 @@ class Scorer:
         if not isinstance(fill, int):
             raise InputError(f"{folder}: its tokenizer needs a pad token to fill batches with")
         self.pad_id, self.reader = fill, reader or self.tokenizer
+        self.ends = frozenset(self.reader.all_special_ids) if ends is None else ends
         # TRL makes EOS the pad token of a tokenizer without one, and scores are read before it
         self.unread = fill if pad == eos else None
         self.by_text = (
@@ -82,12 +84,8 @@ class Scorer:
         self.model.config.get_text_config().pad_token_id = fill  # where its class reads a score
         self.offset, self.scale = read_normalisation(folder)
         self.room = context_length(self.model, self.tokenizer)
-        self.own: Encoder | None = (
-            None  # of one that was trained here: it read rows encoded by this
-        )
-        trained_here = (folder / NORMALISATION).is_file() and not (folder / CHATS).is_file()
-        if self.decoder and self.unread is None and trained_here:
-            self.own = Encoder(self.tokenizer, special_ids(self.tokenizer, folder).ends)
+        trained_by = read_ends(folder)  # of one that was trained here: as our trainers encode rows
+        self.own = None if trained_by is None else Encoder(self.tokenizer, trained_by)
 
     @torch.no_grad()
     def score(self, batch: Sequences) -> Tensor:
@@ -110,8 +108,17 @@ class Scorer:
             scores = self._score_texts(prompts, completions, limit)
         else:
             scores = self._score_tokens(prompts, completions, limit)
-        broken = int((~scores.isfinite()).sum())
-        if finite and broken:
+        return self._finite(scores) if finite else scores
+
+    def score_said(self, rows: Sequence[Answered], limit: Limit = SCORING) -> Tensor:
+        """Normalised scores of answers that are texts or messages, in order, (N,), on the CPU.
+
+        InputError where one is more than it reads, or where a score is not a number.
+        """
+        return self._finite(self.score_inputs([self.fitting(row) for row in rows], limit))
+
+    def _finite(self, scores: Tensor) -> Tensor:
+        if broken := int((~scores.isfinite()).sum()):
             raise InputError(
                 f"{self.folder}: the reward model's score of {broken} of {len(scores)} completions "
                 "is not a number: it diverged in training, or `dtype` is too narrow for it"
@@ -180,13 +187,15 @@ class Scorer:
                 f"messages are known ({len(self.chats)}): give it those of these prompts"
             )
         chat = self.chats.get(tuple(prompt))
-        before = (
-            self.reader.decode(list(prompt), skip_special_tokens=True) if chat is None else chat
-        )
-        answer = str(self.reader.decode(list(completion), skip_special_tokens=True))
-        ended = chat is not None or completion[-1] in self.reader.all_special_ids
+        prompt, completion = list(prompt), list(completion)
+        before = str(self.reader.decode(prompt, skip_special_tokens=True)) if chat is None else chat
+        ended = bool(completion) and completion[-1] in self.ends
+        return self.fitting(Answered(before, said_by(self.reader, prompt, completion), ended))
+
+    def fitting(self, row: Answered) -> dict[str, list[int]]:
+        """`inputs`; InputError where the model cannot read the row, or where it is too long."""
         try:
-            found = self._text_inputs(Answered(before, answer, ended))  # pyright: ignore[reportArgumentType]
+            found = self.inputs(row)
         except Unusable as fault:
             raise InputError(f"{self.folder}: {fault}") from fault
         if self.room and (length := len(found["input_ids"])) > self.room:
@@ -266,12 +275,10 @@ def _as_message(answer: str | Message) -> Message:
 
 def scorer_of(reward_model: Path, policy: Path | None) -> Scorer:
     """The scorer of a policy's tokens; without `policy` they are the reward model's own."""
-    return Scorer(reward_model, reader=reader_of(policy))
-
-
-def reader_of(policy: Path | None) -> PreTrainedTokenizerBase | None:
-    """The tokenizer of a policy's folder, for a Scorer; None: the reward model's own."""
-    return None if policy is None else load_tokenizer(policy)
+    if policy is None:
+        return Scorer(reward_model)
+    tokenizer = load_tokenizer(policy)
+    return Scorer(reward_model, reader=tokenizer, ends=special_ids(tokenizer, policy).ends)
 
 
 def write_chats(folder: Path, chats: Chats) -> None:
@@ -301,13 +308,18 @@ def context_length(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -
     return min(known, default=None)
 
 
-def save_normalisation(folder: Path, offset: float, scale: float) -> None:
+def save_normalisation(
+    folder: Path, offset: float, scale: float, ends: frozenset[int] | None = None
+) -> None:
     """Write what turns raw scores into `score` beside the reward model.
 
+    `ends`: of one that was trained here, the tokens that ended an answer in its training.
     InputError where they cannot: the scores are all one, or not numbers.
     """
     require_scale(folder, offset, scale)
-    (folder / NORMALISATION).write_text(json.dumps({"offset": offset, "scale": scale}))
+    trained = {} if ends is None else {"ends": sorted(ends)}
+    text = json.dumps({"offset": offset, "scale": scale, **trained})
+    (folder / NORMALISATION).write_text(text)
 
 
 def read_normalisation(folder: Path) -> tuple[float, float]:
@@ -322,6 +334,17 @@ def read_normalisation(folder: Path) -> tuple[float, float]:
         raise InputError(f"{path}: not {{offset, scale}}: {error!r}") from error
     require_scale(folder, offset, scale)
     return offset, scale
+
+
+def read_ends(folder: Path) -> frozenset[int] | None:
+    """The tokens that ended an answer where the reward model was trained here; None of others."""
+    path = folder / NORMALISATION
+    ends = read_object(path).get("ends") if path.is_file() else None
+    if ends is None:
+        return None
+    if not isinstance(ends, list) or not all(type(end) is int for end in ends):
+        raise InputError(f"{path}: `ends` is a list of token ids (found {ends!r})")
+    return frozenset(ends)
 
 
 def require_scale(folder: Path, offset: float, scale: float) -> None:

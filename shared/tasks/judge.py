@@ -1,5 +1,6 @@
 """Who says in the end which answer is better: a reward model, a function, or nobody."""
 
+import functools
 import importlib.util
 import sys
 from collections.abc import Callable, Sequence
@@ -87,6 +88,7 @@ def judged_by_function(
     return scores
 
 
+@functools.cache  # its file runs once: it may load a model
 def load_function(judge: Judge) -> Score:
     """The judge's function; InputError if its file has none of that name."""
     assert judge.file is not None

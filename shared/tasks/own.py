@@ -20,11 +20,11 @@ from shared.data.pairs import Pair
 from shared.data.rows import Messages
 from shared.data.splits import Split
 from shared.models.load import load_tokenizer
-from shared.models.scorer import Scorer
+from shared.models.scorer import Answered, Scorer
 from shared.seeds import seed_of
 from shared.stages import read_jsonl
 from shared.tasks.judge import Judge, judged_by_function
-from shared.tasks.task import Demonstration, encode_corpus
+from shared.tasks.task import Demonstration
 
 Side = Literal["train", "validation", "test", "judge"]
 SIDES: dict[Split, Side] = {
@@ -102,18 +102,18 @@ class Own:
         return [Demonstration(e.prompt_ids, e.chosen_ids) for e in chosen]
 
     def gold(self, prompts: Sequence[str], completions: Sequence[str]) -> NDArray[np.float64]:
-        """The judge's scores; NaN without a judge."""
+        """The judge's scores; NaN without a judge.
+
+        It reads texts and messages: an answer that was cut is judged as if it had ended there.
+        """
         judge = self.config.judge
         if judge is None:
             return np.full(len(completions), np.nan)
+        said = [self._messages[prompt] for prompt in prompts]
         if judge.folder is None:
-            texts = [self._messages[prompt] for prompt in prompts]
-            return judged_by_function(judge, texts, completions)
-        tokenizer = self.tokenizer()
-        chats = {tuple(e.prompt_ids): e.messages for e in self._examples if e.messages}
-        scorer = Scorer(judge.folder, reader=tokenizer, chats=chats)
-        answers = [d.completion for d in encode_corpus(tokenizer, [("", c) for c in completions])]
-        return scorer.score_all(self.encode(tokenizer, prompts), answers).double().numpy()
+            return judged_by_function(judge, said, completions)
+        rows = [Answered(*one) for one in zip(said, completions, strict=True)]
+        return Scorer(judge.folder).score_said(rows).double().numpy()
 
     def chosen_gold(self, prompts: Sequence[str]) -> list[float]:
         """The judge's mean score of the file's chosen answers to each prompt."""

@@ -58,7 +58,10 @@ class Task(Protocol):
         ...
 
     def gold(self, prompts: Sequence[str], completions: Sequence[str]) -> np.ndarray:
-        """The true score of each completion, (N,); NaN without one."""
+        """The true score of each completion, (N,); NaN without one.
+
+        Texts are all it sees: a completion that was cut counts as if it had ended there.
+        """
         ...
 
     def well_formed(self, completion: str) -> bool:

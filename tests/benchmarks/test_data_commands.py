@@ -363,6 +363,33 @@ def test_stats_and_show(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     assert said.count("prompt: abc") == 2 and "chosen: xx\n" in said
 
 
+def test_rows_that_contradict_each_other_are_in_no_statistic(tmp_path: Path):
+    """The first of them has passed when the second comes."""
+    path = tmp_path / "rows.jsonl"
+    rows = [{"prompt": "p", "chosen": "ab", "rejected": "abc"}]
+    both = {"prompt": "a longer prompt", "chosen": "a" * 9, "rejected": "b" * 7}
+    rows += [both, {**both, "chosen": both["rejected"], "rejected": both["chosen"]}]
+    path.write_text("\n".join(map(json.dumps, rows)))
+    run(["data", "stats", str(path), "--out", str(tmp_path / "out")])
+    found = json.loads((tmp_path / "out" / "stats.json").read_text())
+    assert found["kept"] == 1 and found["dropped"] == {"contradiction": 2}
+    assert {name: at["max"] for name, at in found["characters"].items()} == {
+        "prompt": 1, "chosen": 2, "rejected": 3
+    }  # fmt: skip
+    assert found["accuracy"]["longer_chosen"] == 0
+
+
+@pytest.mark.parametrize(
+    ("chosen", "words", "said"),
+    [("same", [], "none of 1 rows is usable"), ("other", ["--rows", "-1"], "--rows must be 1")],
+)
+def test_nothing_to_show(chosen: str, words: list[str], said: str, tmp_path: Path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps({"prompt": "p", "chosen": chosen, "rejected": "same"}))
+    with pytest.raises(InputError, match=said):
+        run(["data", "show", str(path), *words])
+
+
 def test_no_rows_no_statistics(tmp_path: Path):
     path = tmp_path / "rows.jsonl"
     path.write_text(json.dumps({"prompt": "p", "chosen": "same", "rejected": "same"}))

@@ -620,6 +620,17 @@ def test_a_reward_model_without_a_head(ward: Ward):
     ward.only("reward model's weights", "score.weight is not in the file")
 
 
+def test_answers_with_labels_and_a_reward_model(ward: Ward):
+    """Each answer is read once, and there is no better one to find."""
+    labelled = [{k: r[k] for k in ("prompt",)} | {"completion": r["chosen"], "label": n % 2 == 0}
+                for n, r in enumerate(CHATS)]  # fmt: skip
+    ward.rows(labelled)
+    findings = ward.findings()
+    assert not failed(findings), findings
+    assert "reward accuracy" not in findings and "score at eos" in findings
+    assert findings["one eos"].observed.startswith("of 12 completions 0 without")
+
+
 def test_labels_the_wrong_way_round(ward: Ward):
     """Data in which the reward model's favourite is always the rejected one."""
     model = AutoModelForSequenceClassification.from_pretrained(ward.reward)

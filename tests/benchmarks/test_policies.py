@@ -14,10 +14,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from benchmarks.cli import main
 from benchmarks.evaluation.judges import Judges
 from benchmarks.evaluation.policies import Asked, Evaluating, evaluate_policies, interval
+from benchmarks.pipeline.given import given_function
 from benchmarks.scoring.sampling import Sampled
 from shared.config import InputError
 from shared.data.splits import split_of
+from shared.models.scorer import Scorer
 from shared.stages import read_json
+from shared.tasks.judge import Judge, judged_by_function
 
 SAMPLED = Sampled(max_new_tokens=6, samples=2)
 JUDGE = """
@@ -219,3 +222,40 @@ def test_wrong_input_is_one_clear_line(
 def test_two_judges_are_one_too_many(folder: Path):
     with pytest.raises(InputError, match="one of them"):
         evaluated(folder, "start", judges=Judges(judge="a", judge_function="b:c"))
+
+
+@pytest.mark.parametrize("name", ["os.path.x", "os.path.x.y", ".x", "nosuch.mine", "sys"])
+def test_a_judges_module_that_is_none_is_an_input_error(name: str):
+    with pytest.raises(InputError, match=r"judge\.function: there is no"):
+        given_function(f"{name}:f")
+
+
+def test_a_judges_file_runs_once(tmp_path: Path):
+    counter, file = tmp_path / "count", tmp_path / "counting.py"
+    file.write_text(
+        f"open({str(counter)!r}, 'a').write('x')\n"
+        "def score(prompts, completions):\n    return [1.0] * len(completions)\n"
+    )
+    for _ in range(3):
+        judge = Judge(function="score", file=given_function(f"{file}:score"))
+        assert judged_by_function(judge, ["a"], ["b"]).tolist() == [1.0]
+    assert counter.read_text() == "x"
+
+
+def test_one_score_that_is_no_number_costs_its_prompt_and_all_of_them_the_evaluation(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+):
+    real, judges = Scorer.score_inputs, Judges(str(folder / "reward"))
+
+    def broken(self: Scorer, encoded: Any) -> torch.Tensor:
+        scores = real(self, encoded)
+        scores[0] = float("nan")
+        return scores
+
+    monkeypatch.setattr(Scorer, "score_inputs", broken)
+    found = evaluated(folder, "other", judges=judges, prompts=4)
+    assert found["prompts"] == 3
+    assert found["prompts_left_out"] == {"not-finite": 1}
+    monkeypatch.setattr(Scorer, "score_inputs", lambda _, e: torch.full((len(e),), float("nan")))
+    with pytest.raises(InputError, match="a score is not a number"):
+        evaluated(folder, "other", judges=judges, prompts=4)

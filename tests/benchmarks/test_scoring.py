@@ -13,6 +13,8 @@ from typing import Any
 import pytest
 import torch
 from chat_models import (
+    END,
+    EOS,
     byte_tokenizer,
     chat_tokenizer,
     write_encoder,
@@ -23,17 +25,18 @@ from checks import Klash
 from datasets import Dataset, load_dataset
 from preference_rows import chat_rows, text_rows, write_rows
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, GenerationConfig
 
 from benchmarks.scoring import filtering
 from benchmarks.scoring.filtering import Filtering, filter_rows
+from benchmarks.scoring.models import as_folder
 from benchmarks.scoring.rows import RowOptions
 from benchmarks.scoring.rule import Rule
-from benchmarks.scoring.sampling import Sampled
+from benchmarks.scoring.sampling import Policy, Sampled
 from benchmarks.scoring.score import accuracy_text, score
 from shared.config import InputError
 from shared.models.scorer import save_normalisation
-from shared.stages import read_json, read_jsonl
+from shared.stages import read_json, read_jsonl, write_json
 
 ROWS = 12
 MARGIN = 0.7  # about half of the rows of these models pass it
@@ -578,3 +581,91 @@ def test_a_filtering_that_is_killed_goes_on_to_the_same_files(
     assert [path.name for path in (tmp_path / "killed").iterdir()] == [".kept.jsonl.part"]
     assert start("killed").wait() == 0
     assert whole(tmp_path / "killed" / "kept.jsonl") == whole(tmp_path / "whole" / "kept.jsonl")
+
+
+# --- the models that are named ------------------------------------------------------------------
+
+
+def listing(folder: Path, *ends: int, **tokenizer: Any) -> Path:
+    """A policy whose generation_config.json lists these ends."""
+    write_policy(folder, chat_tokenizer(**tokenizer))
+    config = read_json(folder / "generation_config.json")
+    write_json(folder / "generation_config.json", config | {"eos_token_id": list(ends)})
+    return folder
+
+
+def test_a_sound_policy_is_read_where_it_lies(tmp_path: Path):
+    folder = listing(tmp_path / "sound", EOS, END)
+    with as_folder(str(folder)) as found:
+        assert found == folder
+
+
+@pytest.mark.parametrize(
+    ("ends", "tokens"),
+    [
+        # as Qwen2.5-Instruct ships: what pads is no EOS of the tokenizer, but a listed end
+        ((END, EOS), {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"}),
+        ((EOS,), {}),  # the template ends turns with a token that no file lists
+        ((EOS, END), {"pad_token": "<|endoftext|>"}),
+        ((EOS, END), {"pad_token": None}),
+    ],
+    ids=["pad is a listed end", "unlisted turn end", "pad is EOS", "no pad"],
+)
+def test_a_policy_that_is_not_sound_is_set_right_in_a_copy(
+    tmp_path: Path, ends: tuple[int, ...], tokens: dict[str, Any]
+):
+    """transformers reads of the copy that <|im_end|> ends an answer, and that padding ends none."""
+    folder = listing(tmp_path / "theirs", *ends, **tokens)
+    with as_folder(str(folder)) as found:
+        assert found != folder
+        listed = GenerationConfig.from_pretrained(found).eos_token_id
+        tokenizer = AutoTokenizer.from_pretrained(found)
+        assert END in listed
+        assert tokenizer.pad_token_id not in {*listed, tokenizer.eos_token_id, None}
+        Policy(found, Sampled(max_new_tokens=4))
+    assert not found.exists()
+
+
+@pytest.mark.usefixtures("small_chunks")
+def test_rows_that_went_at_a_chunks_end_go_from_the_log_too(
+    tmp_path: Path, policy: Path, reward: Path, chats: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """What is written is what eight rows give on their own."""
+    data, (one, two) = tmp_path / "rows.jsonl", (tmp_path / n / "kept.jsonl" for n in "ab")
+    for out in (one, two):
+        out.parent.mkdir()
+    shutil.copy(chats, data)
+    with pytest.raises(InputError, match="no row stays"):  # all twelve are in the log
+        filter_rows(asked(one, policy, reward, data, margin=1e6))
+    write_rows(data, read_jsonl(chats)[:8])
+    with monkeypatch.context() as patch:
+        assert stop_at(patch, chunk=1) == []
+        filter_rows(asked(one, policy, reward, data))
+    filter_rows(asked(two, policy, reward, data))
+    assert whole(one) == whole(two)
+    assert len(read_jsonl(one.with_suffix(".audit.jsonl"))) == 8
+
+
+def test_another_version_of_a_library_or_of_the_code_starts_over(
+    tmp_path: Path, policy: Path, reward: Path, chats: Path,
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+):  # fmt: skip
+    out = tmp_path / "kept.jsonl"
+    for name, said in (("versions", "library versions"), ("code_of", "code")):
+        with pytest.raises(InputError, match="no row stays"):
+            filter_rows(asked(out, policy, reward, chats, margin=1e6))
+        monkeypatch.setattr(filtering, name, lambda *_: {"torch": "0"})
+        with pytest.raises(InputError, match="no row stays"):
+            filter_rows(asked(out, policy, reward, chats, margin=1e6))
+        assert f"another {said}: starting over" in capsys.readouterr().out
+
+
+def test_an_output_inside_a_folder_that_is_read_is_refused(
+    klash: Klash, tmp_path: Path, reward: Path, chats: Path
+):
+    (tmp_path / "rows").mkdir()
+    shutil.copy(chats, tmp_path / "rows" / "train.jsonl")
+    code, _, err = klash("score", "rows", "--reward-model", reward, "--out", "rows/scored.jsonl")
+    assert code == 2
+    assert "rows/scored.jsonl: lies in rows, which is read" in err
+    assert [path.name for path in (tmp_path / "rows").iterdir()] == ["train.jsonl"]

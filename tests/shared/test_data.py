@@ -372,6 +372,10 @@ DROPS: dict[str, tuple[Rows, dict[str, int]]] = {
         {"single-answer": 1}),
     "a score that is not a number": (
         [GOOD, {**PAIR, "score_chosen": float("nan"), "score_rejected": 1}], {"not-finite": 1}),
+    "a score of 400 digits": (
+        [GOOD, {**PAIR, "score_chosen": 10**400, "score_rejected": 1}], {"not-finite": 1}),
+    "the same said through other template options": (
+        [CHAT, {**CHAT, "chat_template_kwargs": {"enable_thinking": True}}], {}),
     "an infinite rating": (
         [{"prompt": "p", "answers": ["a", "b"], "ratings": r} for r in ([1, 2], [1, float("inf")])],
         {"not-finite": 1}),
@@ -453,6 +457,8 @@ UNREADABLE: dict[str, tuple[bytes, str]] = {  # the second line, and what is sai
     "two system messages": (
         line({**CHAT, "prompt": [say("system", "S"), ASK], "system": "T"}), "have their own"),
     "tools that are no JSON": (line({**CHAT, "tools": "{"}), "`tools` is not JSON"),
+    "tools nested without end": (line({**CHAT, "tools": "[" * 20000}), "nested too deeply"),
+    "half a surrogate in tools": (line({**CHAT, "tools": '["\\ud800"]'}), "surrogate"),
     "tools that are no list": (line({**CHAT, "tools": {"a": 1}}), "`tools` must be a list"),
     "a score that is a word": (line({**PAIR, "score_chosen": "good", "score_rejected": 1}),
                                "`score_chosen` must be a number"),
@@ -482,6 +488,12 @@ OTHERS: dict[str, tuple[Rows, str]] = {  # two rows, of which the second is brok
     "a post without text": (
         [{"info": i, "summaries": [{"text": "a"}, {"text": "b"}], "choice": 0}
          for i in ({"post": "p"}, {"title": "t"})], "text of a `post`"),
+    "alpaca's half a pair": (
+        [{"instruction": "i", "chosen": "a", "rejected": "b"}, {"instruction": "i", "chosen": "a"}],
+        "no `output`, and no `chosen` with `rejected`"),
+    "a history that is a text": (
+        [{"instruction": "i", "output": "o", "history": h} for h in ([["a", "b"]], "once")],
+        "`history` must be a list"),
     "a history that is no pairs": (
         [{"instruction": "i", "output": "o", "history": h} for h in ([["a", "b"]], ["a"])],
         "`history` must be pairs"),
@@ -546,6 +558,22 @@ def test_a_line_of_csv_with_too_few_cells(tmp_path: Path):
     found = Read("a.csv", beside=tmp_path)
     assert found.report.kept == 1
     assert str(found.dropped[0].where).endswith("a.csv, row 2")
+
+
+def test_an_answer_of_csv_that_is_json_stays_a_text(tmp_path: Path):
+    with (tmp_path / "a.csv").open("w", newline="") as file:
+        csv.writer(file).writerows([PAIR, ["Why?", '{"a": 1}', '[{"a": 2}]']])
+    (found,) = Read("a.csv", beside=tmp_path).rows
+    assert found == Row("Why?", '{"a": 1}', '[{"a": 2}]')
+
+
+def test_a_second_file_that_begins_with_a_broken_row(tmp_path: Path):
+    write(tmp_path / "a.jsonl", [PAIR])
+    write(tmp_path / "b.jsonl", [{"question": "a"}, GOOD])
+    with pytest.raises(InputError, match=r"b\.jsonl, line 1: .*in no known format"):
+        Read("a.jsonl", "b.jsonl", beside=tmp_path, finish=False)
+    found = Read("a.jsonl", "b.jsonl", beside=tmp_path)
+    assert found.report.dropped == {"undecodable": 1} and found.report.kept == 2
 
 
 def test_a_file_that_is_not_there_and_a_folder_of_nothing(tmp_path: Path):

@@ -270,3 +270,15 @@ def test_limits_of_length(config: dict[str, Any], expected: str):
         most = config.get("max_completion_tokens", 4)
         assert found.chosen_ids == LONG.chosen_ids[:most]
         assert ("cut" in found.notes) == (most == 3)
+
+
+@pytest.mark.parametrize(
+    ("chosen", "rejected", "answered", "expected"),
+    [([], [4], True, "empty"), ([4], [], True, "empty"), ([], None, True, "empty"),
+     ([], None, False, "")],
+)  # fmt: skip
+def test_an_answer_without_tokens_teaches_nothing(
+    chosen: list[int], rejected: list[int] | None, answered: bool, expected: str
+):
+    encoded = Encoded("p", [1], chosen, rejected, ())
+    assert fit(encoded, DataConfig(), answered=answered)[1] == expected

@@ -19,8 +19,12 @@ from chat_models import (
     write_reward,
 )
 from datasets import Dataset
-from tokenizers import processors
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+from transformers import (
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedTokenizerFast,
+)
 
 from rlhf.best_of_n import best_of_n
 from rlhf.reward import normalise, take_reward
@@ -29,7 +33,14 @@ from shared.data.samples import PromptSamples
 from shared.generation.engine import Sampling
 from shared.generation.hf import HFEngine
 from shared.models.load import load_policy, load_tokenizer, special_ids
-from shared.models.scorer import Scorer, read_chats, save_normalisation, scorer_of, write_chats
+from shared.models.scorer import (
+    Answered,
+    Scorer,
+    read_chats,
+    save_normalisation,
+    scorer_of,
+    write_chats,
+)
 from shared.models.sequences import Limit
 from shared.stages import write_jsonl
 
@@ -271,3 +282,69 @@ def test_a_frozen_reward_model_in_bfloat16(policy: Path, tmp_path: Path):
     a, b = (s.score_all(*tokens(policy)) for s in (whole, half))
     assert b.dtype == torch.float32
     torch.testing.assert_close(a, b, atol=0.1 * float(a.abs().max()), rtol=0.1)
+
+
+# --- one reading of a text ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("ends", [None, frozenset({EOS, END})])
+def test_only_what_says_that_it_was_trained_here_is_read_as_our_trainers_encode(
+    tmp_path: Path, ends: frozenset[int] | None
+):
+    """A trained one ends at <|im_end|>, as its pairs did; another has all of the template."""
+    write_reward(tmp_path / "reward", chat_tokenizer())
+    save_normalisation(tmp_path / "reward", 0.0, 1.0, ends)
+    ids = Scorer(tmp_path / "reward").inputs(Answered(CHAT, "In Norway."))["input_ids"]
+    chat = [*CHAT, {"role": "assistant", "content": "In Norway."}]
+    whole = AutoTokenizer.from_pretrained(tmp_path / "reward").apply_chat_template(
+        chat, return_dict=False
+    )
+    assert whole[-2] == END  # behind it a line break
+    assert ids == (whole if ends is None else whole[:-1])
+
+
+def test_a_taken_reward_model_is_not_said_to_be_trained_here(policy: Path, tmp_path: Path):
+    write_reward(tmp_path / "theirs", turned())
+    for name in ("training_args.bin", "log.jsonl", "adapter_config.json", "cost.json"):
+        (tmp_path / "theirs" / name).write_text("{}")
+    (tmp_path / "theirs" / "qwen.tiktoken").write_text("")
+    write_chats(tmp_path / "theirs", {})
+    save_normalisation(tmp_path / "theirs", 5.0, 9.0, frozenset({3}))
+    (tmp_path / "taken").mkdir()
+    references = samples(tmp_path / "samples", policy)
+    take_reward(tmp_path / "taken", str(tmp_path / "theirs"), None, policy, references)
+    assert Scorer(tmp_path / "taken").own is None
+    assert {path.name for path in (tmp_path / "taken").iterdir()} == {
+        "config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json",
+        "normalisation.json", "chats.jsonl", "qwen.tiktoken",
+    }  # fmt: skip
+
+
+def test_a_blank_between_prompt_and_answer_is_kept(policy: Path, tmp_path: Path):
+    """SentencePiece's kind of tokenizer drops the first blank of what it decodes alone."""
+    write_reward(tmp_path / "reward", turned())
+    words = {word: n for n, word in enumerate(["<pad>", "</s>", "<unk>", "▁Where", "▁In", "▁Oslo"])}
+    tokenizer = Tokenizer(models.WordLevel(words, "<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()  # pyright: ignore
+    tokenizer.decoder = decoders.Metaspace()  # pyright: ignore
+    reader = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", unk_token="<unk>"
+    )
+    scorer = Scorer(tmp_path / "reward", reader=reader, ends=frozenset({1}))
+    theirs = AutoTokenizer.from_pretrained(tmp_path / "reward")
+    expected = theirs("Where In Oslo").input_ids
+    assert scorer.encode([3], [4, 5])["input_ids"] == expected
+    assert scorer.encode([3], [4, 5, 1])["input_ids"] == [*expected, theirs.eos_token_id]
+    assert scorer.encode([3], [4, 5, 2])["input_ids"][-1] != theirs.eos_token_id  # no end
+
+
+def test_a_chat_that_was_cut_is_read_as_open(policy: Path, tmp_path: Path):
+    write_reward(tmp_path / "reward", turned(chat_template=CHATML))
+    reader, theirs = load_tokenizer(policy), AutoTokenizer.from_pretrained(tmp_path / "reward")
+    prompt = reader.apply_chat_template(CHAT, add_generation_prompt=True).input_ids  # pyright: ignore
+    answer, chats = reader("In Norway.").input_ids, {tuple(prompt): CHAT}
+    scorer = Scorer(tmp_path / "reward", reader=reader, chats=chats, ends=frozenset({EOS, END}))
+    opened = theirs.apply_chat_template(CHAT, tokenize=False, add_generation_prompt=True)
+    for end, behind in (([], ""), ([END], "<|im_end|>\n")):
+        found = scorer.encode(prompt, [*answer, *end])["input_ids"]
+        assert found == theirs(f"{opened}In Norway.{behind}").input_ids
