@@ -217,6 +217,8 @@ class Experiment(Config):
                 raise Misfit("the task own has no true score to train on", "arms", name, "gold")
         if self.preferences.source == "policy" and not self.judge.named:
             raise Misfit("samples can be labelled only by a judge", "preferences", "source")
+        if self.preferences.source == "data" and self.preferences.spoiled:
+            raise Misfit("a file's pairs are taken as they are", "preferences", "spoiled")
 
     @property
     def has_gold(self) -> bool:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from statistics import fmean
 
 from benchmarks.evaluation.statistics import Estimate
 from benchmarks.report.conclusion import nats, winner
@@ -350,17 +351,24 @@ def stability_table(results: Results) -> Table:
 
 
 def filtering_table(results: Results) -> Table:
-    """What the filter kept before each epoch."""
-    rows = [
-        [
-            Cell(look(name).label, values=(name,), method=name),
-            Cell(str(epoch.epoch), values=(epoch.epoch,)),
-            Cell(percent(epoch.kept_share), values=(epoch.kept_share,)),
-            Cell(str(epoch.floor_bound), values=(epoch.floor_bound,)),
-        ]
-        for name, method in results.methods.items()
-        for epoch in method.filtering or ()
-    ]
-    labels = {"Epoch": "epoch", "Pairs kept": "kept_share", "Seeds at the floor": "floor_bound"}
+    """What the filter kept before each epoch, and of the spoiled pairs where there are any."""
+    filtered = {name: m.filtering for name, m in results.methods.items() if m.filtering}
+    spoiled = any(e.spoiled_kept_per_seed for epochs in filtered.values() for e in epochs)
+    labels = {"Epoch": "epoch", "Pairs kept": "kept_share"}
+    labels |= {"Spoiled pairs kept": "spoiled_kept_share"} if spoiled else {}
+    labels |= {"Seeds at the floor": "floor_bound"}
+    rows = []
+    for name, epochs in filtered.items():
+        for epoch in epochs:
+            shares = epoch.spoiled_kept_per_seed
+            kept = [epoch.kept_share] + ([None if shares is None else fmean(shares)] * spoiled)
+            rows.append(
+                [
+                    Cell(look(name).label, values=(name,), method=name),
+                    Cell(str(epoch.epoch), values=(epoch.epoch,)),
+                    *(Cell(percent(share), values=(share,)) for share in kept),
+                    Cell(str(epoch.floor_bound), values=(epoch.floor_bound,)),
+                ]
+            )
     columns = [METHOD, *(Column(label, (key,)) for label, key in labels.items())]
     return Table("filtering", "Pairs kept by the filter", columns, rows)

@@ -1,15 +1,19 @@
 """What the runs of one arm cost, how steadily they went, and what filtering kept."""
 
+from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from benchmarks.evaluation.statistics import interquartile_range
+from benchmarks.pipeline.arms import SeedStages
 from benchmarks.pipeline.compare import ArmRun
 from benchmarks.results.folders import Array, EvaluationRows
 from benchmarks.results.schema import Cost, FilterEpoch, Stability
-from shared.stages import read_json
+from shared.data.preferences import read_spoiled
+from shared.stages import read_json, read_jsonl
 from shared.training.finished import read_log
 
 
@@ -93,18 +97,37 @@ def stability_of(runs: list[ArmRun], tuned: list[ArmRun]) -> Stability:
     )
 
 
-def filtering_of(tuned: list[ArmRun]) -> list[FilterEpoch]:
-    """What filtered DPO kept before each epoch."""
+def filtering_of(tuned: list[ArmRun], seeds: Mapping[int, SeedStages]) -> list[FilterEpoch]:
+    """What filtered DPO kept before each epoch, of all pairs and of those that were spoiled."""
     logs = [read_json(run.model / "filtering.json") for run in tuned if run.model]
+    spoiled = [
+        _spoiled_kept(run.model, read_spoiled(seeds[run.seed].preferences))
+        for run in tuned
+        if run.model
+    ]
     return [
         FilterEpoch(
             epoch=epochs[0]["epoch"],
             kept_share=float(np.mean([e["kept_share"] for e in epochs])),
             kept_share_per_seed=[e["kept_share"] for e in epochs],
+            spoiled_kept_per_seed=[
+                shares[e["epoch"]] for shares, e in zip(spoiled, epochs, strict=True)
+            ]
+            if all(spoiled)
+            else None,
             floor_bound=sum(e["floor_bound"] for e in epochs),
         )
         for epochs in zip(*logs, strict=True)
     ]
+
+
+def _spoiled_kept(model: Path, spoiled: list[str]) -> dict[int, float]:
+    """By epoch, the share of the spoiled pairs that were still there; nothing where none was."""
+    kept, planted = Counter[int](), set(spoiled)
+    audit = read_jsonl(model / "audit.jsonl") if spoiled else []
+    for row in audit:
+        kept[row["epoch"]] += row["kept"] and row["id"] in planted
+    return {epoch: count / len(planted) for epoch, count in kept.items()}
 
 
 def _column(log: list[dict[str, Any]], name: str) -> Array:

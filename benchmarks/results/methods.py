@@ -131,7 +131,7 @@ def method_results(
         cost=cost_of(method.tuned, labels_of(compared), matmul_rate, timed_seeds(experiment)),
         stability=stability_of(method.runs, method.tuned),
         sweep=_sweep(experiment, compared, method),
-        filtering=filtering_of(method.tuned) if method.kind == "filtered" else None,
+        filtering=filtering_of(method.tuned, compared.seeds) if method.kind == "filtered" else None,
         **by_gold,
         **against,
     )

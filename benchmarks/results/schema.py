@@ -66,11 +66,14 @@ class Setting(Config):
 
 
 class FilterEpoch(Config):
-    """fDPO's log, averaged over seeds: kept share of the pairs before each epoch."""
+    """fDPO's log, averaged over seeds: kept share of the pairs before each epoch, and of those that
+    were spoiled on purpose, if any.
+    """
 
     epoch: int
     kept_share: float
     kept_share_per_seed: list[float]
+    spoiled_kept_per_seed: list[float] | None = None
     floor_bound: int
 
 

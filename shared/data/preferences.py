@@ -3,23 +3,27 @@
 Pairs carry token ids from the sampler to the losses: nothing is decoded and encoded again.
 """
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
-from pydantic import Field
+from pydantic import Field, model_validator
 
-from shared.config import Config, InputError
+from shared.config import Config, InputError, Misfit
 from shared.data.pairs import Pair, clean, swapped
-from shared.data.samples import draw_samples, list_samples
+from shared.data.samples import answer, draw_samples, list_samples
 from shared.data.splits import Split
 from shared.generation.engine import Sampling
 from shared.generation.start import Drawing
 from shared.seeds import seed_of
-from shared.stages import write_json, write_jsonl
+from shared.stages import read_json, write_json, write_jsonl
 from shared.tasks.registry import TaskConfig, TaskInput, make_task
 from shared.tasks.task import Task
+
+SPOILED = "spoiled.json"
+SPOILERS = 8  # samples, of which the worst takes a chosen answer's place
 
 
 class PreferenceConfig(Config):
@@ -38,6 +42,15 @@ class PreferenceConfig(Config):
     probability, as if it had been labelled infinitely often."""
     listed: bool = False
     """Draw pairs evenly from all completions of a finite task, not from the policy's samples."""
+    spoiled: float = Field(default=0.0, ge=0, le=1)
+    """Share of the training pairs whose chosen completion gives way to the worst, by gold, of eight
+    further samples, and stays the chosen one: what a filter is there to find."""
+
+    @model_validator(mode="after")
+    def spoiled_pairs_are_drawn_and_labelled(self) -> "PreferenceConfig":
+        if self.spoiled and self.labels == "exact":
+            raise Misfit("an exact label says what is true, and spoiled pairs do not", "spoiled")
+        return self
 
 
 def make_preferences(
@@ -72,6 +85,9 @@ def make_preferences(
             f"{dict(dropped)}); the policy repeats itself: ask for fewer pairs, or sample at a "
             f"higher temperature than {drawing.sampling.temperature:g}"
         )
+    if data.spoiled:
+        train, spoiled = spoil(train, data.spoiled, make_task(task), policy, drawing, seed)
+        write_json(folder / SPOILED, spoiled)
     write_jsonl(folder / "train.jsonl", [p._asdict() for p in train])
     write_jsonl(folder / "held_out.jsonl", [p._asdict() for p in held_out])
     write_json(
@@ -90,6 +106,39 @@ def label(drawn: Sequence[Pair], task: Task, labels: str, rng: np.random.Generat
         p_first_wins = np.full(len(drawn), 0.5)
     first_wins = rng.random(len(drawn)) < p_first_wins
     return [p if won else swapped(p) for p, won in zip(drawn, first_wins, strict=True)]
+
+
+def spoil(
+    pairs: Sequence[Pair], share: float, task: Task, policy: Path, drawing: Drawing, seed: int
+) -> tuple[list[Pair], list[str]]:
+    """(the pairs, of which a share has a bad answer as the chosen one; the ids of these).
+
+    The bad answer is the worst by gold of `SPOILERS` samples of the prompt that differ from the
+    rejected one; a pair without any stays as it is, as one does whose chosen answer is no better.
+    """
+    rng = np.random.default_rng(seed_of(seed, "spoiled pairs"))
+    picked = rng.permutation(len(pairs))[: round(share * len(pairs))].tolist()
+    drawing = drawing.at(seed=seed_of(seed, "samples that spoil"))
+    rows = answer(task, policy, [pairs[i].prompt for i in picked], SPOILERS, drawing)
+    found, ids = list(pairs), []
+    for i, row in zip(picked, rows, strict=True):
+        pair = pairs[i]
+        bad = [
+            (gold, tokens)
+            for gold, tokens in zip(row.gold, row.completions, strict=True)
+            if gold is not None and tokens and tokens != pair.rejected_ids
+        ]
+        worst, completion = min(bad, key=lambda one: one[0], default=(math.inf, []))
+        if pair.chosen_gold is not None and worst < pair.chosen_gold:
+            found[i] = pair._replace(chosen_ids=completion, chosen_gold=worst)
+            ids.append(pair.id)
+    return found, ids
+
+
+def read_spoiled(folder: Path) -> list[str]:
+    """The ids of the spoiled pairs of a stage's folder."""
+    path = folder / SPOILED
+    return read_json(path) if path.is_file() else []
 
 
 def make_reward_test(

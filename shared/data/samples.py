@@ -16,6 +16,7 @@ from shared.models.load import load_policy, load_tokenizer, special_ids
 from shared.seeds import seed_of
 from shared.stages import read_json, read_jsonl, write_json, write_jsonl
 from shared.tasks.registry import TaskConfig, TaskInput, make_task
+from shared.tasks.task import Task
 
 
 class PromptSamples(NamedTuple):
@@ -37,14 +38,21 @@ def draw_samples(
     seed: int,
 ) -> list[PromptSamples]:
     """`per_prompt` samples of each of `prompts` prompts; `seed` is the run's."""
-    source, tokenizer = make_task(task), load_tokenizer(policy)
-    texts = source.prompts(split, prompts, seed)
+    source = make_task(task)
+    sampling = drawing.at(seed=seed_of(seed, f"{split} samples"))
+    return answer(source, policy, source.prompts(split, prompts, seed), per_prompt, sampling)
+
+
+def answer(
+    source: Task, policy: Path, texts: list[str], per_prompt: int, drawing: Drawing
+) -> list[PromptSamples]:
+    """`per_prompt` samples of each prompt, with the seed of `drawing`."""
+    tokenizer = load_tokenizer(policy)
     ids = source.encode(tokenizer, texts)
     model, special = load_policy(policy).eval(), special_ids(tokenizer, policy)
     engine = make_engine(drawing.generation, model, special, policy, drawing.sampling.temperature)
     many = [i for i in range(len(texts)) for _ in range(per_prompt)]
-    sampling = drawing.at(seed=seed_of(seed, f"{split} samples")).sampling
-    drawn = engine.generate([ids[i] for i in many], sampling).ids
+    drawn = engine.generate([ids[i] for i in many], drawing.sampling).ids
     decoded = tokenizer.batch_decode(drawn, skip_special_tokens=True)
     gold = null_for_nan(source.gold([texts[i] for i in many], decoded))
     blocks = [slice(i * per_prompt, (i + 1) * per_prompt) for i in range(len(texts))]

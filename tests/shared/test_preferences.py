@@ -11,7 +11,12 @@ from transformers import PreTrainedTokenizerBase
 
 from shared.config import InputError
 from shared.data.pairs import Pair, clean, read_pairs, swapped
-from shared.data.preferences import PreferenceConfig, make_preferences, make_reward_test
+from shared.data.preferences import (
+    PreferenceConfig,
+    make_preferences,
+    make_reward_test,
+    read_spoiled,
+)
 from shared.data.splits import split_of
 from shared.generation.engine import Sampling
 from shared.generation.start import Drawing
@@ -329,8 +334,40 @@ def test_pairs_that_examine_reward_models_come_from_prompts_of_their_own(
 
 
 @pytest.mark.parametrize(
-    "data", [{"pairs": 0}, {"held_out_pairs": 0}, {"labels": "majority"}, {"pair": 3}]
+    "data",
+    [
+        {"pairs": 0},
+        {"held_out_pairs": 0},
+        {"labels": "majority"},
+        {"pair": 3},
+        {"spoiled": 1.5},
+        {"spoiled": 0.3, "labels": "exact"},
+    ],
 )
 def test_settings_that_make_no_sense_are_refused(data: dict[str, object]):
     with pytest.raises(ValueError, match=next(iter(data))):
         PreferenceConfig.model_validate(data)
+
+
+# --- spoiled pairs ----------------------------------------------------------------------------
+
+
+def test_a_share_of_the_chosen_answers_is_worse_and_nothing_else_changes(
+    tmp_path: Path, policy_folder: Path, task_config: TaskConfig, tokenizer: PreTrainedTokenizerBase
+):
+    data = {"pairs": 200, "held_out_pairs": 20}
+    clean_one = make(tmp_path / "clean", policy_folder, task_config, **data)
+    folder = make(tmp_path / "spoiled", policy_folder, task_config, **data, spoiled=0.3)
+    before, after = (read_pairs(f / "train.jsonl") for f in (clean_one, folder))
+    spoiled, gold = set(read_spoiled(folder)), make_task(task_config).gold
+    assert 50 <= len(spoiled) <= 60 and read_spoiled(clean_one) == []
+    for old, new in zip(before, after, strict=True):
+        if new.id not in spoiled:
+            assert new == old
+            continue
+        assert new._replace(chosen_ids=old.chosen_ids, chosen_gold=old.chosen_gold) == old
+        assert old.chosen_gold is not None and new.chosen_gold is not None
+        assert new.chosen_gold < old.chosen_gold and new.chosen_ids != new.rejected_ids
+        text = tokenizer.decode(new.chosen_ids, skip_special_tokens=True)
+        assert gold([new.prompt], [str(text)]).tolist() == [new.chosen_gold]
+    assert contents(clean_one)["held_out.jsonl"] == contents(folder)["held_out.jsonl"]
