@@ -147,7 +147,13 @@ def _rivals(results: Results) -> tuple[tuple[str, Method], tuple[str, Method]] |
 
 def _judge_sentence(results: Results) -> str:
     """Who gave gold, and how often it agrees with the labels of pairs that nothing trained on."""
-    judge = results.judge
+    judge, learnt = results.judge, results.gold_quality
+    if learnt is not None:
+        return (
+            f"Gold is learnt from people's ratings; on {learnt.sentences:,} sentences that nothing "
+            f"was fitted on it correlates {number(learnt.correlation)} with their mean, VADER "
+            f"{number(learnt.second_opinion)}."
+        )
     if judge is None:
         if results.judged:
             return ""

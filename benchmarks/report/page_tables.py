@@ -181,6 +181,8 @@ def text_table(results: Results) -> Table:
         "Against chosen": _measure("win_rate_against_chosen", SHARE),
         "Pair accuracy": _measure("pair_accuracy", SHARE),
     }
+    if results.gold_quality is not None:
+        shown["VADER"] = _measure("second_opinion", _estimate())
     return _methods_table(results, "text", "The text of each method, on test prompts", shown)
 
 

@@ -24,6 +24,7 @@ from benchmarks.results.costs import cost_of, filtering_of, stability_of
 from benchmarks.results.folders import Array, EvaluationRows
 from benchmarks.results.limits import Limits
 from benchmarks.results.matched import has_gold, kl_bound, kl_curve, matched_gold
+from benchmarks.results.ratings import second_opinion
 from benchmarks.results.schema import UNDEFINED, CurvePoint, Method, Setting
 from shared.data.pairs import read_pairs
 from shared.stages import read_json
@@ -121,6 +122,7 @@ def method_results(
         repetition=crossed_interval(rows.mean("repetition")),
         distinct_2=crossed_interval(rows.column("distinct_2")),
         perplexity=perplexity(rows),
+        second_opinion=second_opinion(experiment, rows),
         alarms=alarms(text_measures(rows), text_measures(sft.rows)),
         displacement=_held_out(method.tuned, "chosen"),
         pair_accuracy=_held_out(method.tuned, "accuracy"),

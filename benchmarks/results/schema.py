@@ -106,6 +106,7 @@ class Method(Config):
     repetition: Estimate = UNDEFINED  # share of 4-grams that stood before in the same answer
     distinct_2: Estimate = UNDEFINED
     perplexity: Estimate = UNDEFINED  # a token, under the starting model
+    second_opinion: Estimate = UNDEFINED  # VADER's score, where gold is learnt from ratings
     alarms: list[str] = Field(default_factory=list)  # measures of text that left their bounds
     displacement: Estimate
     # share of held-out pairs whose chosen answer the policy's implicit reward prefers
@@ -147,6 +148,16 @@ class JudgeQuality(Config):
         return self.accuracy.low is not None and self.accuracy.low > 0.5
 
 
+class GoldQuality(Config):
+    """How well gold that was learnt from people's ratings follows others: Pearson's correlations
+    with the mean rating of sentences that nothing was fitted on, beside that of a second opinion.
+    """
+
+    sentences: int
+    correlation: float
+    second_opinion: float
+
+
 class Comparison(Config):
     """a - b, paired by seed and prompt. A winner needs three seeds and an interval without 0."""
 
@@ -171,6 +182,7 @@ class Results(Config):
     methods: dict[str, Method]
     reward_model: RewardModel
     judge: JudgeQuality | None = None
+    gold_quality: GoldQuality | None = None
     frontier: list[FrontierPoint]  # empty where it is not estimated
     rm_frontier: list[FrontierPoint]
     comparisons: list[Comparison]

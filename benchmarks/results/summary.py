@@ -17,6 +17,7 @@ from benchmarks.results.methods import (
     runs_of,
     sft_runs,
 )
+from benchmarks.results.ratings import gold_quality
 from benchmarks.results.reward_model import judge_quality, reward_model_quality
 from benchmarks.results.schema import Comparison, JudgeQuality, Results
 from shared.generation.start import engine_version
@@ -75,6 +76,7 @@ def results_of(
         methods=methods,
         reward_model=reward_model_quality(compared),
         judge=judge,
+        gold_quality=gold_quality(experiment),
         frontier=limits.frontier.points(shown_kl, FRONTIER_POINTS) if limits else [],
         rm_frontier=limits.reward_frontiers[0].points(shown_kl, FRONTIER_POINTS) if limits else [],
         comparisons=comparisons_of(golds, judge) if has_gold(sft.rows) else [],

@@ -115,6 +115,10 @@ class Snippets(PlainTexts):
         """The rating, -4 to 4, that the regression expects of prompt and completion."""
         return self.rate([p + c for p, c in zip(prompts, completions, strict=True)])
 
+    def second_opinion(self, prompts: Sequence[str], completions: Sequence[str]) -> Array:
+        """VADER's compound score, -1 to 1, of prompt and completion."""
+        return vader([p + c for p, c in zip(prompts, completions, strict=True)])
+
     def rate(self, texts: Sequence[str]) -> Array:
         """Gold of whole texts, (N,)."""
         return self.film.gold(texts).clip(-self.most_gold, self.most_gold)

@@ -291,6 +291,19 @@ def test_nulls_are_dashes_and_bounds_are_marked(page: str):
     assert "≥ 80 %" in words and "not reached" in words
 
 
+def test_a_column_for_what_only_some_runs_have(page: str, tmp_path: Path):
+    run = run_of()
+    (epoch,) = run["results"]["methods"]["fdpo"]["filtering"]
+    epoch["spoiled_kept_per_seed"] = [0.2, 0.3, 0.4]
+    learnt = {"sentences": 1146, "correlation": 0.696, "second_opinion": 0.434}
+    run["results"]["gold_quality"] = learnt
+    for method in run["results"]["methods"].values():
+        method["second_opinion"] = estimate(0.61, 3)
+    page_of_all = build_report(write(tmp_path, run)).read_text(encoding="utf-8")
+    for said in ("Spoiled pairs kept", "30 %", "1,146 sentences", "correlates 0.70", "0.43."):
+        assert said in visible(page_of_all) and said not in visible(page)
+
+
 def test_same_input_twice_gives_the_same_bytes(built: Path, tmp_path: Path):
     again = build_report(write(tmp_path / "elsewhere", run_of())).parent
     files = sorted(p.relative_to(built) for p in built.rglob("*") if p.is_file())

@@ -262,6 +262,12 @@ def test_gold_reads_the_word_that_people_rated_by(task):
     assert quality.rater_sd == pytest.approx((2 / 3) ** 0.5, abs=0.02)
 
 
+def test_the_second_opinion_is_vaders_of_both_parts(task):
+    """Its paper's example: "The movie was good" to be read whole, 0.44."""
+    found = task.second_opinion(["The movie was", "The movie was not"], [" good", " good"])
+    assert found[0] == pytest.approx(0.4404, abs=1e-4) and found[1] < 0
+
+
 def test_labels_are_the_rating_of_one_person_a_side(task):
     rng = np.random.default_rng(0)
     for a, b in [(0.0, 0.0), (1.0, 0.3), (-2.0, 0.5)]:
