@@ -5,6 +5,7 @@ This module imports only what is quick to import, so that Ctrl-C is one line fro
 
 import errno
 import os
+import select
 import shutil
 import sys
 import tempfile
@@ -25,7 +26,8 @@ DISK_FULL = tuple(os.strerror(code) for code in (errno.ENOSPC, errno.EDQUOT))
 
 @dataclass
 class ExitCodes:
-    """0 done, 1 a check failed or a guard stopped the run, 2 the input is wrong, 130 interrupted.
+    """0 done, 1 a check failed or a guard stopped the run, 2 the input is wrong, 130 interrupted,
+    141 nobody reads what is printed.
 
     What the user can mend, or a guard stopped, is one line on standard error, not a traceback. Any
     other error goes its way. `runs`: the folder that a full disk is looked for in.
@@ -38,6 +40,8 @@ class ExitCodes:
         pass
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if nobody_reads(error):
+            sys.exit(141)  # as a shell has it of a program that SIGPIPE ended
         if isinstance(error, KeyboardInterrupt):
             code, text = 130, "interrupted; what was finished is kept"
         elif isinstance(error, InputError):
@@ -51,6 +55,30 @@ class ExitCodes:
             return
         print(f"{self.command}: {text}", file=sys.stderr)
         sys.exit(code)
+
+
+def nobody_reads(error: BaseException | None) -> bool:
+    """Whether what is printed has lost its reader, as in `klash plan | head`; it goes nowhere then.
+
+    `error`: what a command ended with; a broken pipe may be one to a worker.
+    """
+    if error is not None and not isinstance(error, BrokenPipeError):
+        return False
+    try:
+        sys.stdout.flush()
+        if error is None or not has_no_reader(sys.stdout.fileno()):
+            return False
+    except BrokenPipeError:
+        pass
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return True
+
+
+def has_no_reader(descriptor: int) -> bool:
+    """Whether the other end of a pipe is closed."""
+    poll = select.poll()
+    poll.register(descriptor, 0)
+    return any(event & select.POLLERR for _, event in poll.poll(0))
 
 
 def guards() -> tuple[type[Exception], ...]:

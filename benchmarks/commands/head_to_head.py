@@ -5,6 +5,7 @@ from pathlib import Path
 from benchmarks.entry import Argument, Overrides
 from benchmarks.pipeline.experiment import load_experiment
 from benchmarks.pipeline.reasons import plan_text
+from benchmarks.pipeline.work import work_text
 from benchmarks.report.build import build_report
 from benchmarks.run import plan_experiment, run_experiment
 from shared.config import InputError
@@ -37,14 +38,19 @@ def plan(
     runs: Path = Path("runs"),
     overrides: Overrides = (),
 ) -> None:
-    """What `klash compare` would do: which stages are there, which will run, and why.
+    """What `klash compare` would do: which stages are there, which will run, why, and how much of
+    training and sampling that is.
 
     Args:
         file: an experiment's TOML file, or the name of one that comes with Klash.
         quick: the experiment's smaller form.
         runs: the folder of all runs and of the stages they share.
     """
-    print(plan_text(plan_experiment(load_experiment(file, overrides, quick), runs)))
+    experiment = load_experiment(file, overrides, quick)
+    found = plan_experiment(experiment, runs)
+    print(plan_text(found))
+    if work := work_text(experiment, found):
+        print(f"\n{work}")
 
 
 def report(run: Argument[Path], /) -> None:

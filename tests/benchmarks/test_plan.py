@@ -5,6 +5,8 @@ import importlib.metadata
 import io
 import re
 import shutil
+import subprocess
+import sys
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
@@ -18,6 +20,7 @@ from benchmarks.pipeline import places
 from benchmarks.pipeline.experiment import Experiment, load_experiment
 from benchmarks.pipeline.plan import Plan
 from benchmarks.pipeline.reasons import Finished, plan_text, reasons
+from benchmarks.pipeline.work import work_text
 from benchmarks.report.build import draw_report
 from benchmarks.run import plan_experiment, run_experiment
 from dpo.train import train_direct
@@ -128,6 +131,29 @@ def test_a_plan_lists_what_the_run_then_does(done: Done):
 def test_before_the_first_run_there_is_no_such_stage(done: Done, tmp_path: Path):
     plan = plan_experiment(done.experiment, tmp_path / "none")
     assert set(map(tuple, why(plan).values())) == {("no such stage yet",)}
+
+
+def test_what_a_plan_comes_to_is_what_its_configuration_says(tmp_path: Path):
+    """Counted by hand for `reviews`, seed 0 tried at every setting and the others at one."""
+    experiment = load_experiment("reviews", [], False)
+    lines = work_text(experiment, plan_experiment(experiment, tmp_path)).splitlines()[1:]
+    found = {line.split()[0]: [int(n.replace(",", "")) for n in line.split()[1:]] for line in lines}
+    ppo, filtered = experiment.ppo.episodes, 2 * experiment.preferences.pairs
+    assert found["sft"] == [1, 12_000, 0]
+    assert found["ppo"] == [4, 4 * ppo, 4 * ppo]
+    assert found["reward"] == [3, 3 * 2 * 6000 * 3, 0]
+    assert found["filtered"] == [6, 6 * 2 * filtered, 6 * filtered]
+    assert found.pop("all") == [sum(column) for column in zip(*found.values(), strict=True)]
+
+
+def test_a_plan_that_nobody_reads_to_the_end_is_no_error(tmp_path: Path):
+    code = "from benchmarks.cli import main; main()"
+    words = [sys.executable, "-c", code, "plan", "reviews", "--runs", str(tmp_path)]
+    with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout is not None and process.stderr is not None
+        process.stdout.close()
+        assert process.stderr.read() == b""
+        assert process.wait() == 141
 
 
 def test_after_the_run_everything_is_there(done: Done):
