@@ -104,7 +104,13 @@ Shown = dict[str, tuple[str, Callable[[Method], Cell]]]  # heading: the measure,
 
 
 def _methods_table(results: Results, name: str, caption: str, shown: Shown) -> Table:
-    """One row per method, by gold."""
+    """One row per method, by gold; what no method has is no column."""
+    methods = results.methods.values()
+    shown = {
+        label: (key, cell)
+        for label, (key, cell) in shown.items()
+        if any(getattr(m, key).mean is not None for m in methods)
+    }
     cells = [cell for _, cell in shown.values()]
     rows = [[_method_cell(n, m), *(cell(m) for cell in cells)] for n, m in by_gold(results)]
     columns = [NAME, *(Column(label, _keys(key)) for label, (key, _) in shown.items())]
