@@ -9,7 +9,7 @@ from shared.config import InputError
 from shared.data.own import find_kind
 from shared.tasks.registry import TaskConfig
 
-OWN_REWARD_MODEL = "its reward model is trained on pairs; name one of your own in `reward.pretrained`"
+OWN_REWARD_MODEL = "the reward model is trained on pairs; name your own in `reward.pretrained`"
 
 
 def holds_labels(task: TaskConfig) -> bool:
@@ -34,7 +34,7 @@ def lacks_pairs(kind: str, loss: str, reward_model: bool) -> str:
     if kind in ("ppo", "best-of-n"):
         return "" if reward_model else OWN_REWARD_MODEL
     unpaired = kind == "direct" and loss in UNPAIRED
-    return "" if unpaired else "its loss compares two answers of one prompt"
+    return "" if unpaired else "the loss compares two answers of one prompt"
 
 
 def left_out_text(source: str, reasons: Mapping[str, str]) -> str:
