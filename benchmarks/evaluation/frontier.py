@@ -219,6 +219,8 @@ def margin_interval(
         return Estimate(mean=mean, per_seed=per_seed.tolist())
     rng = np.random.default_rng(seed)
     drawn = [margins(rng.integers(prompts, size=prompts)).mean() for _ in range(draws)]
+    if not np.isfinite(drawn).all():
+        return Estimate(mean=mean, per_seed=per_seed.tolist())
     variance = float(per_seed.var(ddof=1) / seeds + np.var(drawn, ddof=1))
     return t_estimate(mean, variance, per_seed.tolist())
 
