@@ -140,3 +140,17 @@ LOSSES: dict[str, Callable[..., Tensor]] = {
     "kto": kto_loss,
 }
 UNPAIRED = {"kto"}  # losses over single completions
+WEIGHTS = ("desirable_weight", "undesirable_weight")
+
+
+def balancing_weights(desirable: int, undesirable: int) -> dict[str, float]:
+    """KTO's weight of the rarer kind of answer, where there are more of the other; else none.
+
+    The paper keeps desirable_weight * desirable / (undesirable_weight * undesirable) in [1, 4/3]
+    (arXiv:2402.01306). Where weights of 1 do not, the rarer kind gets the weight that
+    makes it 1.
+    """
+    ratio = desirable / undesirable
+    if 1 <= ratio <= 4 / 3:
+        return {}
+    return {"desirable_weight": 1 / ratio} if ratio < 1 else {"undesirable_weight": ratio}

@@ -9,8 +9,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from shared.config import InputError
-from shared.data.batches import PairRows
-from shared.data.pairs import read_pairs
+from shared.data.batches import Rows, read_rows
 from shared.models.cost import Meter
 from shared.models.load import WeightDtype, load_policy, load_tokenizer, special_ids
 from shared.models.logprobs import score_logps
@@ -21,10 +20,12 @@ from shared.training.fit import Precision, arithmetic
 
 
 class Mismatched(NamedTuple):
-    """Each of the 2 N rows (chosen first) with a completion of another prompt: KTO's baseline."""
+    """Each row (chosen first) with a completion of another prompt: KTO's baseline. R = 2 N of N
+    pairs, or as many as there are answers with a label.
+    """
 
-    partner: Tensor  # (2 N,) whose completion row j is read with
-    logps: Tensor  # (2 N,) log ref of it
+    partner: Tensor  # (R,) whose completion row j is read with
+    logps: Tensor  # (R,) log ref of it
 
 
 def score_reference(
@@ -34,13 +35,13 @@ def score_reference(
     precision: Precision = "float32",
     dtype: WeightDtype = "float32",
 ) -> None:
-    """Stage: log ref(y|x) of the 2 N completions, chosen first, in `reference.safetensors`.
+    """Stage: log ref(y|x) of all completions in `reference.safetensors`, chosen ones first.
 
     Depends on weights, tokens, code and `precision`, which must be the training's: then policy and
     reference round alike. Not on any beta, rate or seed of a training. `dtype`: of its weights.
     """
     meter = Meter()
-    rows = read_rows(policy, preferences)
+    rows = rows_of(policy, preferences)
     logps = score(policy, rows, rows.completions, precision, dtype)
     save_file({"logps": logps}, folder / "reference.safetensors")
     write_json(folder / "cost.json", meter.summary())
@@ -56,7 +57,7 @@ def score_mismatched(
 ) -> None:
     """Stage: one derangement across prompts and its log ref, in `mismatched.safetensors`."""
     meter = Meter()
-    rows = read_rows(policy, preferences)
+    rows = rows_of(policy, preferences)
     partner = mismatch([tuple(p) for p in rows.prompts], seed_of(seed, "mismatched"))
     logps = score(policy, rows, [rows.completions[j] for j in partner], precision, dtype)
     mismatched = Mismatched(torch.tensor(partner), logps)
@@ -64,27 +65,27 @@ def score_mismatched(
     write_json(folder / "cost.json", meter.summary())
 
 
-def read_rows(policy: Path, preferences: Path) -> PairRows:
-    """The training pairs as rows, with the pad token of the policy's tokenizer."""
+def rows_of(policy: Path, preferences: Path) -> Rows:
+    """What is trained on as rows, with the pad token of the policy's tokenizer."""
     pad_id = special_ids(load_tokenizer(policy)).pad
-    return PairRows(read_pairs(preferences / "train.jsonl"), pad_id, SCORING)
+    return read_rows(preferences, pad_id, SCORING)
 
 
 def score(
     policy: Path,
-    rows: PairRows,
+    rows: Rows,
     completions: list[list[int]],
     precision: Precision,
     dtype: WeightDtype = "float32",
 ) -> Tensor:
-    """log ref of a completion for each row's prompt, (2 N,)."""
+    """log ref of a completion for each row's prompt, (R,)."""
     model = load_policy(policy, dtype).eval()
     with arithmetic(precision, model.device):
         return score_logps(model, rows.prompts, completions, rows.pad_id)
 
 
 def read_reference(folder: Path) -> Tensor:
-    """(2 N,)"""
+    """(R,)"""
     return load_file(folder / "reference.safetensors")["logps"]
 
 

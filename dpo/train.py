@@ -1,4 +1,6 @@
-"""Direct methods: pairs -> log-ratios -> loss -> step, in one way and with one set of metrics."""
+"""Direct methods: pairs, or answers with a label -> log-ratios -> loss -> step, in one way and with
+one set of metrics.
+"""
 
 import inspect
 from collections.abc import Iterator, Sequence
@@ -10,16 +12,16 @@ from pydantic import Field
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from dpo.losses import LOSSES, UNPAIRED, LogRatios, expected_loss
+from dpo.losses import LOSSES, UNPAIRED, WEIGHTS, LogRatios, balancing_weights, expected_loss
 from dpo.reference import read_mismatched, read_reference
 from shared.config import Config, InputError, suggest
-from shared.data.batches import Batch, PairRows
-from shared.data.pairs import read_pairs
+from shared.data.batches import Batch, PairRows, read_rows
 from shared.models.cost import Meter
 from shared.models.load import Start, load_tokenizer, special_ids
 from shared.models.logprobs import sequence_logps
 from shared.models.sequences import SCORING, Limit, by_length, collate
 from shared.seeds import seed_of
+from shared.stages import write_json
 from shared.training.finished import Training, TrainingLog
 from shared.training.fit import (
     Diverged,
@@ -40,7 +42,7 @@ class DirectConfig(Config):
     optimizer: OptimizerConfig = OptimizerConfig(learning_rate=5e-4)
     """The optimiser; an arm's setting may hold a `learning_rate` of its own."""
     epochs: int = Field(default=2, gt=0)
-    """Passes over the pairs."""
+    """Passes over the pairs, or over the answers with a label."""
     batch_size: int = Field(default=64, gt=0)
     """Pairs in an optimiser step, two completions each."""
     micro_batch_size: int = Field(default=64, gt=0)
@@ -95,7 +97,8 @@ def split_setting(
 
 @dataclass(frozen=True)
 class DirectData:
-    """The stages that a direct method reads: pairs, and what the reference says of them.
+    """The stages that a direct method reads: pairs, or answers with a label, and what the
+    reference says of them.
 
     `mismatched` is for losses over single completions, which need a baseline.
     """
@@ -119,31 +122,42 @@ def train_direct(
     hyperparameters, direct = split_setting(setting, direct)
     meter, tokenizer = Meter(), load_tokenizer(start.policy)
     objective = Objective(data, special_ids(tokenizer).pad, loss, hyperparameters, direct.limit)
-    pairs = range(objective.rows.count)
-    steps = steps_of(len(pairs), direct.batch_size, direct.epochs)
+    steps = steps_of(len(objective.items), objective.items_in(direct.batch_size), direct.epochs)
     trainee = prepare(start.load(), direct.optimizer, steps)
     log, save_after = TrainingLog(folder, steps), checkpoint_steps(steps, checkpoints)
     training, failure = Training(folder, trainee, tokenizer, log, save_after), ""
     with meter.phase("train"):
         order = seed_of(start.seed, "batches")
-        for rows in objective.batches(pairs, direct.batch_size, direct.epochs, order):
+        for rows in objective.batches(objective.items, direct.batch_size, direct.epochs, order):
             try:
                 training.step_done(objective.step(trainee, rows))
             except Diverged as error:  # a result, not a crash: the last good weights are evaluated
                 failure = str(error)
                 break
-    training.finish(meter, labels_used=len(pairs), failure=failure)
+    if objective.pairs is None:
+        write_json(folder / "labels.json", objective.labels())
+    training.finish(meter, labels_used=len(objective.items), failure=failure)
 
 
 class Objective:
-    """One loss on one set of pairs with their reference log-probabilities: batches and the step."""
+    """One loss on one set of pairs, or of answers with a label, with their reference
+    log-probabilities: batches and the step.
+    """
 
     def __init__(
         self, data: DirectData, pad_id: int, loss: str, setting: dict[str, float], limit: Limit
     ):
-        """`setting`: the loss's hyperparameters. `limit`: what one pass holds."""
+        """`setting`: the loss's hyperparameters; where it names no weights, answers with a label
+        get those that balance them. `limit`: what one pass holds.
+        """
         self.loss, self.setting, self.unpaired = LOSSES[loss], setting, loss in UNPAIRED
-        self.rows = PairRows(read_pairs(data.preferences / "train.jsonl"), pad_id, limit)
+        self.rows = read_rows(data.preferences, pad_id, limit)
+        self.pairs = self.rows if isinstance(self.rows, PairRows) else None
+        if self.pairs is None:
+            if not self.unpaired:
+                raise InputError(f"loss `{loss}` needs pairs, and these are answers with a label")
+            if not set(WEIGHTS) & set(setting):
+                self.setting = setting | balancing_weights(self.rows.count, self.rows.undesirable)
         self.ref_logps = read_reference(data.reference)
         self.labelled = bool((self.rows.p == 1).all())
         if self.unpaired:
@@ -156,20 +170,34 @@ class Objective:
         """Whether chosen and rejected sides go on their own: not where pairs share a label."""
         return self.unpaired and self.labelled
 
+    @property
+    def items(self) -> range:
+        """Numbers of what is trained on: of the pairs, or of the answers with a label."""
+        return range(self.rows.count if self.pairs else len(self.rows.prompts))
+
+    def items_in(self, batch_size: int) -> int:
+        """How many of `items` a step sees: an answer with a label is half as much as a pair."""
+        return batch_size if self.pairs else 2 * batch_size
+
+    def labels(self) -> dict[str, float]:
+        """Of answers with a label how many are of each kind, and how much each of them weighs."""
+        weights = {name: self.setting.get(name, 1.0) for name in WEIGHTS}
+        return {"desirable": self.rows.count, "undesirable": self.rows.undesirable, **weights}
+
     def batches(
-        self, pairs: Sequence[int], batch_size: int, epochs: int, seed: int
+        self, items: Sequence[int], batch_size: int, epochs: int, seed: int
     ) -> Iterator[list[int]]:
-        """What each optimiser step sees, of `pairs`: numbers of pairs, or of rows (`single_rows`).
+        """What each optimiser step sees, of `items`: numbers of pairs, or of rows (`single_rows`).
 
         Pair losses get both sides of `batch_size` pairs; KTO gets 2 x `batch_size` completions
         shuffled on their own, so that both see as many tokens a step. Pairs with a probability for
         a label stay together in any case.
         """
         if not self.single_rows:
-            for chosen in batches(len(pairs), batch_size, epochs, seed):
-                yield [pairs[i] for i in chosen]
+            for chosen in batches(len(items), batch_size, epochs, seed):
+                yield [items[i] for i in chosen]
             return
-        rows = [*pairs, *(self.rows.count + i for i in pairs)]
+        rows = [*items, *(self.rows.count + i for i in items)] if self.pairs else items
         for chosen in batches(len(rows), 2 * batch_size, epochs, seed):
             yield [rows[i] for i in chosen]
 
@@ -191,7 +219,9 @@ class Objective:
 
     def micro_batches(self, numbers: Sequence[int]) -> list[Batch]:
         """One of `batches` in passes of similar length."""
-        return list(self.rows.of_rows(numbers) if self.single_rows else self.rows.of_pairs(numbers))
+        if self.single_rows or self.pairs is None:
+            return list(self.rows.of_rows(numbers))
+        return list(self.pairs.of_pairs(numbers))
 
     @torch.no_grad()
     def mismatched_ratios(self, model: PreTrainedModel, rows: list[int]) -> Tensor:

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 
 from benchmarks.data.giveaways import FEWEST, LIMIT, Accuracies
 from benchmarks.doctor.finding import Finding, make_finding
+from dpo.losses import balancing_weights
 from shared.data.chat import NOTES
 from shared.data.cleaning import REASONS, Report, places_text
 
@@ -71,9 +72,12 @@ def dropped_texts(report: Report) -> list[str]:
 
 def of_labels(report: Report) -> Iterator[Finding]:
     """Answers with labels: both kinds are there, and which weights balance KTO."""
-    if report.kind != "labels":
-        return
-    good, bad = report.desirable, report.undesirable
+    if report.kind == "labels":
+        yield from of_label_counts(report.desirable, report.undesirable)
+
+
+def of_label_counts(good: int, bad: int) -> Iterator[Finding]:
+    """`good` desirable and `bad` undesirable answers."""
     if not good or not bad:
         missing = "undesirable" if good else "desirable"
         yield Finding(
@@ -88,8 +92,16 @@ def of_labels(report: Report) -> Iterator[Finding]:
     yield Finding(
         "labels",
         f"{good} desirable, {bad} undesirable: {rarer}_weight = {low * ratio:.3g} to "
-        f"{high * ratio:.3g} balances KTO; DPO, IPO, fDPO and a reward model need pairs and cannot "
-        "use these rows",
+        f"{high * ratio:.3g} balances KTO{own_weight(good, bad)}; DPO, IPO, fDPO and a reward "
+        "model need pairs and cannot use these rows",
+    )
+
+
+def own_weight(good: int, bad: int) -> str:
+    """The weight that a training of Klash has, where it is not 1 for both."""
+    return "".join(
+        f" ({weight:.3g} unless a setting names another)"
+        for weight in balancing_weights(good, bad).values()
     )
 
 

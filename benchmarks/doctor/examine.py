@@ -72,6 +72,8 @@ def examine(patient: Patient) -> Iterator[Finding]:
     yield tokens.eos_and_pad(tokenizer)
     if patient.report is not None:
         yield from of_report(patient, patient.report)
+    if patient.labels:
+        yield from findings.of_label_counts(patient.labels.count(True), patient.labels.count(False))
     if not patient.pairs:
         return
     yield tokens.one_bos(tokenizer, patient.pairs, patient.examples)
@@ -85,7 +87,7 @@ def examine(patient: Patient) -> Iterator[Finding]:
         yield tokens.ends_in_pad(answers, pad)
     yield tokens.lengths(patient.pairs, limit, patient.max_new_tokens)
     kept = tokens.truncated(patient.pairs, limit)
-    if patient.report is None or patient.report.kind == "pairs":
+    if patient.compares:
         kept, finding = tokens.usable(kept)
         yield finding
     kept = [pair for pair in kept if pair.chosen_ids and pair.rejected_ids]
@@ -98,6 +100,8 @@ def examine(patient: Patient) -> Iterator[Finding]:
 
 def answers_of(patient: Patient) -> list[list[int]]:
     """The token ids of every answer, each once; prompts alone have none."""
+    if patient.labels:
+        return [pair.chosen_ids for pair in patient.pairs]
     if patient.report is None:
         return [side for pair in patient.pairs for side in (pair.chosen_ids, pair.rejected_ids)]
     if patient.report.kind == "prompts":
@@ -208,7 +212,7 @@ def check_reward_model(patient: Patient, folder: Path, pairs: list[Pair]) -> Ite
         )
         yield finding
     yield reward.score_moves(scores)
-    if patient.report is None or patient.report.kind == "pairs":
+    if patient.compares:
         yield reward.preference_accuracy(scores)
     yield reward.normalisation(folder, scores)
 

@@ -16,7 +16,7 @@ from benchmarks.pipeline.progress import progress
 from shared.config import Config, InputError, load, read_toml
 from shared.data.cleaning import Report
 from shared.data.examples import Example, read_examples
-from shared.data.pairs import Pair, read_pairs
+from shared.data.pairs import Labelled, Pair, read_training
 from shared.data.rows import DataConfig
 from shared.generation.engine import Sampling
 from shared.models.folders import listed_ends, open_tokenizer
@@ -58,6 +58,7 @@ class Patient(NamedTuple):
     examples: list[Example]
     sampling: Sampling
     report: Report | None = None  # what became of the rows of a file
+    labels: Sequence[bool] = ()  # of an experiment's answers with a label: which are desirable
     ends: frozenset[int] = frozenset()  # tokens that end an answer, beside EOS
     cap: int | None = None  # tokens at which the completions in `pairs` were cut, if sampled
     max_length: int | None = None
@@ -65,6 +66,11 @@ class Patient(NamedTuple):
     reward_model: Path | None = None
     reference: Path | None = None
     adapter: Path | None = None
+
+    @property
+    def compares(self) -> bool:
+        """Whether `pairs` hold two answers each."""
+        return not self.labels and (self.report is None or self.report.kind == "pairs")
 
     @property
     def all_ends(self) -> frozenset[int]:
@@ -79,30 +85,36 @@ def admit(file: str, runs: Path, overrides: Sequence[str], quick: bool) -> Patie
     raw: dict[str, Any] = {}
     with suppress(InputError):  # `load` tells of it
         raw = read_toml(path)
-    if "arms" in raw:
+    if {"arms", "task"} & set(raw):
         return of_experiment(load_experiment(file, overrides, quick), runs)
     quiet_libraries()
     return of_files(load(DoctorConfig, path, overrides), path.parent)
 
 
 def of_experiment(experiment: Experiment, runs: Path) -> Patient:
-    """SFT model, pairs and reward model of an experiment's first seed; made if not there yet."""
+    """SFT model, pairs, or answers with a label, and the reward model, if there is one, of an
+    experiment's first seed; made if not there yet.
+    """
 
-    def prepare(runner: Runner) -> tuple[Path, Path, Path]:
+    def prepare(runner: Runner) -> tuple[Path, Path, Path | None]:
         pipeline, seed = Pipeline(experiment, runner), experiment.seeds[0]
         start = pipeline.prepare_sft()
-        preferences = pipeline.prepare_preferences(start, seed)
-        return start.sft, preferences, pipeline.prepare_reward(start, preferences, seed)
+        preferences, reward = pipeline.prepare_preferences(start, seed), None
+        if experiment.has_reward_model:
+            reward = pipeline.prepare_reward(start, preferences, seed)
+        return start.sft, preferences, reward
 
     set_up_process(experiment.threads)
     plan = plan_of(runs / ".stages", stage_context(), prepare)
     with progress(plan.root, plan.labels) as say:
         sft, preferences, reward = prepare(Stages(plan.root, say, plan.context))
+    found = read_training(preferences / "train.jsonl")
     return Patient(
         policy=sft,
         tokenizer=AutoTokenizer.from_pretrained(sft),
-        pairs=read_pairs(preferences / "train.jsonl"),
+        pairs=[as_pair(row) for row in found],
         examples=[],
+        labels=[row.desirable for row in found if isinstance(row, Labelled)],
         sampling=experiment.sampling,
         cap=experiment.sampling.max_new_tokens,
         reward_model=reward,
@@ -142,6 +154,13 @@ def token_id(tokenizer: PreTrainedTokenizerBase, name: str) -> int | None:
     """The id of a special token, None where the tokenizer has none."""
     value = getattr(tokenizer, name)
     return value if isinstance(value, int) else None
+
+
+def as_pair(row: Pair | Labelled) -> Pair:
+    """A pair as it is; an answer with a label is both sides of one."""
+    if isinstance(row, Pair):
+        return row
+    return Pair(row.id, row.prompt, row.prompt_ids, row.completion_ids, row.completion_ids)
 
 
 def pair_of(example: Example) -> Pair:

@@ -11,7 +11,7 @@ from benchmarks.evaluation.exact import World
 from benchmarks.evaluation.optimum import best_of_n_logps
 from benchmarks.evaluation.text import distinct, repetition
 from rlhf.best_of_n import best_of_n
-from shared.data.pairs import read_pairs
+from shared.data.batches import PairRows, read_rows
 from shared.data.samples import null_for_nan, read_samples
 from shared.data.splits import Split
 from shared.generation.engine import Completions
@@ -229,17 +229,20 @@ def _rows(texts: list[str], columns: dict[str, list[Any]], samples: int) -> list
 
 def _displacement(
     model: PreTrainedModel, ref_model: PreTrainedModel, preferences: Path, pad_id: int
-) -> dict[str, float]:
+) -> dict[str, float | None]:
     """Mean change of log policy(chosen) and log policy(rejected) on held-out pairs, in nats, and
     `accuracy`: how often that of the chosen one is larger; ties count half.
+
+    Of answers with a label they are the desirable and the undesirable ones, a mean is None where
+    there are none, and so is `accuracy`: no two are of one comparison.
     """
-    pairs = read_pairs(preferences / "held_out.jsonl")
-    prompts = [p.prompt_ids for p in pairs]
-    change = {}
-    for side in ("chosen", "rejected"):
-        completions = [getattr(p, f"{side}_ids") for p in pairs]
-        logps, ref = (score_logps(m, prompts, completions, pad_id) for m in (model, ref_model))
-        change[side] = logps - ref
-    prefers = (change["chosen"] - change["rejected"]).sign()
-    means = {side: values.mean().item() for side, values in change.items()}
-    return {**means, "accuracy": (0.5 + 0.5 * prefers).mean().item()}
+    rows = read_rows(preferences, pad_id, SCORING, "held_out.jsonl")
+    logps, ref = (
+        score_logps(m, rows.prompts, rows.completions, pad_id) for m in (model, ref_model)
+    )
+    sides = (logps - ref).split([rows.count, rows.undesirable])
+    chosen, rejected = (values.mean().item() if len(values) else None for values in sides)
+    accuracy = None
+    if isinstance(rows, PairRows):
+        accuracy = (0.5 + 0.5 * (sides[0] - sides[1]).sign()).mean().item()
+    return {"chosen": chosen, "rejected": rejected, "accuracy": accuracy}

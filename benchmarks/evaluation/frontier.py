@@ -195,7 +195,8 @@ def margin_interval(
 
     `method_gold`, `method_kl` (S, P), the P prompts in `table`'s order. Each resample uses the same
     prompts for method and frontier, so that easy prompts cancel. Where the KL lies past the
-    samples' reach the frontier is an upper bound, and the margin a lower one.
+    samples' reach the frontier is an upper bound, and the margin a lower one; null where gold has
+    no bound either.
 
     The squared standard error is the variance of the seeds' margins / S plus that over resampled
     prompts; limits from Student's t on S - 1 degrees of freedom. One seed: no limits.
@@ -212,10 +213,14 @@ def margin_interval(
 
     per_seed = margins(np.arange(prompts))
     mean = float(per_seed.mean())
+    if not np.isfinite(per_seed).all():  # past the samples' reach, and gold has no maximum
+        return Estimate(mean=None)
     if seeds == 1:
         return Estimate(mean=mean, per_seed=per_seed.tolist())
     rng = np.random.default_rng(seed)
     drawn = [margins(rng.integers(prompts, size=prompts)).mean() for _ in range(draws)]
+    if not np.isfinite(drawn).all():
+        return Estimate(mean=mean, per_seed=per_seed.tolist())
     variance = float(per_seed.var(ddof=1) / seeds + np.var(drawn, ddof=1))
     return t_estimate(mean, variance, per_seed.tolist())
 

@@ -16,7 +16,7 @@ from dpo.reference import score_mismatched, score_reference
 from dpo.train import DirectData, train_direct
 from rlhf.ppo import train_ppo
 from rlhf.reward import examine_reward, train_reward
-from shared.data.own import take_preferences, take_reward_test
+from shared.data.own import examine_judge_on_labels, take_preferences, take_reward_test
 from shared.data.preferences import make_preferences, make_reward_test
 from shared.data.samples import list_reference, sample_reference
 from shared.data.splits import Split
@@ -41,8 +41,8 @@ class CommonStages(SftStages):
     """What all seeds share."""
 
     frontier_samples: Path | None  # of a finite task: all completions
-    reward_test: Path
-    judge_scores: Path | None  # of a judge that is a model, on the same pairs
+    reward_test: Path | None  # pairs; none of answers with a label
+    judge_scores: Path | None  # of the judge of one's own task, on labels held out
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,6 @@ class TrainingData:
 class SeedData(TrainingData):
     """What all arms of one seed train on."""
 
-    reward: Path
     reference: Path
     mismatched: Path | None  # where some arm is unpaired
 
@@ -69,7 +68,7 @@ class SeedData(TrainingData):
 class SeedStages(SeedData):
     """What all arms of one seed share."""
 
-    reward_scores: Path  # of the reward model on held-out pairs
+    reward_scores: Path | None  # of the reward model on held-out pairs
     limit_scores: Path | None  # of the reward model on the frontier's samples
     sft_rows: Path
 
@@ -143,17 +142,29 @@ class Pipeline:
         elif e.has_frontier:
             numbers = e.evaluation.near_prompts, e.evaluation.frontier_samples
             frontier = self._sample(start, "samples for frontier", "test", *numbers)
-        pairs = e.evaluation.reward_pairs
-        if isinstance(task, OwnData):
-            inputs = {"task": task, "pairs": pairs, "seed": e.task_seed}
-            test = self.run("reward-test", take_reward_test, **inputs)
-            if task.judge is not None:
-                inputs = {"pairs": test, "judge": task.judge}
-                judge_scores = self.run("judge-scores", examine_judge, **inputs)
-        else:
-            inputs = {**of_sft, "drawing": self.drawing, "pairs": pairs}
-            test = self.run("reward-test", make_reward_test, **inputs)
+        test, judge_scores = self.prepare_tests(start)
         return CommonStages(task, start.sft, start.scale_samples, frontier, test, judge_scores)
+
+    def prepare_tests(self, start: SftStages) -> tuple[Path | None, Path | None]:
+        """Pairs that reward models are examined on, and what the judge of one's own task makes of
+        held-out labels; None where there are none.
+        """
+        e, task = self.experiment, start.task
+        inputs: dict[str, Any] = {"task": task, "pairs": e.evaluation.reward_pairs}
+        inputs["seed"] = e.task_seed
+        if not isinstance(task, OwnData) or (e.has_pairs and e.task.rows == "labels"):
+            sampled = {**inputs, "policy": start.sft, "drawing": self.drawing}
+            test = self.run("reward-test", make_reward_test, **sampled)
+            if not isinstance(task, OwnData):
+                return test, None
+        else:
+            test = self.run("reward-test", take_reward_test, **inputs) if e.has_pairs else None
+        if task.judge is None:
+            return test, None
+        if e.task.rows == "labels":
+            return test, self.run("judge-scores", examine_judge_on_labels, **inputs)
+        assert test is not None
+        return test, self.run("judge-scores", examine_judge, pairs=test, judge=task.judge)
 
     def _sample(
         self, start: StartStages, label: str, split: Split, prompts: int, per_prompt: int
@@ -173,7 +184,7 @@ class Pipeline:
         )
 
     def prepare_preferences(self, start: SftStages, seed: int) -> Path:
-        """The labelled pairs of one seed."""
+        """The labelled pairs of one seed, or its answers with a label."""
         e, task = self.experiment, start.task
         if isinstance(task, OwnData) and e.preferences.source == "data":
             return self.run(
@@ -221,7 +232,7 @@ class Pipeline:
         )
 
     def prepare_reference(self, sft: Path, preferences: Path, seed: int) -> Path:
-        """The reference's log-probabilities of one seed's pairs."""
+        """The reference's log-probabilities of what one seed trains on."""
         return self.run(
             "reference",
             score_reference,
@@ -251,7 +262,9 @@ class Pipeline:
     def prepare_data(self, start: SftStages, seed: int) -> SeedData:
         """Preferences, reward model and reference log-probabilities of one seed."""
         preferences = self.prepare_preferences(start, seed)
-        reward = self.prepare_reward(start, preferences, seed)
+        reward = None
+        if self.experiment.has_reward_model:
+            reward = self.prepare_reward(start, preferences, seed)
         reference = self.prepare_reference(start.sft, preferences, seed)
         mismatched = self.prepare_mismatched(start.sft, preferences, seed)
         return SeedData(seed, preferences, reward, reference, mismatched)
@@ -260,21 +273,24 @@ class Pipeline:
         """The data of one seed, and what its reward model and its SFT model are worth."""
         data = self.prepare_data(common, seed)
         sft = Policy(f"sft, seed {seed}", common.sft, seed, checkpoint=".")
+        reward_scores = None
+        if data.reward is not None and common.reward_test is not None:
+            reward_scores = self.examine_reward(common, data.reward, seed)
         return SeedStages(
             seed=seed,
             preferences=data.preferences,
             reward=data.reward,
             reference=data.reference,
             mismatched=data.mismatched,
-            reward_scores=self.examine_reward(common, data.reward, seed),
+            reward_scores=reward_scores,
             limit_scores=self.score_frontier(common, data.reward, seed),
             sft_rows=self.evaluate(common, sft, data.reward, data.preferences),
         )
 
-    def score_frontier(self, common: CommonStages, reward: Path, seed: int) -> Path | None:
+    def score_frontier(self, common: CommonStages, reward: Path | None, seed: int) -> Path | None:
         """A reward model's scores of the frontier's samples."""
         e = self.experiment
-        if common.frontier_samples is None:
+        if common.frontier_samples is None or reward is None:
             return None
         return self.run(
             "limit-scores",

@@ -1,18 +1,26 @@
 """One TOML file = one experiment: everything a head-to-head depends on."""
 
-from collections.abc import Sequence
+import sys
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import Field, StringConstraints, model_validator
 
 from benchmarks.pipeline.defaults import with_defaults
+from benchmarks.pipeline.labels import (
+    holds_labels,
+    is_named,
+    lacks_pairs,
+    left_out_text,
+    refused_text,
+)
 from dpo.filtered import FilterConfig
 from dpo.losses import LOSSES
 from dpo.train import DirectConfig, check_setting
 from rlhf.ppo import PPOConfig
 from rlhf.reward import RewardConfig
-from shared.config import Config, InputError, Misfit, load, suggest
+from shared.config import Config, InputError, Misfit, load, read_toml, suggest
 from shared.data.preferences import PreferenceConfig
 from shared.generation.engine import Sampling
 from shared.generation.start import GenerationConfig
@@ -221,6 +229,16 @@ class Experiment(Config):
             raise Misfit("a file's pairs are taken as they are", "preferences", "spoiled")
 
     @property
+    def has_pairs(self) -> bool:
+        """Whether methods train on pairs; else on single answers with a label."""
+        return self.task.rows != "labels" or self.preferences.source == "policy"
+
+    @property
+    def has_reward_model(self) -> bool:
+        """Whether one can be trained, or is given."""
+        return self.has_pairs or self.reward.pretrained is not None
+
+    @property
     def has_gold(self) -> bool:
         """Whether there is a true score, or someone who stands in for it."""
         return self.task.name != "own" or self.judge.named
@@ -243,7 +261,40 @@ def load_experiment(file: str, overrides: Sequence[str], quick: bool) -> Experim
     """Read a TOML file, or an experiment that comes with Klash by its name, with `overrides`."""
     path = experiment_file(file)
     experiment = found_beside(load(Experiment, path, overrides, with_defaults), path.parent)
+    if holds_labels(experiment.task):
+        said = {} if path.parent == EXPERIMENTS else read_toml(path)
+        named = {key for key in NEED_PAIRS if is_named(key, said, list(overrides))}
+        experiment = for_labels(experiment, named)
     return smaller(experiment) if quick else experiment
+
+
+NEED_PAIRS = ("arms", "judge.share")
+
+
+def for_labels(experiment: Experiment, named: Collection[str]) -> Experiment:
+    """The experiment on single answers with a label, told on standard error where that leaves
+    something out. InputError for what needs pairs and is `named`, of NEED_PAIRS, by the user.
+    """
+    e = _changed(experiment, task=_changed(experiment.task, rows="labels"))
+    source = e.task.pairs if isinstance(e.task.pairs, str) else ", ".join(e.task.pairs)
+    reasons = {} if e.has_pairs else {
+        name: reason
+        for name, arm in e.arms.items()
+        if (reason := lacks_pairs(arm.kind, arm.loss, e.has_reward_model))
+    }  # fmt: skip
+    refused = {f"arms.{name}": why for name, why in reasons.items()} if "arms" in named else {}
+    by_share = "it is trained on pairs; name a `model` or a `function`, or none"
+    if e.judge.share is not None and "judge.share" in named:
+        refused["judge.share"] = by_share
+    if refused:
+        raise InputError(refused_text(source, refused))
+    arms = {name: arm for name, arm in e.arms.items() if name not in reasons}
+    judge = e.judge
+    if judge.share is not None:
+        reasons["the judge by share"], judge = by_share, JudgeConfig()
+    if reasons:
+        print(f"klash: {left_out_text(source, reasons)}", file=sys.stderr)
+    return _changed(e, arms=arms, judge=judge)
 
 
 def found_beside(experiment: Experiment, folder: Path) -> Experiment:

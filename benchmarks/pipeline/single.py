@@ -9,6 +9,7 @@ from typing import Any
 from benchmarks.pipeline.arms import Pipeline, Trial, setting_text
 from benchmarks.pipeline.defaults import RATES, default_arms
 from benchmarks.pipeline.experiment import Arm, Experiment
+from benchmarks.pipeline.labels import OWN_REWARD_MODEL, lacks_pairs
 from benchmarks.pipeline.places import set_up_process, stage_context
 from benchmarks.pipeline.plan import plan_of
 from benchmarks.pipeline.progress import progress
@@ -32,6 +33,7 @@ class TrainedModel:
 def train_one(experiment: Experiment, method: str, runs: Path) -> TrainedModel:
     """The folder of `method`'s model, of the experiment's first seed."""
     arm = None if method in ("sft", "reward") else arm_of(experiment, method)
+    require_pairs(experiment, method, arm)
     setting = dict(arm.settings[0]) if arm else {}
     seed = experiment.seeds[0]
     if arm is not None:
@@ -54,6 +56,19 @@ def train_one(experiment: Experiment, method: str, runs: Path) -> TrainedModel:
         model, preferences = work(Stages(plan.root, say, plan.context))
     pairs = 0 if preferences is None else _lines(preferences / "train.jsonl")
     return TrainedModel(method, model, setting, experiment, pairs)
+
+
+def require_pairs(experiment: Experiment, method: str, arm: Arm | None) -> None:
+    """InputError for a method that needs pairs, where single answers with a label are all."""
+    if experiment.has_pairs or method == "sft":
+        return
+    given = experiment.has_reward_model
+    if arm is None:
+        lacks = "" if given else OWN_REWARD_MODEL
+    else:
+        lacks = lacks_pairs(arm.kind, arm.loss, given)
+    if lacks:
+        raise InputError(f"{method}: the data are single answers with a label: {lacks}")
 
 
 def arm_of(experiment: Experiment, method: str) -> Arm:
@@ -91,11 +106,12 @@ def put_model(trained: TrainedModel, out: Path) -> None:
 def card(trained: TrainedModel) -> str:
     """The model card: what it started from, on what and how it was trained."""
     e = trained.experiment
+    examples, good = ("pairs", "chosen") if e.has_pairs else ("labelled answers", "desirable")
     facts: dict[str, Any] = {
         "method": " ".join([trained.method, setting_text(trained.setting)]).strip(),
         "start": e.model.pretrained or "a small Llama from scratch",
         "data": e.task.name if e.task.name != "own" else e.task.pairs,
-        "pairs": trained.pairs or "none: the chosen answers alone",
+        examples: trained.pairs or f"none: the {good} answers alone",
         "seed": e.seeds[0],
         "lora": e.lora.model_dump() if e.lora else "no: all weights",
         "experiment": e.name,

@@ -59,6 +59,7 @@ def read_data(experiment: Experiment, stages: Runner, policy: Path) -> OwnData:
         data=experiment.task.data,
         policy=policy,
         judge_share=experiment.judge.share or 0.0,
+        wanted="labels" if experiment.task.rows == "labels" else "pairs",
     )
     return OwnData(data, policy)
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from benchmarks.evaluation.statistics import SEEDS_FOR_A_WINNER
 from benchmarks.report.style import look
-from benchmarks.report.tables import duration, interval, kl_digits, number, percent
+from benchmarks.report.tables import count, duration, interval, kl_digits, number, percent
 from benchmarks.results.schema import Comparison, Method, Results
 
 DIRECT = ("dpo", "fdpo", "ipo", "kto", "cdpo", "rdpo", "ipo-token")
@@ -27,6 +27,7 @@ def conclude(results: Results) -> Conclusion:
     """The comparisons of `results` in words."""
     headline = main_comparisons(results)
     facts = {
+        "Data": _labels_sentence(results),
         "Judge": _judge_sentence(results),
         "Score": _score_sentence(results),
         "Among the others": _direct_sentence(results, headline),
@@ -76,6 +77,8 @@ def nats(kl: float | None) -> str:
 def _answer_sentence(results: Results, headline: Sequence[Comparison]) -> str:
     if not results.judged:
         return "No winner can be named: nobody judged the answers."
+    if results.judge is not None and not results.judge.pairs:
+        return "No winner can be named: no labels are held out to measure the judge on."
     if results.judge is not None and not results.judge.knows:
         return "No winner can be named: on held-out pairs the judge may be no better than a coin."
     if not headline:
@@ -145,6 +148,27 @@ def _rivals(results: Results) -> tuple[tuple[str, Method], tuple[str, Method]] |
     return ("ppo", results.methods["ppo"]), (direct, results.methods[direct])
 
 
+def _labels_sentence(results: Results) -> str:
+    """What methods trained on, where it is no pairs, and what could not."""
+    labels = results.labels
+    if labels is None:
+        return ""
+    weights = (
+        f"{name} {number(weight)}"
+        for name, weight in (
+            ("desirable_weight", labels.desirable_weight),
+            ("undesirable_weight", labels.undesirable_weight),
+        )
+        if weight != 1
+    )
+    balanced = "".join(f", with {weight} unless its setting says otherwise" for weight in weights)
+    return (
+        f"Single answers, {count(labels.desirable)} desirable and {count(labels.undesirable)} "
+        f"undesirable. SFT trains on the desirable ones, KTO on both{balanced}. What compares two "
+        "answers (DPO, IPO, fDPO, training a reward model) needs pairs and is no part of this run."
+    )
+
+
 def _judge_sentence(results: Results) -> str:
     """Who gave gold, and how often it agrees with the labels of pairs that nothing trained on."""
     judge, learnt = results.judge, results.gold_quality
@@ -157,12 +181,16 @@ def _judge_sentence(results: Results) -> str:
     if judge is None:
         if results.judged:
             return ""
-        return (
-            "Without a judge there is no gold. Shown are what is known without one: the reward "
-            "model's score, KL, accuracy on held-out pairs, length."
-        )
+        known = "KL, length" if results.labels else "KL, accuracy on held-out pairs, length"
+        score = "the reward model's score, " if results.scored else ""
+        return f"Without a judge there is no gold. Shown is what one knows without: {score}{known}."
+    if not judge.pairs:
+        return f"Gold is {judge.name}, which could not be measured: labels held out are all alike."
     mean, limits = percent(judge.accuracy.mean), interval(judge.accuracy, 0, 100)
-    said = f"Gold is {judge.name}; of {judge.pairs} held-out pairs it prefers the chosen answer in "
+    pairs, better = "held-out pairs", "the chosen answer"
+    if results.labels:
+        pairs, better = "couples of a desirable and an undesirable answer", "the desirable one"
+    said = f"Gold is {judge.name}; of {judge.pairs} {pairs} it prefers {better} in "
     roles = f" It is also {_and(judge.roles)}." if judge.roles else ""
     return f"{said}{mean} {limits}.{roles}"
 

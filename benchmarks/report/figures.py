@@ -23,19 +23,22 @@ from benchmarks.report.style import (
     plain,
 )
 from benchmarks.report.training_plot import Curve, Curves, known, training_picture
-from benchmarks.results.schema import Cost, CurvePoint, Method, Results
+from benchmarks.results.schema import Cost, CurvePoint, Method, Results, RewardModel
 
 
 def draw_all(results: Results, curves: Curves) -> dict[str, Picture]:
     """Every figure that the results have something for, by name."""
-    frontier = draw(
-        "frontier",
-        "Gold score against KL spent, by method, under the limit of any policy.",
-        lambda f, narrow: frontier_plot.paint(results, f, narrow),
-        wide=(11.9, 4.8),
-        narrow=(3.9, 4.7),
-    )
-    found = [frontier]
+    found: list[Picture] = []
+    if results.judged or results.scored:
+        found.append(
+            draw(
+                "frontier",
+                "Gold score against KL spent, by method, under the limit of any policy.",
+                lambda f, narrow: frontier_plot.paint(results, f, narrow),
+                wide=(11.9, 4.8),
+                narrow=(3.9, 4.7),
+            )
+        )
     if _learners(results):
         found.append(
             draw(
@@ -47,7 +50,8 @@ def draw_all(results: Results, curves: Curves) -> dict[str, Picture]:
             )
         )
     found.append(_cost_picture(results))
-    found.append(_reward_picture(results))
+    if results.reward_model is not None:
+        found.append(_reward_picture(results.reward_model))
     if any(m.filtering for m in results.methods.values()):
         found.append(
             draw(
@@ -201,20 +205,20 @@ def _by_work(cost: Cost) -> dict[str, float]:
     return found
 
 
-def _reward_picture(results: Results) -> Picture:
+def _reward_picture(reward_model: RewardModel) -> Picture:
     return draw(
         "reward-model",
         "Predicted against observed probability that the first of two answers wins.",
-        lambda f, narrow: _paint_reliability(results, f),
+        lambda f, narrow: _paint_reliability(reward_model, f),
         wide=(4.6, 3.7),
         narrow=(3.9, 3.3),
     )
 
 
-def _paint_reliability(results: Results, figure: Figure) -> None:
+def _paint_reliability(reward_model: RewardModel, figure: Figure) -> None:
     axes = figure.add_subplot()
     axes.plot([0, 1], [0, 1], color=FAINT, linewidth=1, linestyle=(0, (4, 2.5)))
-    points = sorted(results.reward_model.reliability)
+    points = sorted(reward_model.reliability)
     if points:
         x, y, n = zip(*points, strict=True)
         axes.plot(x, y, color=PALETTE["dpo"][0], linewidth=1.2, alpha=0.6)

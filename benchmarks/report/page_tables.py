@@ -22,7 +22,7 @@ from benchmarks.report.tables import (
     percent,
     si,
 )
-from benchmarks.results.schema import Comparison, Method, Results
+from benchmarks.results.schema import Comparison, Method, Results, RewardModel
 
 Show = Callable[[Estimate], Cell]
 
@@ -35,7 +35,7 @@ def all_tables(results: Results) -> dict[str, Table]:
         matched_table(results),
         *comparison_tables(results),
         cost_table(results),
-        reward_table(results),
+        *([] if results.reward_model is None else [reward_table(results.reward_model)]),
         stability_table(results),
         filtering_table(results),
     ]
@@ -163,8 +163,9 @@ def main_table(results: Results) -> Table:
 
 def unjudged_table(results: Results) -> Table:
     """What is known of each method without a judge."""
+    gained = _with_bars(results, "proxy", _estimate(signed=True), zero=True)
     shown: Shown = {
-        "Score gained": ("proxy", _with_bars(results, "proxy", _estimate(signed=True), zero=True)),
+        **({"Score gained": ("proxy", gained)} if results.scored else {}),
         "KL, nats": ("kl", _kl_cell),
         "Pair accuracy": _measure("pair_accuracy", SHARE),
         "Length": _measure("length", _estimate(1)),
@@ -307,9 +308,8 @@ def timed_alone(results: Results) -> str:
     return f"Time, memory and share of peak are of {which}, run alone; others ran side by side."
 
 
-def reward_table(results: Results) -> Table:
+def reward_table(rm: RewardModel) -> Table:
     """The reward model's numbers, one per row."""
-    rm = results.reward_model
     cells = [
         ("Accuracy on held-out pairs", "accuracy", _estimate(1, scale=100, unit=" %")(rm.accuracy)),
         (

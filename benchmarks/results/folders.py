@@ -71,7 +71,7 @@ def answers_by_method(compared: HeadToHead, seed: int, count: int) -> dict[str, 
 
 def training_curves(compared: HeadToHead, points: int = 100) -> dict[str, Any]:
     """Training logs at the tuned settings, by method, seed and metric (`curves.json`)."""
-    folders = {("reward", s.seed): s.reward for s in compared.seeds.values()}
+    folders = {("reward", s.seed): s.reward for s in compared.seeds.values() if s.reward}
     for name, runs in compared.runs.items():
         for run in runs:
             if run.model is not None and run.setting == compared.tuned[name]:

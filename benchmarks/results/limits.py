@@ -39,7 +39,9 @@ class Limits:
 
     def with_reward_models(self, kls: list[float]) -> list[float | None]:
         """Each seed's limit at its own KL; None past the samples' reach."""
-        found = []
+        found: list[float | None] = []
+        if not self.reward_frontiers:
+            return [None] * len(kls)
         for curve, kl in zip(self.reward_frontiers, kls, strict=True):
             gold, is_bound = curve.at(kl)
             found.append(None if is_bound else gold)

@@ -25,8 +25,9 @@ from benchmarks.results.folders import Array, EvaluationRows
 from benchmarks.results.limits import Limits
 from benchmarks.results.matched import has_gold, kl_bound, kl_curve, matched_gold
 from benchmarks.results.ratings import second_opinion
-from benchmarks.results.schema import UNDEFINED, CurvePoint, Method, Setting
-from shared.data.pairs import read_pairs
+from benchmarks.results.schema import UNDEFINED, CurvePoint, Labels, Method, Setting
+from dpo.losses import WEIGHTS, balancing_weights
+from shared.data.pairs import Labelled, Pair, read_training
 from shared.stages import read_json
 
 
@@ -110,7 +111,7 @@ def method_results(
     return Method(
         kind=method.kind,
         setting=method.setting,
-        proxy=paired_difference(rows.mean("score"), sft.rows.mean("score")),
+        proxy=score_gained(rows, sft.rows),
         kl=crossed_interval(kl),
         kl_is_bound=method.kl_is_bound,
         k1=UNDEFINED if chosen_among_samples else crossed_interval(rows.mean("k1")),
@@ -139,6 +140,13 @@ def method_results(
     )
 
 
+def score_gained(rows: EvaluationRows, sft: EvaluationRows) -> Estimate:
+    """By how much the reward model scores a method above SFT, where there is one."""
+    if "score" not in rows:
+        return UNDEFINED
+    return paired_difference(rows.mean("score"), sft.mean("score"))
+
+
 def against_gold(
     rows: EvaluationRows, sft: EvaluationRows, chosen_among_samples: bool
 ) -> dict[str, Estimate]:
@@ -146,7 +154,7 @@ def against_gold(
     gold = rows.mean("gold")
     wins = rows.mean("win_rate") if rows.exact else win_rate(rows["gold"], sft["gold"])
     gap = UNDEFINED
-    if varies(sft["score"]) and varies(sft["gold"]):
+    if "score" in sft and varies(sft["score"]) and varies(sft["gold"]):
         each = hacking_gap(rows["score"], sft["score"], rows["gold"], sft["gold"])
         gap = crossed_interval(each)
     greedy = UNDEFINED if chosen_among_samples else crossed_interval(rows["greedy_gold"])
@@ -176,10 +184,16 @@ def length_controlled(rows: EvaluationRows, sft: EvaluationRows) -> Estimate:
 
 
 def against_chosen(rows: EvaluationRows) -> Estimate:
-    """How often an answer's gold beats that of the file's chosen answers to its prompt."""
+    """How often an answer's gold beats that of the file's chosen answers to its prompt; over the
+    prompts that have some.
+    """
     if "chosen_gold" not in rows:
         return UNDEFINED
-    return crossed_interval(win_rate(rows["gold"], rows.column("chosen_gold")[:, :, None]))
+    chosen = rows.column("chosen_gold")
+    known = ~np.isnan(chosen[0])  # the same prompts of each seed
+    if not known.any():
+        return UNDEFINED
+    return crossed_interval(win_rate(rows["gold"][:, known], chosen[:, known, None]))
 
 
 def perplexity(rows: EvaluationRows) -> Estimate:
@@ -220,9 +234,22 @@ def against_limits(
 
 
 def labels_of(compared: HeadToHead) -> int:
-    """How many labelled pairs a seed trains on."""
+    """How many labelled pairs, or answers with a label, a seed trains on."""
+    return len(_trained_on(compared))
+
+
+def labels_by_kind(compared: HeadToHead) -> Labels:
+    """Of the answers with a label that the first seed trains on."""
+    answers = [row for row in _trained_on(compared) if isinstance(row, Labelled)]
+    desirable = sum(answer.desirable for answer in answers)
+    undesirable = len(answers) - desirable
+    weights = dict.fromkeys(WEIGHTS, 1.0) | balancing_weights(desirable, undesirable)
+    return Labels(desirable=desirable, undesirable=undesirable, **weights)
+
+
+def _trained_on(compared: HeadToHead) -> list[Pair] | list[Labelled]:
     first = next(iter(compared.seeds.values()))
-    return len(read_pairs(first.preferences / "train.jsonl"))
+    return read_training(first.preferences / "train.jsonl")
 
 
 def _regret(experiment: Experiment, compared: HeadToHead, method: MethodRuns) -> Estimate:

@@ -10,14 +10,17 @@ from benchmarks.evaluation.statistics import Estimate, seed_interval
 from benchmarks.pipeline.compare import HeadToHead
 from benchmarks.pipeline.experiment import Experiment
 from benchmarks.results.folders import Array
-from benchmarks.results.schema import JudgeQuality, RewardModel
+from benchmarks.results.schema import UNDEFINED, JudgeQuality, RewardModel
 from shared.stages import read_json
 from shared.tasks.judge import JudgeConfig
 
 
-def reward_model_quality(compared: HeadToHead) -> RewardModel:
-    """All seeds' reward models on the same held-out pairs."""
-    files = [read_json(seed.reward_scores / "scores.json") for seed in compared.seeds.values()]
+def reward_model_quality(compared: HeadToHead) -> RewardModel | None:
+    """All seeds' reward models on the same held-out pairs; None where there is neither."""
+    folders = [seed.reward_scores for seed in compared.seeds.values() if seed.reward_scores]
+    if not folders:
+        return None
+    files = [read_json(folder / "scores.json") for folder in folders]
     scores = [{key: np.array(values) for key, values in file.items()} for file in files]
     labels, gold = scores[0]["p_a_wins"], scores[0]["gold_a"]
     best = None if np.isin(labels, (0, 1)).all() else bayes_accuracy(labels)
@@ -60,16 +63,18 @@ def judge_quality(experiment: Experiment, compared: HeadToHead) -> JudgeQuality 
     if folder is None:
         return None
     found = {k: np.array(v) for k, v in read_json(folder / "scores.json").items()}
+    kind = "share" if judge.share else "function" if judge.function else "model"
+    roles = ["the reward model"] if judge.model and judge.model == own else []
+    named = {"kind": kind, "name": _judge_name(judge), "roles": roles}
+    if not len(found["p_a_wins"]):  # labels held out are all of one kind
+        return JudgeQuality(**named, accuracy=UNDEFINED, calibration_error=None, pairs=0)
     gap, label = found["gold_a"] - found["gold_b"], found["p_a_wins"]
     right = 0.5 + np.sign(gap) * (label - 0.5)
     low, high = stats.binomtest(round(right.sum()), len(right)).proportion_ci(method="wilson")
     error, _ = calibration(1 / (1 + np.exp(-found["log_odds"] * gap)), label)
-    kind = "share" if judge.share else "function" if judge.function else "model"
     return JudgeQuality(
-        kind=kind,
-        name=_judge_name(judge),
+        **named,
         accuracy=Estimate(mean=float(right.mean()), low=float(low), high=float(high)),
         calibration_error=error,
         pairs=len(right),
-        roles=["the reward model"] if judge.model and judge.model == own else [],
     )

@@ -85,7 +85,7 @@ class Method(Config):
     gold: Estimate = UNDEFINED  # it and what follows from it need a judge
     greedy_gold: Estimate = UNDEFINED
     gain: Estimate = UNDEFINED
-    proxy: Estimate
+    proxy: Estimate = UNDEFINED  # it needs a reward model
     hacking_gap: Estimate = UNDEFINED
     kl: Estimate
     kl_is_bound: bool = False
@@ -133,12 +133,15 @@ class RewardModel(Config):
 
 
 class JudgeQuality(Config):
-    """A judge on labelled pairs that nothing trained on; the interval is over pairs (Wilson)."""
+    """A judge on labelled pairs that nothing trained on; the interval is over pairs (Wilson).
+
+    Of answers with a label a pair is a desirable and an undesirable one, of any prompts.
+    """
 
     kind: Literal["model", "function", "share"]
     name: str
     accuracy: Estimate
-    calibration_error: float
+    calibration_error: float | None
     pairs: int
     roles: list[str] = Field(default_factory=list)  # what else the same model does in this run
 
@@ -156,6 +159,17 @@ class GoldQuality(Config):
     sentences: int
     correlation: float
     second_opinion: float
+
+
+class Labels(Config):
+    """Of answers with a label: how many of each kind the first seed trains on, and the weights that
+    balance them, which KTO has unless its setting names others.
+    """
+
+    desirable: int
+    undesirable: int
+    desirable_weight: float
+    undesirable_weight: float
 
 
 class Comparison(Config):
@@ -180,12 +194,18 @@ class Results(Config):
     sizes: dict[str, int]
     enumerated: bool = False  # gold, KL and what follows are expectations over all completions
     methods: dict[str, Method]
-    reward_model: RewardModel
+    reward_model: RewardModel | None  # null where there is none, or no pairs to examine it on
+    labels: Labels | None = None  # where methods train on single answers with a label, not on pairs
     judge: JudgeQuality | None = None
     gold_quality: GoldQuality | None = None
     frontier: list[FrontierPoint]  # empty where it is not estimated
     rm_frontier: list[FrontierPoint]
     comparisons: list[Comparison]
+
+    @property
+    def scored(self) -> bool:
+        """Whether there is a reward model's score."""
+        return any(method.proxy.mean is not None for method in self.methods.values())
 
     @property
     def judged(self) -> bool:

@@ -11,6 +11,7 @@ from benchmarks.results.folders import Array, answers_by_method, training_curves
 from benchmarks.results.limits import read_limits
 from benchmarks.results.matched import has_gold
 from benchmarks.results.methods import (
+    labels_by_kind,
     labels_of,
     matched_golds,
     method_results,
@@ -25,6 +26,7 @@ from shared.models.cost import environment, matmul_rate
 from shared.stages import write_json
 
 FRONTIER_POINTS = 60
+UNMEASURED = "undecided: no labels are held out to measure the judge on"
 COIN = "undecided: on held-out pairs the judge may be no better than a coin"
 SHOWN_PROMPTS = 12  # whose answers the report shows
 
@@ -66,7 +68,7 @@ def results_of(
         environment=machine,
         enumerated=experiment.task.finite,
         sizes={
-            "pairs": labels_of(compared),
+            "pairs" if experiment.has_pairs else "answers with a label": labels_of(compared),
             "ppo_episodes": experiment.ppo.episodes,
             "test_prompts": len(sft.rows.raw[0]),
             "samples_per_prompt": experiment.evaluation.samples,
@@ -75,10 +77,15 @@ def results_of(
         },
         methods=methods,
         reward_model=reward_model_quality(compared),
+        labels=None if experiment.has_pairs else labels_by_kind(compared),
         judge=judge,
         gold_quality=gold_quality(experiment),
         frontier=limits.frontier.points(shown_kl, FRONTIER_POINTS) if limits else [],
-        rm_frontier=limits.reward_frontiers[0].points(shown_kl, FRONTIER_POINTS) if limits else [],
+        rm_frontier=[
+            point
+            for first in (limits.reward_frontiers[:1] if limits else [])
+            for point in first.points(shown_kl, FRONTIER_POINTS)
+        ],
         comparisons=comparisons_of(golds, judge) if has_gold(sft.rows) else [],
     )
 
@@ -107,7 +114,7 @@ def comparisons_of(
                 difference=difference,
                 verdict=describe_difference(a, b, difference, what)
                 if judge is None or judge.knows
-                else COIN,
+                else (COIN if judge.pairs else UNMEASURED),
             )
             found.append(comparison)
     return found

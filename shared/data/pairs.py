@@ -1,10 +1,11 @@
-"""A labelled comparison of two completions, and what makes a set of them clean."""
+"""A labelled comparison of two completions, or one with a label; what makes pairs clean."""
 
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from shared.config import InputError
 from shared.stages import read_jsonl
 
 
@@ -22,6 +23,16 @@ class Pair(NamedTuple):
     chosen_gold: float | None = None  # the task's true scores, where it has them
     rejected_gold: float | None = None
     p: float = 1.0
+
+
+class Labelled(NamedTuple):
+    """One completion with a label: desirable or not. It holds its EOS unless it was cut."""
+
+    id: str
+    prompt: str
+    prompt_ids: list[int]
+    completion_ids: list[int]
+    desirable: bool
 
 
 def swapped(pair: Pair) -> Pair:
@@ -68,5 +79,17 @@ def clean(pairs: Sequence[Pair], *, repeats: bool = False) -> tuple[list[Pair], 
 
 
 def read_pairs(path: Path) -> list[Pair]:
-    """Pairs as `make_preferences` wrote them."""
-    return [Pair(**row) for row in read_jsonl(path)]
+    """Pairs as `make_preferences` wrote them; InputError where the file holds single answers."""
+    found = read_training(path)
+    pairs = [row for row in found if isinstance(row, Pair)]
+    if len(pairs) < len(found):
+        raise InputError(f"{path}: single answers with a label, and pairs are needed")
+    return pairs
+
+
+def read_training(path: Path) -> list[Pair] | list[Labelled]:
+    """What a run trains on: pairs, or single answers with a label."""
+    rows = read_jsonl(path)
+    if rows and "desirable" in rows[0]:
+        return [Labelled(**row) for row in rows]
+    return [Pair(**row) for row in rows]

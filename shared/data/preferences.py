@@ -32,7 +32,8 @@ class PreferenceConfig(Config):
     source: Literal["data", "policy"] = "data"
     """Of the task `own`: the file's pairs, or the SFT model's samples, labelled by the judge."""
     pairs: int = Field(default=6000, gt=0)
-    """Labelled pairs to train on; of a file with fewer, all that are there."""
+    """Labelled pairs to train on, or twice as many single answers with a label; of a file with
+    fewer, all that are there."""
     per_prompt: int = Field(default=1, gt=0)
     """Pairs drawn for each prompt, of two samples each."""
     held_out_pairs: int = Field(default=256, gt=0)

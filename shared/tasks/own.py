@@ -1,4 +1,5 @@
-"""`own`: a user's pairs as a task. Prompts and demonstrations come from them, gold from a judge.
+"""`own`: a user's pairs, or answers with a label, as a task. Prompts and demonstrations come from
+them, gold from a judge.
 
 Prompts go to three sides by their hash. What trains, SFT, pairs and PPO's prompts alike, is of the
 first; settings are chosen on the second; the third is for what the report says.
@@ -16,7 +17,7 @@ from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
 from shared.config import InputError
-from shared.data.pairs import Pair
+from shared.data.pairs import Labelled, Pair
 from shared.data.rows import Messages
 from shared.data.splits import Split
 from shared.models.load import load_tokenizer
@@ -39,7 +40,10 @@ SIDES: dict[Split, Side] = {
 
 
 class OwnExample(NamedTuple):
-    """One comparison of a user's file; a chat's prompt as text holds its template's markers."""
+    """One comparison of a user's file, or one answer with a label: then `chosen` is the answer.
+
+    A chat's prompt as text holds its template's markers.
+    """
 
     where: str
     side: Side
@@ -48,8 +52,14 @@ class OwnExample(NamedTuple):
     prompt_ids: list[int]
     chosen: str
     chosen_ids: list[int]
-    rejected: str
-    rejected_ids: list[int]
+    rejected: str | None = None  # None of an answer with a label
+    rejected_ids: list[int] | None = None
+    label: bool | None = None  # whether `chosen`, alone, is desirable; None of a comparison
+
+    @property
+    def good(self) -> bool:
+        """Whether `chosen` is an answer that one would want."""
+        return self.label is not False
 
 
 @dataclass(frozen=True)
@@ -95,8 +105,8 @@ class Own:
     def demonstrations(
         self, tokenizer: PreTrainedTokenizerBase, count: int, seed: int
     ) -> list[Demonstration]:
-        """The chosen answers of what trains, at most `count` of them."""
-        found = examples_of(self._examples, "train")
+        """The chosen or desirable answers of what trains, at most `count` of them."""
+        found = [e for e in examples_of(self._examples, "train") if e.good]
         order = np.random.default_rng(seed_of(seed, "corpus")).permutation(len(found))
         chosen = [found[i] for i in order[:count]]
         return [Demonstration(e.prompt_ids, e.chosen_ids) for e in chosen]
@@ -115,14 +125,18 @@ class Own:
         rows = [Answered(*one) for one in zip(said, completions, strict=True)]
         return Scorer(judge.folder).score_said(rows).double().numpy()
 
-    def chosen_gold(self, prompts: Sequence[str]) -> list[float]:
-        """The judge's mean score of the file's chosen answers to each prompt."""
+    def chosen_gold(self, prompts: Sequence[str]) -> list[float | None]:
+        """The judge's mean score of the file's chosen or desirable answers to each prompt; None
+        where it has none.
+        """
         answers: dict[str, list[str]] = defaultdict(list)
         for example in self._examples:
-            answers[example.prompt].append(example.chosen)
+            if example.good:
+                answers[example.prompt].append(example.chosen)
         many = [(prompt, answer) for prompt in prompts for answer in answers[prompt]]
         scores = iter(self.gold([p for p, _ in many], [a for _, a in many]).tolist())
-        return [float(np.mean([next(scores) for _ in answers[p]])) for p in prompts]
+        found = ([next(scores) for _ in answers[p]] for p in prompts)
+        return [float(np.mean(each)) if each else None for each in found]
 
     def well_formed(self, completion: str) -> bool:
         """Whether it says anything: of one's own task no more is known."""
@@ -147,8 +161,21 @@ def examples_of(examples: Sequence[OwnExample], side: Side) -> list[OwnExample]:
     return [e for e in examples if e.side == side]
 
 
+def labelled_of(example: OwnExample) -> Labelled:
+    """The answer with its label as trainers read it."""
+    assert example.label is not None
+    return Labelled(
+        id=example.where,
+        prompt=example.prompt,
+        prompt_ids=example.prompt_ids,
+        completion_ids=example.chosen_ids,
+        desirable=example.label,
+    )
+
+
 def pair_of(example: OwnExample) -> Pair:
     """The comparison as trainers read it."""
+    assert example.rejected_ids is not None
     return Pair(
         id=example.where,
         prompt=example.prompt,

@@ -16,7 +16,7 @@ class TaskConfig(Config):
 
     name: Literal["reviews", "exact", "snippets", "own"] = "reviews"
     """The task: short reviews, scored by VADER; one so small that all completions are listed;
-    openings of real film reviews, scored by what people's ratings teach; or one's own pairs."""
+    openings of real film reviews, scored by what people's ratings teach; or one's own data."""
     reviews: ReviewsConfig = ReviewsConfig()
     """Settings of the task `reviews`."""
     exact: ExactConfig = ExactConfig()
@@ -25,6 +25,9 @@ class TaskConfig(Config):
     """Settings of the task `snippets`."""
     pairs: str | tuple[str, ...] = ()
     """Of the task `own`: files or folders beside the experiment's file, or a hub name."""
+    rows: Literal["auto", "pairs", "labels"] = "auto"
+    """Of the task `own`: what a row holds, two answers or a single one with a label; `auto` finds
+    it from the first row. SFT and KTO train on labels; what needs pairs is left out."""
     data: DataConfig = DataConfig()
     """Of the task `own`: how these are read and cleaned."""
 

@@ -298,6 +298,13 @@ def test_a_margin_comes_with_every_seeds_margin_and_without_limits_for_one_seed(
         margin_interval(gold[:, :2], kl[:, :2], ENUMERATED)
 
 
+def test_past_the_reach_of_the_samples_a_gold_without_maximum_has_no_margin():
+    few = tilt_table(GOLD[:, :3], default_temperatures())
+    gold, kl = np.full((2, 3), 0.5), np.full((2, 3), 3.0)
+    found = margin_interval(gold, kl, few, draws=20, max_gold=np.inf)
+    assert found.mean is None and found.low is None
+
+
 def test_t_limits_hold_the_true_margin_with_three_seeds():
     """Three seeds that differ: the margin's t limits keep their 95 %."""
     rng, held = np.random.default_rng(6), 0
