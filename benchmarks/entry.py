@@ -4,6 +4,7 @@ This module imports only what is quick to import, so that Ctrl-C is one line fro
 """
 
 import errno
+import itertools
 import os
 import shutil
 import sys
@@ -11,7 +12,7 @@ import tempfile
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, TypeVar
+from typing import Annotated, NoReturn, TypeVar
 
 import tyro
 
@@ -47,10 +48,18 @@ class ExitCodes:
             code, text = 1, f"stopped: the disk of {folder} is full: free some space"
         elif isinstance(error, Exception) and isinstance(error, guards()):
             code, text = 1, f"stopped: {error}"
+        elif isinstance(error, BrokenPipeError):
+            end_quietly()
         else:
             return
         print(f"{self.command}: {text}", file=sys.stderr)
         sys.exit(code)
+
+
+def end_quietly() -> NoReturn:
+    """Whoever read what is printed has read enough, as `head` does: no word, exit code 1."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else the exit flushes again
+    sys.exit(1)
 
 
 def guards() -> tuple[type[Exception], ...]:
@@ -84,7 +93,7 @@ def existing(folder: Path) -> Path:
 
 def runs_folder(words: Sequence[str]) -> Path:
     """What `--runs` says on the command line, or else the folder that all commands take."""
-    for word, following in zip(words, [*words[1:], ""], strict=True):
+    for word, following in itertools.zip_longest(words, words[1:], fillvalue=""):
         option, equals, value = word.partition("=")
         if option == "--runs" and (value or following):
             return Path(value if equals else following)
