@@ -117,6 +117,22 @@ def planned_pipelines(experiment: Experiment, plan: Plan) -> Pipelines:
     )
 
 
+def sizes_text(experiment: Experiment) -> str:
+    """How much is trained and sampled, in one line: what a run's time follows."""
+    e = experiment
+    parts = [
+        f"{len(e.seeds)} seed{'s' if len(e.seeds) > 1 else ''}",
+        f"at most {e.preferences.pairs:,} pairs"
+        if e.task.name == "own"
+        else f"{e.preferences.pairs:,} pairs",
+    ]
+    if any(arm.kind == "ppo" for arm in e.arms.values()):
+        parts.append(f"{e.ppo.episodes:,} answers that PPO samples in each training")
+    test = f"{e.evaluation.prompts:,} test prompts with {e.evaluation.samples} answers each"
+    cap = f"answers of at most {e.sampling.max_new_tokens} tokens"
+    return f"{'; '.join([*parts, test, cap])}"
+
+
 def plan_of(root: Path, context: dict[str, Any], work: Callable[[Runner], Any]) -> Plan:
     """The stages below `root` that `work(runner)` asks for; it may read none of their files."""
     plan = Plan(root, context)

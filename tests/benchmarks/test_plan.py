@@ -128,6 +128,7 @@ def test_a_plan_lists_what_the_run_then_does(done: Done):
 def test_before_the_first_run_there_is_no_such_stage(done: Done, tmp_path: Path):
     plan = plan_experiment(done.experiment, tmp_path / "none")
     assert set(map(tuple, why(plan).values())) == {("no such stage yet",)}
+    assert "no such stage" not in plan_text(plan)  # said of every line it would tell nothing
 
 
 def test_after_the_run_everything_is_there(done: Done):
