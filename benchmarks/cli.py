@@ -16,7 +16,10 @@ def main() -> None:
     """Exit codes: see `ExitCodes`; 1 also where a command returns False."""
     words = sys.argv[1:]
     with ExitCodes("klash", runs_folder(words)):
-        done = run(words)
+        try:
+            done = run(words)
+        finally:
+            sys.stdout.flush()  # while a pipe that is closed is still told apart
     sys.exit(1 if done is False else 0)
 
 
@@ -71,9 +74,11 @@ def run_one(known: dict[str, Command], words: Sequence[str], prog: str) -> Any:
     own, overrides = split_overrides(words or ["--help"], parameters, keys)
     if overrides and "overrides" not in parameters:
         raise InputError(f"{prog} {name} changes no keys (found {overrides[0]})")
-    changed = {name: partial(known[name], overrides=overrides)} if overrides else {}
     try:
-        return tyro.extras.subcommand_cli_from_dict({**known, **changed}, args=own, prog=prog)
+        if name not in known:
+            return tyro.extras.subcommand_cli_from_dict(known, args=own, prog=prog)
+        command = partial(known[name], overrides=overrides) if overrides else known[name]
+        return tyro.cli(command, args=own[1:], prog=f"{prog} {name}")
     except SystemExit as end:
         if not end.code and "overrides" in parameters:  # it was asked for help
             print(key_help(name))

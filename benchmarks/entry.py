@@ -4,6 +4,7 @@ This module imports only what is quick to import, so that Ctrl-C is one line fro
 """
 
 import errno
+import itertools
 import os
 import select
 import shutil
@@ -112,7 +113,7 @@ def existing(folder: Path) -> Path:
 
 def runs_folder(words: Sequence[str]) -> Path:
     """What `--runs` says on the command line, or else the folder that all commands take."""
-    for word, following in zip(words, [*words[1:], ""], strict=True):
+    for word, following in itertools.zip_longest(words, words[1:], fillvalue=""):
         option, equals, value = word.partition("=")
         if option == "--runs" and (value or following):
             return Path(value if equals else following)

@@ -55,6 +55,7 @@ def _filled(field: FieldInfo | None, value: Any) -> Any:
 
 C = TypeVar("C", bound=Config)
 COMMAND_LINE = "command line"
+NONE = "none"  # what a key without a value is set to there
 
 
 def load(
@@ -70,8 +71,9 @@ def load(
     """
     raw = {} if path is None else read_toml(path)
     changes = list(_parse_overrides(overrides))
+    optional = {key.name for key in keys(model) if key.default == NONE} if changes else set()
     for key, value in changes:
-        _assign(raw, key, value)
+        _assign(raw, key, None if value == NONE and key in optional else value)
     changed = [key for key, _ in changes]
     return validate(model, complete(raw), str(path or COMMAND_LINE), changed)
 
@@ -96,9 +98,18 @@ def validate(model: type[C], raw: dict[str, Any], source: str, overridden: Seque
         lines = []
         for item in error.errors():
             key = _place(item)
-            changed = any(f"{key}.".startswith(f"{override}.") for override in overridden)
+            changed = any(_is_at(item, key, override) for override in overridden)
             lines.append(f"{COMMAND_LINE if changed else source}: {_explain(model, item, key)}")
         raise InputError("\n".join(lines)) from error
+
+
+def _is_at(error: Any, key: str, override: str) -> bool:
+    """Whether the error at `key` is of the key `override`: below it, or of a section that only it
+    names.
+    """
+    section = {"extra_forbidden": key, "missing": key.rpartition(".")[0]}.get(error["type"])
+    above = bool(section) and f"{override}.".startswith(f"{section}.")
+    return above or f"{key}.".startswith(f"{override}.")
 
 
 class Key(NamedTuple):

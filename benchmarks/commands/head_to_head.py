@@ -6,16 +6,19 @@ from benchmarks.entry import Argument, Overrides
 from benchmarks.pipeline.experiment import load_experiment
 from benchmarks.pipeline.reasons import plan_text
 from benchmarks.pipeline.work import work_text
-from benchmarks.report.build import build_report
+from benchmarks.report.build import build_report, read_results
+from benchmarks.report.conclusion import conclude
 from benchmarks.run import plan_experiment, run_experiment
-from shared.config import InputError
+from shared.config import InputError, suggest
+
+RUNS = Path("runs")
 
 
 def compare(
     file: Argument[str] = "reviews",
     /,
     quick: bool = False,
-    runs: Path = Path("runs"),
+    runs: Path = RUNS,
     overrides: Overrides = (),
 ) -> None:
     """A head-to-head: train, evaluate, write results.json and the report.
@@ -28,6 +31,8 @@ def compare(
         runs: the folder of all runs and of the stages they share.
     """
     run = run_experiment(load_experiment(file, overrides, quick), runs)
+    conclusion = conclude(read_results(run))
+    print("\n".join([conclusion.answer, *(f"{word}: {fact}" for word, fact in conclusion.facts)]))
     print(f"report: {run / 'report' / 'index.html'}")
 
 
@@ -35,7 +40,7 @@ def plan(
     file: Argument[str] = "reviews",
     /,
     quick: bool = False,
-    runs: Path = Path("runs"),
+    runs: Path = RUNS,
     overrides: Overrides = (),
 ) -> None:
     """What `klash compare` would do: which stages are there, which will run, why, and how much of
@@ -57,8 +62,14 @@ def report(run: Argument[Path], /) -> None:
     """Draw the report of a finished run again.
 
     Args:
-        run: the folder with results.json.
+        run: the folder with results.json, or its name below runs.
     """
+    if not run.is_dir() and (RUNS / run / "results.json").is_file():
+        run = RUNS / run
     if not (run / "results.json").is_file():
-        raise InputError(f"{run}: no results.json here; `klash compare` writes it")
+        below = [f.parent.name for f in RUNS.glob("*/results.json")]
+        known = suggest(run.name, below)
+        raise InputError(
+            f"{run}: no results.json here; `klash compare` writes it into runs/NAME{known}"
+        )
     print(f"report: {build_report(run)}")

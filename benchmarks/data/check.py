@@ -18,6 +18,7 @@ from shared.data.examples import Numbered, Reading, iterate_encoded
 from shared.data.rows import DataConfig
 from shared.data.splits import near_duplicates, prompt_text, split_of
 from shared.models.folders import listed_ends, open_tokenizer
+from shared.tasks.own import SIDES
 
 
 @dataclass(frozen=True)
@@ -31,9 +32,9 @@ class Asked:
     dropped: Path | None = None
     """File for what was dropped: a JSON object a line, of file, line and reason."""
     near_duplicates: bool = False
-    """Look for prompts of different splits that are nearly the same."""
+    """Look for prompts of different sides (train, validation, test) that are nearly the same."""
     judge_share: float = 0.0
-    """Share of prompts that are kept for a judge, for the splits of `near_duplicates`."""
+    """Share of prompts that are kept for a judge, a side of its own in `near_duplicates`."""
 
 
 @dataclass
@@ -169,11 +170,11 @@ def all_findings(reading: Reading, seen: Seen, asked: Asked) -> Iterator[Finding
 
 
 def of_near_duplicates(prompts: Sequence[str], judge_share: float) -> Finding:
-    """How many prompts stand in another split in nearly the same words."""
-    splits = [split_of(prompt, judge_share) for prompt in prompts]
-    pairs = near_duplicates(prompts, splits)
+    """How many prompts stand on another side in nearly the same words."""
+    sides = [SIDES[split_of(prompt, judge_share)] for prompt in prompts]
+    pairs = near_duplicates(prompts, sides)
     first = ""
     if pairs:
         one, other = (prompts[n].strip()[:60] for n in pairs[0][:2])
         first = f", such as {one!r} and {other!r}"
-    return Finding("near duplicates", f"{len(pairs)} pairs of prompts across splits{first}")
+    return Finding("near duplicates", f"{len(pairs)} pairs of prompts across sides{first}")

@@ -10,6 +10,7 @@ from shared.data.cleaning import REASONS, Report, places_text
 
 MOST_CONTRADICTIONS = 0.01  # share of rows above which labels are not to be trusted
 MOST_DROPPED = 0.5
+LEAVE_OUT = "--max-bad-rows {bad} (in an experiment: [task.data] max_bad_rows = {bad})"
 MOST_UNKNOWN = 0.01  # share of the answers' tokens
 CHECKS = {
     "generation prompt": ("no-generation-prompt", "rendered-otherwise"),
@@ -41,18 +42,24 @@ def of_rows(report: Report, max_bad_rows: int, *, strict: bool = False) -> Itera
     bad = report.dropped["undecodable"]
     dropped = sum(report.dropped.values())
     lines = "; ".join(dropped_texts(report)) or "none empty, identical or repeated"
+    fix = "mend the rows that are named, or leave them out"
+    if bad > max_bad_rows and not strict:
+        fix = (
+            f"mend the rows that cannot be read ({places_text(report.places['undecodable'])}), or "
+            f"leave them out with {LEAVE_OUT.format(bad=bad)}"
+        )
     yield make_finding(
         "rows",
         bad <= max_bad_rows and dropped <= report.read * (0 if strict else MOST_DROPPED),
         f"{report.read} read in the format {report.format}, {report.kept} kept; dropped: {lines}",
-        "mend the rows that are named, or leave them out",
+        fix,
     )
     both = report.dropped["contradiction"]
     if both:
         yield make_finding(
             "contradictions",
             both <= MOST_CONTRADICTIONS * report.read,
-            f"{both} of {report.read} rows say the opposite of another",
+            f"{both} of {report.read} rows say the opposite of another, and none of them is used",
             "decide each of them: what is said both ways teaches nothing",
         )
     if unread := [name for name in report.notes if name.startswith("column not read: ")]:
@@ -120,7 +127,7 @@ def of_giveaways(found: Accuracies | None) -> Iterator[Finding]:
             name,
             accuracy < LIMIT or not enough,
             f"{name} {tells} chosen from rejected in {round(accuracy * found.pairs)} of "
-            f"{found.pairs} pairs",
+            f"{found.pairs} pairs ({accuracy:.0%}; chance 50%, too much from {LIMIT:.0%})",
             "every method will learn that first: add pairs in which it is the other way round",
         )
 

@@ -20,8 +20,9 @@ from shared.data.examples import (
     no_rows_text,
 )
 from shared.data.rows import DataConfig, Message, Messages
-from shared.data.splits import SHARES, prompt_text, split_of
+from shared.data.splits import prompt_text, split_of
 from shared.models.folders import listed_ends, open_tokenizer
+from shared.tasks.own import SIDES
 
 LEVELS = {"min": 0, "median": 50, "p90": 90, "p99": 99, "max": 100}  # percentiles
 
@@ -44,8 +45,9 @@ def statistics(sources: Sequence[str], data: DataConfig) -> dict[str, Any]:
     found["values"] = lengths
     if told is not None:
         found["accuracy"] = told._asdict() | {"length": told.length}
-    splits = [split_of(prompt) for prompt in prompts]
-    found["splits"] = {name: splits.count(name) for name in SHARES}
+    sides = [SIDES[split_of(prompt)] for prompt in prompts]
+    found["prompts"] = len(set(prompts))
+    found["sides"] = {name: sides.count(name) for name in ("train", "validation", "test")}
     found["labels"] = [finding.observed for finding in findings.of_labels(report)]
     return found
 
@@ -60,10 +62,10 @@ def statistics_text(found: dict[str, Any]) -> str:
     """The statistics as lines for a terminal."""
     dropped = ", ".join(f"{count} {reason}" for reason, count in found["dropped"].items())
     lines = [
-        f"format    {found['format']} ({found['kind']})",
+        f"format    {found['format']}",
         f"rows      {found['rows']:,} read, {found['kept']:,} kept; dropped: {dropped or 'none'}",
-        f"prompts   {found['notes'].get('repeated prompts', 0):,} repeated",
-        "splits    " + ", ".join(f"{name} {count:,}" for name, count in found["splits"].items()),
+        f"prompts   {found['prompts']:,} different ones",
+        "sides     " + ", ".join(f"{name} {count:,}" for name, count in found["sides"].items()),
         "",
         f"{'characters':12}" + "".join(f"{name:>9}" for name in ("mean", *LEVELS)),
     ]
@@ -159,7 +161,7 @@ def _row_text(
 ) -> str:
     name = {None: "chosen" if second is not None else "answer", True: "desirable",
             False: "undesirable"}[label]  # fmt: skip
-    parts = [f"--- {where} (split {split_of(key)})", f"prompt: {prompt}"]
+    parts = [f"--- {where} ({SIDES[split_of(key)]} side)", f"prompt: {prompt}"]
     parts += [f"{name}: {first}"] if first is not None else []
     parts += [f"rejected: {second}"] if second is not None else []
     return "\n".join(parts)

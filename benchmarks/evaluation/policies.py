@@ -280,11 +280,10 @@ def table(found: Mapping[str, Any]) -> str:
         "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
         for line in lines
     ]
+    samples = found["sampling"]["samples"]
+    each = f"{samples} sample{'s' if samples > 1 else ''}"
     side = "of all sides" if found["side"] == "all" else "of the test side"
-    text.append(
-        f"{found['prompts']} prompts {side}, {found['sampling']['samples']} samples each; "
-        "95 % intervals over prompts"
-    )
+    text.append(f"{found['prompts']} prompts {side}, {each} each; 95 % intervals over prompts")
     text += [f"{n} prompts left out: {why}" for why, n in found["prompts_left_out"].items()]
     if found["win_rate_by"] is not None:
         by = {"gold": "the judge", "score": "the reward model, since there is no judge"}

@@ -26,7 +26,11 @@ class Estimate(Config):
     per_seed: list[float | None] = Field(default_factory=list)
 
     def text(self, form: str = ".3f") -> str:
-        """`mean [low, high]`, each in `form`; what is null is left out, "-" without a mean."""
+        """`mean [low, high]`, each in `form`; what is null is left out, "-" without a mean.
+
+        What rounds to zero has no minus.
+        """
+        form = f"z{form}" if form.startswith(".") else form
         if self.mean is None:
             return "-"
         if self.low is None or self.high is None:

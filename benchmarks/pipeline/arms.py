@@ -117,13 +117,16 @@ class Pipeline:
         """Precision of the reference: under LoRA that of the policy's base, which it starts as."""
         return self.experiment.model.dtype if self.experiment.lora else "float32"
 
-    def prepare_sft(self) -> SftStages:
-        """The SFT model, and the samples that reward models are centred and scaled on."""
+    def prepare_sft(self, judged: bool = True) -> SftStages:
+        """The SFT model, the samples that reward models are centred and scaled on, and, if
+        `judged`, who gives gold.
+        """
         e = self.experiment
         start = prepare_start(e, self.stages)
         numbers = e.evaluation.scale_prompts, e.evaluation.scale_samples
         scale = self._sample(start, "samples for score scale", "validation", *numbers)
-        return SftStages(judged_task(e, self.stages, start, scale), start.sft, scale)
+        task = judged_task(e, self.stages, start, scale) if judged else start.task
+        return SftStages(task, start.sft, scale)
 
     def prepare_common(self) -> CommonStages:
         """SFT, and the samples that scales, frontier and reward-model tests are read from."""

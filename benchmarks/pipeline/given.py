@@ -9,6 +9,7 @@ from huggingface_hub import HfApi, hf_hub_download
 
 from rlhf.reward import take_reward
 from shared.config import InputError
+from shared.data.sources import reader_of
 from shared.models.cost import Meter
 from shared.models.folders import CHATS
 from shared.models.load import ModelConfig
@@ -70,6 +71,10 @@ def given_sources(task: TaskConfig) -> tuple[Given, ...]:
 
 
 def _address(name: str) -> dict[str, Any]:
+    if reader_of(Path(name)) is not None and not Path(name).exists():
+        raise InputError(
+            f"task.pairs: {name}: no such file, neither beside the experiment's file nor here"
+        )
     if not is_local(name):
         return {"hub": name, "commit": _dataset_commit(name)}
     path = Path(name)

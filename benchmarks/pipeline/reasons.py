@@ -12,15 +12,17 @@ from shared.stages import read_manifest
 FOLDER = re.compile(r"(?P<kind>.+)-[0-9a-f]{16}")  # a stage's, as it stands among inputs
 SHOWN = 3  # reasons of a stage, and files in a reason
 NONE = "none"
+NEW = "no such stage yet"
 
 
 def plan_text(plan: Plan) -> str:
-    """A line a stage in the order of the run, the reason where it will run, and the totals."""
+    """A line a stage in the order of the run, the reason where it will run again, the totals."""
     store, stages = Finished(plan.root), list(plan.stages.values())
     width = len(str(len(stages)))
     lines = []
     for number, stage in enumerate(stages, 1):
-        why = "" if stage.there else f": {'; '.join(first_of(reasons(stage, store), 'more'))}"
+        found = [] if stage.there else [why for why in reasons(stage, store) if why != NEW]
+        why = f": {'; '.join(first_of(found, 'more'))}" if found else ""
         state = "there " if stage.there else "to run"
         lines.append(f"{number:{width}}  {state}  {stage.label}{why}")
     if any(UNKNOWN in flat(stage.stage.origin["inputs"]).values() for stage in stages):
@@ -37,7 +39,7 @@ def reasons(planned: PlannedStage, store: "Finished") -> list[str]:
     wanted = Origin(planned.stage.origin)
     earlier = store.of(planned.stage.name)
     if not earlier:
-        return ["no such stage yet"]
+        return [NEW]
     nearest = min(earlier, key=wanted.distance)
     return list(dict.fromkeys(wanted.differences(nearest, planned.folder.parent)))
 

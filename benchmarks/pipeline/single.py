@@ -13,6 +13,7 @@ from benchmarks.pipeline.labels import OWN_REWARD_MODEL, lacks_pairs
 from benchmarks.pipeline.places import set_up_process, stage_context
 from benchmarks.pipeline.plan import plan_of
 from benchmarks.pipeline.progress import progress
+from benchmarks.pipeline.start import prepare_start
 from shared.config import InputError, suggest
 from shared.models.cost import versions
 from shared.models.pretrained import is_model_file
@@ -40,10 +41,11 @@ def train_one(experiment: Experiment, method: str, runs: Path) -> TrainedModel:
         experiment = experiment.model_copy(update={"arms": {method: arm}})
 
     def work(runner: Runner) -> tuple[Path, Path | None]:
-        pipeline = Pipeline(experiment, runner)
-        start = pipeline.prepare_sft()
         if method == "sft":
-            return start.sft, None
+            return prepare_start(experiment, runner).sft, None
+        pipeline = Pipeline(experiment, runner)
+        # Who judges changes no training, but where the judge labels the pairs.
+        start = pipeline.prepare_sft(judged=experiment.preferences.source == "policy")
         if arm is None:
             preferences = pipeline.prepare_preferences(start, seed)
             return pipeline.prepare_reward(start, preferences, seed), preferences

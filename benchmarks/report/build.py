@@ -5,7 +5,6 @@ no script, and everything from the run passes through the template's escaping.
 """
 
 import json
-import shlex
 import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -21,10 +20,12 @@ from benchmarks.report.conclusion import Conclusion, conclude
 from benchmarks.report.figures import draw_all
 from benchmarks.report.frontier_plot import KL_CAP, beyond
 from benchmarks.report.style import PALETTE, Picture, look, marker_path
-from benchmarks.report.tables import Bar, Table, count, number, to_csv, to_latex
+from benchmarks.report.tables import NULL, Bar, Table, count, number, to_csv, to_latex
 from benchmarks.report.training_plot import Curves
 from benchmarks.results.schema import Results
 from shared.config import Config, InputError, validate
+
+SHIPPED = Path(__file__).parents[1] / "experiments"
 
 
 class Answer(Config):
@@ -35,9 +36,10 @@ class Answer(Config):
 
 
 class Prompt(Config):
-    """A test prompt with every method's answer."""
+    """A test prompt with every method's answer; `chat`: its messages, without the template."""
 
     prompt: str
+    chat: str | None = None
     answers: dict[str, Answer]
 
 
@@ -65,7 +67,7 @@ def build_report(run: Path) -> Path:
 
 def draw_report(folder: Path, run: Path) -> None:
     """Stage: `index.html`, `figures/` and `tables/`, from the JSON files in `run`."""
-    results = validate(Results, _read(run / "results.json"), str(run / "results.json"))
+    results = read_results(run)
     samples = validate(
         Samples, _read(run / "samples.json", optional=True), str(run / "samples.json")
     )
@@ -81,6 +83,11 @@ def draw_report(folder: Path, run: Path) -> None:
     _write_files(folder, pictures, tables)
     text = _page(results, samples, curves, pictures, tables)
     (folder / "index.html").write_bytes(text.encode("utf-8", errors="replace"))
+
+
+def read_results(run: Path) -> Results:
+    """`results.json` of a run's folder; InputError where it is none."""
+    return validate(Results, _read(run / "results.json"), str(run / "results.json"))
 
 
 def _read(path: Path, optional: bool = False) -> dict[str, Any]:
@@ -138,15 +145,17 @@ def _page(
     environment.filters |= {"look": look, "mark": marker_path, "count_of": count}
     conclusion = conclude(results)
     hero = rows.headline_table(results, conclusion.comparisons)
-    comparisons = [t for name, t in tables.items() if name.startswith("differences-")]
+    differences = [t for name, t in tables.items() if name.startswith("differences-")]
+    comparisons = [t for t in differences if any(row[1].text != NULL for row in t.rows)]
     return environment.get_template("template.html").render(
         r=results,
         conclusion=conclusion,
         seeds_needed=SEEDS_FOR_A_WINNER,
-        command=f"klash compare {shlex.quote(results.experiment)}",
+        command=_command(results.experiment),
         pictures=pictures,
         tables=tables,
         comparisons=comparisons,
+        unreached=[t.caption for t in differences if t not in comparisons],
         first_table=_first_table(comparisons, conclusion),
         hero=hero,
         hero_left=len(conclusion.comparisons) - len(hero.rows),
@@ -158,6 +167,14 @@ def _page(
         kl_cap=f"{KL_CAP:g}",
         environment=list(_flat(results.environment)),
     )
+
+
+def _command(experiment: str) -> str | None:
+    """What runs an experiment that comes with Klash; None of one that the user wrote."""
+    for words in (experiment, f"{experiment.removesuffix('-quick')} --quick"):
+        if (SHIPPED / f"{words.partition(' ')[0]}.toml").is_file():
+            return f"klash compare {words}"
+    return None
 
 
 def _first_table(tables: Sequence[Table], conclusion: Conclusion) -> str:
@@ -183,7 +200,7 @@ def _answers(results: Results, samples: Samples) -> Iterator[tuple[str, list[Sho
         known = [name for name in order if name in prompt.answers]
         known += [name for name in prompt.answers if name not in known]
         yield (
-            prompt.prompt,
+            prompt.chat or prompt.prompt,
             [
                 ShownAnswer(name, a.text, number(a.gold, signed=True), bar(a.gold))
                 for name in known

@@ -9,6 +9,7 @@ from benchmarks.report.style import look
 from benchmarks.report.tables import count, duration, interval, kl_digits, number, percent
 from benchmarks.results.schema import Comparison, Method, Results
 
+UNMOVED = 0.05  # nats a sequence
 DIRECT = ("dpo", "fdpo", "ipo", "kto", "cdpo", "rdpo", "ipo-token")
 
 
@@ -27,11 +28,12 @@ def conclude(results: Results) -> Conclusion:
     """The comparisons of `results` in words."""
     headline = main_comparisons(results)
     facts = {
-        "Data": _labels_sentence(results),
+        "Data": " ".join(filter(None, (_data_sentence(results), _labels_sentence(results)))),
         "Judge": _judge_sentence(results),
         "Score": _score_sentence(results),
         "Among the others": _direct_sentence(results, headline),
-        "Tuned freely": _tuned_sentence(results),
+        "Tuned freely" if results.tuned else "At one setting": _tuned_sentence(results),
+        "Little moved": _unmoved_sentence(results),
         "Room left": _limit_sentence(results),
         "Cost": _cost_sentence(results),
     }
@@ -88,12 +90,12 @@ def _answer_sentence(results: Results, headline: Sequence[Comparison]) -> str:
         have = {0: "none", 1: "one", 2: "two"}[seeds]
         return f"No winner can be named: that takes three seeds, and this run has {have}."
     clauses = _clauses([c for c in headline if "ppo" in (c.a, c.b)] or headline, results)
-    return f"{_heading(headline)}, {'; '.join(clauses)}."
+    return f"{_heading(headline, results.tuned)}, {'; '.join(clauses)}."
 
 
-def _heading(headline: Sequence[Comparison]) -> str:
+def _heading(headline: Sequence[Comparison], tuned: bool) -> str:
     if headline[0].metric == "gold":
-        return "At their own tuned settings"
+        return f"At their own {'tuned ' if tuned else ''}settings"
     return f"At {nats(headline[0].kl)} of KL from the start"
 
 
@@ -166,6 +168,37 @@ def _labels_sentence(results: Results) -> str:
         f"Single answers, {count(labels.desirable)} desirable and {count(labels.undesirable)} "
         f"undesirable. SFT trains on the desirable ones, KTO on both{balanced}. What compares two "
         "answers (DPO, IPO, fDPO, training a reward model) needs pairs and is no part of this run."
+    )
+
+
+def _data_sentence(results: Results) -> str:
+    """Of one's own files: how many rows are used, and why the others are not."""
+    own = results.own_rows
+    if own is None:
+        return ""
+    why = ", ".join(f"{count(n)} {reason}" for reason, n in own.dropped.items() if n)
+    left = f" Left out: {why}." if why else ""
+    sides = {"train": "train", "validation": "choose settings", "test": "test"}
+    sides |= {"judge": "train the judge"}
+    said = [f"{count(own.sides[s])} {verb}" for s, verb in sides.items() if own.sides.get(s)]
+    return (
+        f"{count(own.kept)} of the {count(own.rows)} rows of {_and(own.files)} are used.{left} "
+        f"{'Answers' if results.labels else 'Pairs'}: {_and(said)}."
+    )
+
+
+def _unmoved_sentence(results: Results) -> str:
+    """That no training went anywhere, where none did: then there is little to compare."""
+    trained = [
+        m.kl.mean
+        for m in results.methods.values()
+        if m.kind in ("direct", "filtered", "ppo") and m.kl.mean is not None
+    ]
+    if not trained or max(trained) >= UNMOVED:
+        return ""
+    return (
+        f"No trained method is {UNMOVED} nats or more from the start, so that they can hardly "
+        "differ: more pairs, epochs or a larger learning rate are needed to compare them."
     )
 
 

@@ -143,21 +143,25 @@ def main_table(results: Results) -> Table:
     if not results.judged:
         return unjudged_table(results)
     if results.enumerated:
-        last = {"Regret": _measure("regret", _estimate(3))}
+        last: Shown = {"Regret": _measure("regret", _estimate(3))}
+    elif results.own_rows is not None:  # whose text has no grammar; what was cut is in `text`
+        last = {}
     else:
         last = {"Well-formed": _measure("well_formed", SHARE)}
+    limit: Shown = {"Of the limit": ("frontier_efficiency", _efficiency_cell)}
     shown: Shown = {
         "Gold": ("gold", _with_bars(results, "gold", _estimate(), zero=False)),
         "Gain": _measure("gain", _estimate(signed=True)),
         "KL, nats": ("kl", _kl_cell),
         "Win rate": _measure("win_rate", SHARE),
-        "Of the limit": ("frontier_efficiency", _efficiency_cell),
+        **(limit if results.frontier else {}),
         "Hacking gap": _measure("hacking_gap", _estimate(signed=True)),
         **last,
         "Length": _measure("length", _estimate(1)),
         "Displacement": _measure("displacement", _estimate(1, signed=True)),
     }
-    caption = "Every method at its tuned setting, on test prompts"
+    which = "tuned" if results.tuned else "first"
+    caption = f"Every method at its {which} setting, on test prompts"
     return _methods_table(results, "main", caption, shown)
 
 
@@ -246,7 +250,8 @@ def comparison_table(
                 Cell(text, values=(raw,), strong=best is not None),
             ]
         )
-    where = "at the tuned settings" if level is None else f"at {nats(level)}"
+    tuned = "at the tuned settings" if results.tuned else "at the settings that ran"
+    where = tuned if level is None else f"at {nats(level)}"
     columns = [
         Column("Pair", ("a", "b"), numeric=False),
         Column("Difference", _keys("difference")),
@@ -308,6 +313,9 @@ def timed_alone(results: Results) -> str:
     return f"Time, memory and share of peak are of {which}, run alone; others ran side by side."
 
 
+ATTAINABLE = ("bayes_accuracy", "share_of_attainable")  # where the labels' noise is known
+
+
 def reward_table(rm: RewardModel) -> Table:
     """The reward model's numbers, one per row."""
     cells = [
@@ -325,7 +333,11 @@ def reward_table(rm: RewardModel) -> Table:
         ("Held-out pairs", "pairs", Cell(count(rm.pairs), values=(rm.pairs, None, None))),
     ]
     columns = [Column("Measure", ("measure",), numeric=False), Column("Value", _keys("value"))]
-    rows = [[Cell(label, values=(key,)), cell] for label, key, cell in cells]
+    rows = [
+        [Cell(label, values=(key,)), cell]
+        for label, key, cell in cells
+        if cell.text != NULL or key not in ATTAINABLE
+    ]
     return Table("reward-model", "The reward model, on pairs it has not seen", columns, rows)
 
 

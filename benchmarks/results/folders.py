@@ -6,8 +6,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from benchmarks.data.stats import chat_text
 from benchmarks.pipeline.compare import HeadToHead
 from shared.stages import read_jsonl
+from shared.tasks.own import OwnData, read_own
 from shared.training.finished import read_log
 
 Array = NDArray[np.float64]
@@ -55,10 +57,14 @@ def answers_by_method(compared: HeadToHead, seed: int, count: int) -> dict[str, 
         run = next(r for r in runs if r.seed == seed and r.setting == compared.tuned[name])
         folders[name] = run.rows[1.0]
     rows = {name: read_jsonl(folder / "rows.jsonl")[:count] for name, folder in folders.items()}
+    task = compared.common.task
+    own = read_own(task.data) if isinstance(task, OwnData) else ()
+    chats = {e.prompt: chat_text(e.messages) for e in own if e.messages is not None}
     return {
         "prompts": [
             {
                 "prompt": rows["sft"][i]["prompt"],
+                "chat": chats.get(rows["sft"][i]["prompt"]),
                 "answers": {
                     name: {"text": r[i]["completions"][0], "gold": r[i]["gold"][0]}
                     for name, r in rows.items()

@@ -172,6 +172,17 @@ class Labels(Config):
     undesirable_weight: float
 
 
+class OwnRows(Config):
+    """What became of the rows of one's own files; `sides`: pairs that train, validate, test."""
+
+    files: list[str]
+    format: str
+    rows: int
+    kept: int
+    dropped: dict[str, int]
+    sides: dict[str, int]
+
+
 class Comparison(Config):
     """a - b, paired by seed and prompt. A winner needs three seeds and an interval without 0."""
 
@@ -192,6 +203,7 @@ class Results(Config):
     seeds: list[int]
     environment: dict[str, Any]
     sizes: dict[str, int]
+    own_rows: OwnRows | None = None  # of the task `own`
     enumerated: bool = False  # gold, KL and what follows are expectations over all completions
     methods: dict[str, Method]
     reward_model: RewardModel | None  # null where there is none, or no pairs to examine it on
@@ -211,3 +223,9 @@ class Results(Config):
     def judged(self) -> bool:
         """Whether there is gold: else nothing says which method is better."""
         return any(method.gold.mean is not None for method in self.methods.values())
+
+    @property
+    def tuned(self) -> bool:
+        """Whether some method's setting was chosen among several."""
+        settings = (setting for method in self.methods.values() for setting in method.sweep)
+        return any(setting.validation_gold is not None for setting in settings)

@@ -20,10 +20,12 @@ from benchmarks.results.methods import (
 )
 from benchmarks.results.ratings import gold_quality
 from benchmarks.results.reward_model import judge_quality, reward_model_quality
-from benchmarks.results.schema import Comparison, JudgeQuality, Results
+from benchmarks.results.schema import Comparison, JudgeQuality, OwnRows, Results
 from shared.generation.start import engine_version
 from shared.models.cost import environment, matmul_rate
-from shared.stages import write_json
+from shared.stages import read_json, write_json
+from shared.tasks.own import OwnData
+from shared.tasks.registry import TaskInput
 
 FRONTIER_POINTS = 60
 UNMEASURED = "undecided: no labels are held out to measure the judge on"
@@ -75,6 +77,7 @@ def results_of(
             "frontier_prompts": experiment.evaluation.near_prompts if limits else 0,
             "frontier_samples": limits.samples_per_prompt if limits else 0,
         },
+        own_rows=own_rows(experiment.task.pairs, compared.common.task),
         methods=methods,
         reward_model=reward_model_quality(compared),
         labels=None if experiment.has_pairs else labels_by_kind(compared),
@@ -87,6 +90,17 @@ def results_of(
             for point in first.points(shown_kl, FRONTIER_POINTS)
         ],
         comparisons=comparisons_of(golds, judge) if has_gold(sft.rows) else [],
+    )
+
+
+def own_rows(pairs: str | tuple[str, ...], task: TaskInput) -> OwnRows | None:
+    """What the stage `data` read of the files `pairs`; None of a task that comes with Klash."""
+    if not isinstance(task, OwnData):
+        return None
+    found = read_json(task.data / "data.json")
+    return OwnRows(
+        files=[Path(name).name for name in ([pairs] if isinstance(pairs, str) else pairs)],
+        **{key: found[key] for key in ("format", "rows", "kept", "dropped", "sides")},
     )
 
 

@@ -10,7 +10,7 @@ import torch
 from shared.config import InputError
 from shared.models.folders import listed_ends, open_tokenizer, require_folder
 from shared.models.load import ModelConfig, WeightDtype
-from shared.models.pretrained import is_local, local_path, take_pretrained, turn_end
+from shared.models.pretrained import commit_of, is_local, local_path, take_pretrained, turn_end
 from shared.models.scorer import Scorer
 
 
@@ -33,8 +33,13 @@ def open_scorer(folder: Path, dtype: WeightDtype) -> Scorer:
 
 
 def require_policy(name: str) -> None:
-    """InputError if `name` means a folder that is no policy; others are looked at when taken."""
-    if is_local(name) and Path(name).is_dir():
+    """InputError if `name` means a folder that is no policy, or neither hub nor cache has it.
+
+    What a hub name or a .gguf file holds is looked at when it is taken.
+    """
+    if not is_local(name):
+        commit_of(name, None)
+    elif Path(name).is_dir():
         require_folder(Path(name), "policy")
 
 

@@ -75,16 +75,19 @@ class Rule:
 
     def said(self) -> str:
         """The rule in words."""
-        what = "its chosen answer's score"
+        what = "score of the chosen answer"
         if self.by == "margin":
-            what = "its margin, score(chosen) - score(rejected),"
+            what = "margin, score(chosen) - score(rejected)"
         if self.threshold is not None:
-            return f"a row stays where {what} is above {self.threshold:g}"
+            return f"a row stays where its {what} is above {self.threshold:g}"
         if self.best_share is not None:
-            return f"the {self.best_share:.0%} of rows stay of which {what} is highest"
+            return f"the {self.best_share:.0%} of rows with the highest {what} stay"
+        own = {"mean": "the mean score", "best": "the best"}[self.against]
+        more = f"more than {self.margin:g} above" if self.margin else "above"
+        floor = f"; at least {self.floor:.0%} of all rows stay" if self.floor else ""
         return (
-            f"a row stays where its chosen answer scores more than {self.margin:g} above the "
-            f"{self.against} of the policy's own samples; at least {self.floor:.0%} stay"
+            f"a row stays where its chosen answer scores {more} {own} of the policy's own answers"
+            f"{floor}"
         )
 
 

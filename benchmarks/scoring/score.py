@@ -55,7 +55,7 @@ def score(
         report = rows.reading.report
         if not report.kept:
             raise InputError("\n".join(["no row has a score", *dropped_lines(report)]))
-    print(f"{out}: {report.kept:,} of {report.read:,} rows ({report.format}: {report.kind})")
+    print(f"{out}: {report.kept:,} of {report.read:,} rows (format {report.format})")
     for line in dropped_lines(report):
         print(f"dropped: {line}")
     if margins:

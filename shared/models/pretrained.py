@@ -308,7 +308,7 @@ def is_local(name: str) -> bool:
 def hub_error(name: str, error: Exception) -> InputError:
     """What went wrong with a hub name, for the user."""
     return InputError(
-        f"{name}: no such folder here, and the hub does not give it "
+        f"{name}: no such file or folder here, and the hub does not give it "
         f"({type(error).__name__}): check the name and revision, log in with `hf auth login` if it "
         "is gated, or fetch it where there is a network and name the folder"
     )

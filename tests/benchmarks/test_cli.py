@@ -422,10 +422,27 @@ def test_a_fault_of_ours_keeps_its_traceback():
         raise ZeroDivisionError
 
 
+def test_a_reader_that_has_read_enough_ends_a_command_without_a_word():
+    code = (
+        "from benchmarks.entry import ExitCodes\n"
+        "with ExitCodes('klash'):\n"
+        "    while True:\n"
+        "        print('a line')\n"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    ) as process:
+        assert process.stdout is not None and process.stderr is not None
+        assert process.stdout.readline() == b"a line\n"
+        process.stdout.close()  # as `| head -1` does
+        assert process.stderr.read() == b""
+    assert process.returncode == 141  # as a shell tells of SIGPIPE
+
+
 @pytest.mark.parametrize(
     ("words", "folder"),
     [("compare", "runs"), ("compare --runs a", "a"), ("compare --runs=a/b x", "a/b"),
-     ("compare --runs", "runs")],
+     ("compare --runs", "runs"), ("", "runs")],
 )  # fmt: skip
 def test_the_runs_folder_is_read_from_the_words(words: str, folder: str):
     assert runs_folder(words.split()) == Path(folder)

@@ -308,13 +308,13 @@ def test_a_row_that_is_cut_away_and_then_contradicted_is_counted_once(check: Che
     assert counts["dropped"] == {"over-long": 1, "contradiction": 1}
 
 
-def test_prompts_across_splits_that_are_nearly_the_same(check: Check):
+def test_prompts_across_sides_that_are_nearly_the_same(check: Check):
     rows = [
         {"prompt": f"Tell me at length how a bicycle stays upright on the road{'!' * n}",
          "chosen": f"a{n}", "rejected": f"b{n * n}"} for n in range(12)
     ]  # fmt: skip
     passed, said, _ = check(rows, "--near-duplicates")
-    assert passed and "pairs of prompts across splits, such as 'Tell me" in said
+    assert passed and "pairs of prompts across sides, such as 'Tell me" in said
 
 
 # --- the commands themselves -------------------------------------------------------------------
@@ -323,8 +323,9 @@ def test_prompts_across_splits_that_are_nearly_the_same(check: Check):
 def test_bad_rows_are_counted_to_the_end_and_fail(check: Check, tmp_path: Path):
     rows = "".join(json.dumps(row) + "\n" for row in texts()) + "{\n[]\n" + json.dumps(chats()[0])
     drops = tmp_path / "dropped.jsonl"
-    passed, _, counts = check(rows, "--dropped", str(drops))
+    passed, said, counts = check(rows, "--dropped", str(drops))
     assert not passed and counts["dropped"] == {"undecodable": 3}
+    assert "--max-bad-rows 3" in said
     found = [json.loads(line) for line in drops.read_text().splitlines()]
     assert [(d["line"], d["reason"]) for d in found] == [(n, "undecodable") for n in (13, 14, 15)]
     assert check(rows, "--max-bad-rows", "3")[0]

@@ -314,6 +314,13 @@ def test_one_method_alone_is_a_plain_folder_with_a_card(
     assert not (tmp_path / "out" / "manifest.json").exists()
 
 
+@pytest.mark.parametrize("method", ["sft", "reward", "dpo"])
+def test_one_method_alone_trains_no_judge(own: Path, tmp_path: Path, method: str):
+    runs = tmp_path / "runs"
+    train_one(load_experiment(str(own), ["--judge.share", "0.3"], False), method, runs)
+    assert folders(runs, "sft") and not folders(runs, "judge")
+
+
 def test_an_unknown_method_is_answered_with_the_nearest(own: Path):
     with pytest.raises(InputError, match="did you mean `dpo`"):
         train_one(load_experiment(str(own), [], False), "dpoo", own.parent / "runs")

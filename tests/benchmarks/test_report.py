@@ -378,6 +378,74 @@ def test_nothing_to_compare_is_said():
     assert conclude(results_of(run)).answer.startswith("No two methods could be compared")
 
 
+OWN_ROWS = {
+    "files": ["desk.jsonl"],
+    "format": "pairs",
+    "rows": 400,
+    "kept": 369,
+    "dropped": {"duplicate": 18, "empty": 13},
+    "sides": {"train": 300, "validation": 20, "test": 49},
+}
+
+
+def own_run(**changes: Any) -> Json:
+    """A run on a user's rows: no limit was estimated, no noise of the labels is known."""
+    run = run_of()
+    run["results"] |= {"experiment": "desk", "task": "own", "own_rows": OWN_ROWS, **changes}
+    run["results"] |= {"frontier": [], "rm_frontier": []}
+    for name in ("bayes_accuracy", "share_of_attainable"):
+        run["results"]["reward_model"][name] = None if name[0] == "b" else estimate(None, 3)
+    chat = "system: Be kind.\nuser: It broke."
+    run["samples"]["prompts"][0] |= {"prompt": "<|im_start|>system\nBe", "chat": chat}
+    return run
+
+
+def test_of_own_rows_the_page_says_how_many_are_used_and_why_not_the_others(tmp_path: Path):
+    text = build_report(write(tmp_path, own_run())).read_text(encoding="utf-8")
+    words = visible(text)
+    assert "369 of the 400 rows of desk.jsonl are used. Left out: 18 duplicate, 13 empty." in words
+    assert "300 train, 20 choose settings and 49 test" in words
+    assert "user: It broke." in words and "im_start" not in words
+    for empty in ("Of the limit", "Well-formed", "Best possible accuracy", "klash compare"):
+        assert empty not in words
+
+
+def test_the_page_names_the_command_of_what_comes_with_klash_alone(page: str, tmp_path: Path):
+    assert "klash compare reviews" in visible(page)
+    quick = run_of()
+    quick["results"]["experiment"] = "reviews-quick"
+    text = build_report(write(tmp_path, quick)).read_text(encoding="utf-8")
+    assert "klash compare reviews --quick" in visible(text)
+
+
+def test_where_no_training_left_the_start_that_is_said():
+    facts = dict(conclude(results_of(run_of())).facts)
+    assert "Little moved" not in facts
+    run = run_of()
+    for found in run["results"]["methods"].values():
+        found["kl"] = estimate(0.001, 3, half=0.0)
+    facts = dict(conclude(results_of(run)).facts)
+    assert "start" in facts["Little moved"]
+
+
+def test_settings_that_nobody_chose_are_not_called_tuned(tmp_path: Path):
+    run = run_of()
+    for found in run["results"]["methods"].values():
+        for setting in found["sweep"]:
+            setting["validation_gold"] = None
+    words = visible(build_report(write(tmp_path, run)).read_text(encoding="utf-8"))
+    assert "at its first setting" in words and "tuned setting" not in words
+
+
+def test_levels_that_no_two_methods_reach_are_one_line_and_no_table(tmp_path: Path):
+    run = run_of()
+    run["results"]["comparisons"] += [difference("ppo", "dpo", None, 50.0, 3)]
+    text = build_report(write(tmp_path, run)).read_text(encoding="utf-8")
+    assert "No two methods both got so far: differences in gold at 50 nats." in visible(text)
+    assert "<summary>Differences in gold at 50 nats" not in text
+    assert "<summary>Differences in gold at 5 nats" in text
+
+
 def test_seeds_that_failed_do_not_count():
     run = run_of()
     for comparison in run["results"]["comparisons"]:

@@ -258,6 +258,11 @@ def test_a_mistake_on_the_command_line_is_not_the_files(tmp_path: Path):
     assert [line.partition(": ")[0] for line in of_words] == ["command line"] * 2
 
 
+def test_a_wrong_section_on_the_command_line_is_not_the_files(tmp_path: Path):
+    message = refusal(tmp_path, "[inner]\nsteps = 1", "--iner.rate", "0.5")
+    assert message.startswith("command line: unknown key `iner`")
+
+
 @pytest.mark.parametrize("words", [["--title"], ["--title", "--inner.rate"], ["title", "x"]])
 def test_an_override_without_dashes_or_value_is_refused(tmp_path: Path, words: list[str]):
     assert "title" in refusal(tmp_path, "", *words)
@@ -291,8 +296,8 @@ def test_every_field_has_one_or_two_lines_that_say_what_it_is(model: type[Config
 def test_every_key_can_be_set_to_its_default_by_its_name(tmp_path: Path):
     """What `keys` prints is what the command line takes."""
     printed = [k for k in keys(Experiment) if k.type != "section" and "NAME" not in k.name]
-    words = [f"--{k.name}={k.default}" for k in printed if k.default not in ("required", "none")]
-    assert len(words) > 90
+    words = [f"--{k.name}={k.default}" for k in printed if k.default != "required"]
+    assert len(words) > 90 and "--judge.share=none" in words
     assert experiment(tmp_path, "", ARM, *words) == experiment(
         tmp_path,
         "",

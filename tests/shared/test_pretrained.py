@@ -348,7 +348,7 @@ def test_a_hub_name_is_its_commit_from_the_cache_when_offline(
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     assert address_of_model("someone/model") == {"hub": "someone/model", "commit": commit}
-    with pytest.raises(InputError, match="someone/other: no such folder here, and the hub"):
+    with pytest.raises(InputError, match="someone/other: no such file or folder here, and the hub"):
         address_of_model("someone/other")
 
 
