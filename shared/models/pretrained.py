@@ -8,13 +8,13 @@ means, by content or by commit, so that two folders of one name are two models.
 import hashlib
 import os
 import re
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 from huggingface_hub import HfApi, snapshot_download, try_to_load_from_cache
 from huggingface_hub.errors import HTTPError  # pyright: ignore[reportPrivateImportUsage]
-from jinja2 import TemplateError
 from safetensors import safe_open
 from transformers import (
     AutoModelForCausalLM,
@@ -25,6 +25,7 @@ from transformers import (
 )
 
 from shared.config import InputError
+from shared.data.chat import TEMPLATE_FAULTS
 from shared.models.folders import (
     CHATS,
     as_ids,
@@ -196,7 +197,7 @@ def turn_end(tokenizer: PreTrainedTokenizerBase) -> int | None:
     chat = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "klash"}]
     try:
         text = str(tokenizer.apply_chat_template(chat, tokenize=False))
-    except (TemplateError, TypeError):  # it wants words that only real rows bring
+    except TEMPLATE_FAULTS:  # it wants words that only real rows bring
         return None
     _, _, behind = text.rpartition("klash")
     ids: list[int] = tokenizer(behind, add_special_tokens=False).input_ids
@@ -296,7 +297,7 @@ def local_path(name: str, revision: str | None) -> Path:
 def is_local(name: str) -> bool:
     """Whether `name` is a path, which must be there; else it is a hub name."""
     path = Path(name)
-    if path.exists():
+    if os.path.exists(name):  # which is False for what can be no path; Path.exists raises
         return True
     if path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1 or path.suffix in (
         ".gguf", ".safetensors",
@@ -347,7 +348,9 @@ def commit_of(name: str, revision: str | None) -> str:
     try:
         found = HfApi().model_info(name, revision=revision).sha
     except HUB_ERRORS as error:
-        cached = try_to_load_from_cache(name, "config.json", revision=revision)
+        cached = None
+        with suppress(ValueError):  # of a name that can be none
+            cached = try_to_load_from_cache(name, "config.json", revision=revision)
         if not isinstance(cached, str):
             raise hub_error(name, error) from error
         found = Path(cached).parent.name  # .../snapshots/COMMIT/config.json

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from shared.config import InputError
-from shared.data.chat import Encoder, answer_text, render, said_by
+from shared.data.chat import Encoder, answer_text, render, require_words, said_by
 from shared.data.rows import Message, Messages, Row, Unusable
 from shared.models.cost import At, Work, count_pass
 from shared.models.folders import CHATS, NORMALISATION, open_tokenizer, read_object
@@ -84,6 +84,7 @@ class Scorer:
         self.model.config.get_text_config().pad_token_id = fill  # where its class reads a score
         self.offset, self.scale = read_normalisation(folder)
         self.room = context_length(self.model, self.tokenizer)
+        self._says = False  # whether the template is known to write what messages say
         trained_by = read_ends(folder)  # of one that was trained here: as our trainers encode rows
         self.own = None if trained_by is None else Encoder(self.tokenizer, trained_by)
 
@@ -242,6 +243,9 @@ class Scorer:
 
     def _rendered(self, row: Answered) -> str:
         """A chat in the reward model's template; an answer that was cut ends with its last word."""
+        if not self._says:
+            require_words(self.tokenizer)
+            self._says = True
         words: dict[str, Any] = {"tools": row.tools, "template": row.template}
         prompt: Messages = row.prompt  # pyright: ignore[reportAssignmentType]
         if not row.ended:
