@@ -78,7 +78,7 @@ def _require_place(folder: Path) -> None:
         named = f" ({base})" if base else ""
         raise InputError(
             f"{folder}: this is an adapter: set `model` to its base{named} and `adapter` to this "
-            "folder"
+            "folder, or merge it (merge_and_unload) and save the model"
         )
     raise InputError(f"{folder}: no model here (config.json is missing)")
 
@@ -369,12 +369,12 @@ def listed_ends(folder: Path) -> frozenset[int]:
     """
     path, text = folder / "generation_config.json", text_config(folder)
     found = read_object(path).get("eos_token_id") if path.is_file() else None
-    named = text.get("eos_token_id") if found is None else found
+    named = text.get("eos_token_id") if found in (None, []) else found
     each = named if isinstance(named, list) else [] if named is None else [named]
     if any(type(one) is not int for one in each):
         raise InputError(
-            f"{folder if found is None else path}: eos_token_id is a token's id or a list of ids "
-            f"(found {named!r})"
+            f"{folder if found in (None, []) else path}: eos_token_id is a token's id or a list "
+            f"of ids (found {named!r})"
         )
     ends = as_ids(named)
     size = text.get("vocab_size")

@@ -410,6 +410,10 @@ REWARD_FAULTS: dict[str, tuple[Fault, str]] = {
         holding("normalisation.json", '{"offset": 0.0, "scale": NaN}'),
         "do not differ",
     ),
+    "a tokenizer too large": (larger_tokenizer, r"largest id is 261, the model has 260"),
+    "chats of other keys": (holding("chats.jsonl", '{"a": 1}\n'), "not the messages of prompts"),
+    "chats no objects": (holding("chats.jsonl", "[1]\n"), "not the messages of prompts"),
+    "chats not JSON": (holding("chats.jsonl", "hello\n"), "not the messages of prompts"),
     "normalisation not JSON": (holding("normalisation.json", "{"), "not JSON"),
     "normalisation of other keys": (holding("normalisation.json", "{}"), "not {offset, scale}"),
     "weights left over": (
