@@ -8,7 +8,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from rlhf.losses import bradley_terry_loss
-from shared.config import Config
+from shared.config import Config, InputError
 from shared.data.batches import Batch, PairRows
 from shared.data.pairs import read_pairs
 from shared.data.samples import read_samples
@@ -105,7 +105,10 @@ def take_reward(
             shutil.copy(file, folder / file.name)
     if chats is not None:
         shutil.copy(chats / CHATS, folder / CHATS)
-    normalise(folder, references, policy=policy)
+    try:
+        normalise(folder, references, policy=policy)
+    except InputError as error:  # of the copy, whose folder goes with the stage
+        raise InputError(str(error).replace(str(folder), str(source))) from error
 
 
 def reward_loss(center: float) -> Loss[Batch]:

@@ -7,6 +7,7 @@ from benchmarks.doctor.finding import Finding, make_finding
 from dpo.losses import balancing_weights
 from shared.data.chat import NOTES
 from shared.data.cleaning import REASONS, Report, places_text
+from shared.data.examples import MOST_REPEATED, REPEATED
 
 MOST_CONTRADICTIONS = 0.01  # share of rows above which labels are not to be trusted
 MOST_DROPPED = 0.5
@@ -61,6 +62,14 @@ def of_rows(report: Report, max_bad_rows: int, *, strict: bool = False) -> Itera
             both <= MOST_CONTRADICTIONS * report.read,
             f"{both} of {report.read} rows say the opposite of another, and none of them is used",
             "decide each of them: what is said both ways teaches nothing",
+        )
+    if repeated := report.notes[REPEATED]:
+        yield make_finding(
+            "prompt in answers",
+            repeated <= MOST_REPEATED * report.kept,
+            f"the answers of {repeated} of {report.kept} rows repeat the prompt "
+            f"({places_text(report.places[REPEATED])})",
+            "take it out of them: prompt and answer are put together, and it would be read twice",
         )
     if unread := [name for name in report.notes if name.startswith("column not read: ")]:
         columns = ", ".join(name.partition(": ")[2] for name in unread)
@@ -153,10 +162,12 @@ def of_tokens(report: Report) -> Iterator[Finding]:
             FIXES["control-tokens"],
         )
     rows, share = report.notes["unknown-tokens"], report.unknown_tokens / max(1, report.tokens)
+    asked = report.unknown_in_prompts / max(1, report.prompt_tokens)
     where = f" ({places_text(report.places['unknown-tokens'])})" if rows else ""
     yield make_finding(
         "unknown tokens",
-        share <= MOST_UNKNOWN,
-        f"{rows} of {report.kept} rows hold them, {share:.1%} of the answers' tokens{where}",
+        max(share, asked) <= MOST_UNKNOWN,
+        f"{rows} of {report.kept} rows hold them, {share:.1%} of the answers' tokens, {asked:.1%} "
+        f"of the prompts'{where}",
         "the tokenizer does not know these words: take a model whose tokenizer does",
     )

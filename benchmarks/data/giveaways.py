@@ -13,6 +13,8 @@ import numpy as np
 
 WINDOW = 100  # characters at either end in which these words are looked for
 LIMIT = 0.9  # accuracy at which one of these gives the labels away
+# What an answer begins and ends with: 0 is its blanks and whether a capital follows, then words.
+FIRST, LAST = ("first 0", "first 1", "first 2", "first 3"), ("last 0", "last 1")
 FEWEST = 32  # pairs below which that may be chance
 
 
@@ -38,7 +40,7 @@ class Answers:
 
     def __init__(self) -> None:
         self.numbers, self.lengths = array("q"), array("q")
-        self.words = {name: array("q") for name in ("first 1", "first 2", "first 3", "last 1")}
+        self.words = {name: array("q") for name in (*FIRST, *LAST)}
 
     def add(self, answer: str, number: int = 0) -> None:
         """Take what is counted of one more answer, of the row called `number`."""
@@ -49,6 +51,10 @@ class Answers:
         for count in (1, 2, 3):
             self.words[f"first {count}"].append(hash(tuple(first[:count])))
         self.words["last 1"].append(hash(tuple(last)))
+        begin, end = answer.lstrip()[:1], answer.rstrip()
+        blanks = answer[: len(answer) - len(answer.lstrip())]
+        self.words["first 0"].append(hash((blanks, begin.isupper(), begin.islower())))
+        self.words["last 0"].append(hash(answer[len(end) :]))
 
     def without(self, gone: set[int]) -> "Answers":
         """But for those of the rows in `gone`."""
@@ -96,8 +102,8 @@ def accuracies(better: Answers, worse: Answers) -> Accuracies | None:
     return Accuracies(
         pairs=count,
         longer_chosen=float(np.mean(longer > shorter) + np.mean(longer == shorter) / 2),
-        first_words=max(by_words[f"first {n}"] for n in (1, 2, 3)),
-        last_words=by_words["last 1"],
+        first_words=max(by_words[name] for name in FIRST),
+        last_words=max(by_words[name] for name in LAST),
     )
 
 

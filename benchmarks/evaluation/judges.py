@@ -13,7 +13,7 @@ from benchmarks.scoring.sampling import answered_by_sample
 from shared.config import InputError
 from shared.data.chat import answer_text
 from shared.models.load import WeightDtype
-from shared.models.scorer import Answered, Scorer
+from shared.models.scorer import Answered, Scorer, require_differing
 from shared.tasks.judge import Judge, judged_by_function, load_function
 
 
@@ -78,6 +78,8 @@ def score_answers(
         if folder is not None:
             scorer = open_scorer(require_reward_model(folder), dtype)
             scores[name] = [scored_by(scorer, rows, unread) for rows in said]
+            each = [x for found in scores[name] for given in found.values() for x in given]
+            require_differing(folder, each)
             del scorer
     if judges.judge_function is not None:
         scores["gold"] = [by_function(judges.function(), rows) for rows in said]

@@ -1,5 +1,6 @@
 """One TOML file = one experiment: everything a head-to-head depends on."""
 
+import os
 import sys
 from collections.abc import Collection, Sequence
 from pathlib import Path
@@ -302,7 +303,7 @@ def found_beside(experiment: Experiment, folder: Path) -> Experiment:
 
     def found(name: str) -> str:
         for path in (folder / Path(name).expanduser(), Path(name).expanduser()):
-            if name and path.exists():
+            if name and os.path.exists(path):  # False for what can be no path
                 return str(path.resolve())
         return name
 

@@ -44,7 +44,7 @@ from shared.config import InputError
 from shared.data.examples import Numbered, dropped_lines
 from shared.models.cost import versions
 from shared.models.pretrained import address_of_model
-from shared.models.scorer import Scorer
+from shared.models.scorer import Scorer, require_differing
 from shared.seeds import seed_of
 from shared.stages import write_json
 
@@ -173,6 +173,8 @@ def write_outputs(asked: Filtering, log: ScoreLog, rows: Rows) -> dict[str, Any]
             rows.reading.drop_passed(one, result["reason"], result["said"])
         lines = dropped_lines(rows.reading.report)
         raise InputError("\n".join([f"{asked.reward_model}: no row has a score", *lines]))
+    both = scores if others is None else torch.cat([scores, others])
+    require_differing(asked.reward_model, both.tolist())
     stays = asked.rule.stays(scores, others)
     if not stays.any():
         ranges = f"chosen answers score from {scores.min():.4g} to {scores.max():.4g}"

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from shared.config import InputError
-from shared.data.examples import Numbered, Reading, no_rows_text
+from shared.data.examples import Numbered, Reading, no_rows_text, require_answers_alone
 from shared.data.rows import DataConfig, Message, Row, Unusable
 from shared.models.scorer import Answered, Scorer
 
@@ -91,6 +91,7 @@ def survey(sources: Sequence[str], data: DataConfig, kinds: Sequence[str]) -> Ro
             )
     if not reading.report.kept:
         raise InputError(no_rows_text(sources, reading.report))
+    require_answers_alone(sources, reading.report)
     return Rows(tuple(sources), reading, reading.report.kept, reading.report.kind)
 
 

@@ -12,6 +12,7 @@ from shared.data.chat import Encoder, said_by
 from shared.data.rows import Row, Unusable
 from shared.generation.engine import Engine, Sampling
 from shared.generation.start import GenerationConfig, make_engine
+from shared.models.folders import require_embeddings
 from shared.models.load import WeightDtype, load_policy, load_tokenizer, special_ids
 from shared.models.scorer import Answered, context_length
 
@@ -50,6 +51,7 @@ class Policy:
         self.ids = special_ids(self.tokenizer, folder)
         self.model = load_policy(folder, sampled.dtype).to(device()).eval()  # pyright: ignore[reportArgumentType]
         self.model.requires_grad_(False)
+        require_embeddings(folder, self.tokenizer, self.model)
         self.encoder = Encoder(self.tokenizer, self.ids.ends)
         self.sampled = sampled
         generation = GenerationConfig(engine=sampled.engine, dtype=sampled.dtype)

@@ -16,6 +16,7 @@ from benchmarks.scoring.rows import RowOptions, in_trl_form, survey
 from shared.config import InputError
 from shared.data.examples import dropped_lines
 from shared.models.load import WeightDtype
+from shared.models.scorer import require_differing
 
 KINDS = ("pairs", "labels", "answers")
 
@@ -36,7 +37,7 @@ def score(
     require_rows_file(out, sources)
     folder = require_reward_model(reward_model)
     rows = survey(sources, options.config(), KINDS)
-    scorer, margins = open_scorer(folder, dtype), array("f")
+    scorer, margins, all_scores = open_scorer(folder, dtype), array("f"), array("f")
     pace = Pace()
     with (
         appear_whole([out]) as [file],
@@ -49,12 +50,14 @@ def score(
                     continue
                 found = in_trl_form(one.row) | named(scores)
                 file.write(json.dumps(found, ensure_ascii=False, allow_nan=False) + "\n")
+                all_scores.extend(scores.values())
                 if "rejected" in scores:
                     margins.append(scores["chosen"] - scores["rejected"])
             done(len(chunk), True)
         report = rows.reading.report
         if not report.kept:
             raise InputError("\n".join(["no row has a score", *dropped_lines(report)]))
+        require_differing(folder, all_scores)
     print(f"{out}: {report.kept:,} of {report.read:,} rows (format {report.format})")
     for line in dropped_lines(report):
         print(f"dropped: {line}")

@@ -6,7 +6,7 @@ what the template puts behind it. Exactly one BOS where the tokenizer or the tem
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 from jinja2 import TemplateError
@@ -35,9 +35,16 @@ NOTES = {
     "two-ends": "an answer holds a token that ends it before its end",
     "control-tokens": "a message holds special tokens as text",
     "control-tokens-in-prompts": "a prompt that is no chat holds special tokens as text",
-    "unknown-tokens": "an answer holds unknown tokens",
+    "unknown-tokens": "a prompt or an answer holds unknown tokens",
     "cut": "an answer was cut at max_completion_tokens",
 }
+
+
+# A chat template is a program of the user's: what it raises is told in the words of its rows.
+TEMPLATE_FAULTS = (
+    TemplateError, TypeError, ValueError, ArithmeticError, LookupError, AttributeError,
+    RecursionError,
+)  # fmt: skip
 
 
 class Rendered(NamedTuple):
@@ -67,8 +74,25 @@ def render(
             add_generation_prompt=open_answer,
             **(template or {}),
         )
-    except (TemplateError, TypeError, ValueError) as error:
+    except TEMPLATE_FAULTS as error:
         raise Unusable("refused", f"the chat template refuses it: {error}") from error
+
+
+def require_words(tokenizer: PreTrainedTokenizerBase) -> None:
+    """InputError if the chat template leaves out what messages say, as those do that want
+    `content` as a list of parts.
+    """
+    said = {"user": "klash asks", "assistant": "klash answers"}
+    try:
+        text = render(tokenizer, [{"role": who, "content": words} for who, words in said.items()])
+    except Unusable:  # it wants words that only real rows bring
+        return
+    for who, words in said.items():
+        if words not in text:
+            raise InputError(
+                f"{tokenizer.name_or_path}: its chat template leaves out what a message of the "
+                f"{who} says: let it write message['content'] as a text, and save it"
+            )
 
 
 def answer_text(answer: str | Message) -> str:
@@ -101,6 +125,7 @@ class Encoder:
         self.before = self._before()
         self.special = _pattern(tokenizer)
         self.opens: bool | None = None  # whether the template has a generation prompt, once known
+        self._says = False  # whether the template is known to write what messages say
         self._ends_in: dict[str, int] = {}  # of what templates put behind an answer
 
     def _before(self) -> list[int]:
@@ -125,6 +150,9 @@ class Encoder:
                 "chat messages, but the model's tokenizer has no chat template; set "
                 "tokenizer.chat_template and save it, or give texts"
             )
+        if not self._says:
+            require_words(self.tokenizer)
+            self._says = True
         words = {"tools": row.tools, "template": row.template}
         prompt = render(self.tokenizer, row.prompt, open_answer=True, **words)
         whole = (render(self.tokenizer, [*row.prompt, a], **words) for a in answers)  # pyright: ignore
@@ -165,6 +193,8 @@ class Encoder:
             sides[n] = self._ended(side, behind, chat)
         for ids in sides:
             notes |= self._found_in(ids)
+        if self.unknown is not None and any(self.unknown in ids for ids in (prompt, *sides)):
+            notes.add("unknown-tokens")
         notes |= self._special_in(row)
         if chat and not self._opens_answers(row, text.prompt):
             notes.add("no-generation-prompt")
@@ -206,7 +236,6 @@ class Encoder:
         found = {
             "without-end": bool(ids) and ids[-1] not in self.ends,
             "two-ends": not self.ends.isdisjoint(inner),
-            "unknown-tokens": self.unknown is not None and self.unknown in ids,
         }
         return {name for name, there in found.items() if there}
 
@@ -216,14 +245,32 @@ class Encoder:
             return set()
         answers = [answer for answer in (row.chosen, row.rejected) if answer is not None]
         if not isinstance(row.prompt, str):
-            said = [answer_text(message) for message in [*row.prompt, *answers]]  # pyright: ignore
+            said = texts_in([row.prompt, answers, row.tools, row.template])
             return {"control-tokens"} if any(map(self.special.search, said)) else set()
         found = {"control-tokens-in-prompts"} if self.special.search(row.prompt) else set()
         for answer in map(answer_text, answers):
             places = list(self.special.finditer(answer))
-            if places and not (len(places) == 1 and places[0].end() == len(answer.rstrip())):
+            if places and not (len(places) == 1 and self._is_its_end(places[0], answer)):
                 found.add("control-tokens")
         return found
+
+    def _is_its_end(self, place: re.Match[str], answer: str) -> bool:
+        """Whether a special token is the EOS that stands behind an answer."""
+        known = self.tokenizer.convert_tokens_to_ids(place[0]) in self.ends
+        return known and place.end() == len(answer.rstrip())
+
+
+def texts_in(value: Any) -> Iterator[str]:
+    """Every text in messages, tools and what is inside of them; of a message not its role."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict):
+        for key, inner in value.items():
+            if key != "role":
+                yield from texts_in(inner)
+    elif isinstance(value, list):
+        for inner in value:
+            yield from texts_in(inner)
 
 
 def _shared(first: list[int], second: list[int]) -> int:

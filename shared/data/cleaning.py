@@ -58,6 +58,8 @@ class Report:
     chats: bool = False  # messages, not texts
     tokens: int = 0  # of answers, where a tokenizer was there
     unknown_tokens: int = 0
+    prompt_tokens: int = 0
+    unknown_in_prompts: int = 0
     places: dict[str, list[Place]] = field(default_factory=dict)  # the first of each reason or note
     said: dict[str, str] = field(default_factory=dict)  # of each reason what its first row is told
 

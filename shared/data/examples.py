@@ -53,7 +53,16 @@ class Numbered(NamedTuple):
     row: Row
 
 
+REPEATED = "prompt-repeated"  # note of a row whose answers, as texts, begin with their prompt
 OnDrop = Callable[[Dropped], object]
+
+
+def repeats_prompt(row: Row) -> bool:
+    """Whether every answer begins with the prompt's text, so that it would be read twice."""
+    answers = [answer for answer in (row.chosen, row.rejected) if answer is not None]
+    begin = row.prompt.strip() if isinstance(row.prompt, str) else ""
+    texts = [answer.lstrip() for answer in answers if isinstance(answer, str)]
+    return bool(begin and texts) and all(text.startswith(begin) for text in texts)
 
 
 def ignore(dropped: Dropped) -> None:
@@ -151,6 +160,8 @@ class Reading:
             return False
         self.report.kept += 1
         self._count_label(where, row.label, 1)
+        if repeats_prompt(row):
+            self.report.note(REPEATED, where)
         return True
 
     def _count_label(self, where: Place, label: bool | None, by: int) -> None:
@@ -179,6 +190,7 @@ class Reading:
 
 
 BATCH = 256  # rows that are encoded together
+MOST_REPEATED = 0.5  # share of rows whose answers may repeat their prompt, as an echo
 
 
 def iterate_encoded(
@@ -204,8 +216,10 @@ def iterate_encoded(
                 reading.report.note(note, one.where)
             answers = [*fitted.chosen_ids, *(fitted.rejected_ids or ())]
             reading.report.tokens += len(answers)
+            reading.report.prompt_tokens += len(fitted.prompt_ids)
             if encoder.unknown is not None:
                 reading.report.unknown_tokens += answers.count(encoder.unknown)
+                reading.report.unknown_in_prompts += fitted.prompt_ids.count(encoder.unknown)
             yield one, fitted
 
 
@@ -261,10 +275,21 @@ def require_usable(sources: Sequence[str], report: Report) -> None:
     """InputError where no row is left, or no answer ends with a token that ends one."""
     if not report.kept:
         raise InputError(no_rows_text(sources, report))
+    require_answers_alone(sources, report)
     if report.notes["without-end"] == report.kept > report.notes["cut"]:
         raise InputError(
             f"{', '.join(sources)}: no answer ends with a token that ends one: the chat template "
             "must end an answer with the tokenizer's eos_token, or one that generation_config lists"
+        )
+
+
+def require_answers_alone(sources: Sequence[str], report: Report) -> None:
+    """InputError where most answers repeat their prompt, which would be read twice."""
+    if report.notes[REPEATED] > MOST_REPEATED * report.kept:
+        raise InputError(
+            f"{', '.join(sources)}: the answers of {report.notes[REPEATED]} of {report.kept} rows "
+            f"repeat the prompt ({places_text(report.places[REPEATED])}): take it out of them, or "
+            "leave `prompt` out: what both sides begin with is the prompt then"
         )
 
 

@@ -1,5 +1,6 @@
 """Which format a row is in, and its comparisons with what stands beside them in the row."""
 
+import re
 from collections.abc import Iterator
 from functools import cache
 
@@ -36,6 +37,12 @@ METADATA = {
     "messages", "num_turns", "metadata", "correct_answers", "incorrect_answers", "principle",
     *(key for both in SCORES for key in both),
 }  # fmt: skip
+QUESTIONS = ("question", "query", "input", "instruction", "problem", "user", "context")
+# A message, or a list of them, as JSON or as Python prints it.
+SERIALISED = re.compile(
+    r"""\s*\[?\s*\{(?=\s*['"](role|from|content|value)['"]\s*:)"""
+    r"""[^{}]*?['"](role|from)['"]\s*:\s*['"](system|user|assistant|human|gpt|tool)['"]""",
+)
 
 
 def format_named(name: str) -> str:
@@ -59,6 +66,9 @@ def find_format(raw: Raw) -> str:
     keys = ", ".join(f"`{key}`" for key in raw) or "none"
     missing = [key for key in ("prompt", "chosen", "rejected") if key not in raw]
     near = f"; of a pair `{missing[0]}` is missing" if len(missing) == 1 else ""
+    inside = [key for key, value in raw.items() if isinstance(value, list) and value]
+    if inside and all(isinstance(one, dict) for one in raw[inside[0]]):
+        near += f"; if the rows are in `{inside[0]}`, write that list alone"
     raise Unreadable(
         f"in no known format (its keys: {keys}){near}; the commonest are `prompt`, `chosen`, "
         "`rejected`, or `prompt`, `completion`, `label`"
@@ -80,11 +90,36 @@ def read_row(name: str, raw: Raw, data: DataConfig) -> list[Row]:
     for chosen, rejected in SCORES:
         if chosen in raw and rejected in raw and None not in (raw[chosen], raw[rejected]):
             _check_scores(raw, chosen, rejected)
+    if name == "implicit-pairs":
+        _check_no_question(raw)
     rows = form.read(raw, data)
+    for row in rows:
+        _check_texts(row)
     if data.chat == "messages":
         rows = [as_chat(row) for row in rows]
     around = {key: raw[key] for key in AROUND if raw.get(key)}
     return [_with_surroundings(row, around) for row in rows] if around else rows
+
+
+def _check_no_question(raw: Raw) -> None:
+    """What both sides begin with is no prompt where another key holds it."""
+    asked = [key for key in QUESTIONS if isinstance(raw.get(key), str) and raw[key].strip()]
+    alone = all(isinstance(raw[side], str | dict) or len(raw[side] or ()) == 1 for side in SIDES)
+    if asked and alone:
+        raise Unreadable(
+            f"`chosen` and `rejected` hold answers alone, and `{asked[0]}` is not read: rename it "
+            "to `prompt`"
+        )
+
+
+def _check_texts(row: Row) -> None:
+    """Messages that were written into a text would be read as what someone says."""
+    for part in (row.prompt, row.chosen, row.rejected):
+        if isinstance(part, str) and SERIALISED.match(part):
+            raise Unreadable(
+                f"a text that holds messages ({shown(part)}): give the list itself, in a CSV file "
+                "as JSON (json.dumps)"
+            )
 
 
 def _check_scores(raw: Raw, chosen: str, rejected: str) -> None:

@@ -5,6 +5,7 @@ A format (`shared.data.files`) makes rows out of what a file holds. A row that c
 """
 
 import math
+import re
 from typing import Any, Literal, NamedTuple
 
 from pydantic import Field, model_validator
@@ -140,31 +141,39 @@ def finite(value: Any, name: str) -> float:
     return number
 
 
-_LABELS = {"true": True, "false": False, "1": True, "0": False}
+_LABELS = {"true": True, "false": False, "1": True, "0": False, "1.0": True, "0.0": False}
 
 
 def label_at(raw: dict[str, Any], key: str) -> bool:
-    """A key's label: true or false, 1 or 0."""
+    """A key's label: true or false, 1 or 0, which a column with gaps holds as 1.0 or 0.0."""
     value = raw[key]
     if isinstance(value, bool):
         return value
-    if isinstance(value, int | str) and (word := str(value).strip().lower()) in _LABELS:
+    if isinstance(value, int | float | str) and (word := str(value).strip().lower()) in _LABELS:
         return _LABELS[word]
     raise Unreadable(f"`{key}` must be true or false (found {shown(value)})")
 
 
+# Blanks, and characters that no one sees: soft hyphen, joiners, marks of direction, fillers, BOM.
+_NOTHING = re.compile(
+    r"[\s\u00ad\u034f\u061c\u115f\u1160\u180e\u200b-\u200f\u202a-\u202e\u2060-\u206f\u2800\u3164"
+    r"\ufe00-\ufe0f\ufeff\uffa0]*"
+)
+
+
 def is_blank(answer: str | Message) -> bool:
-    """Whether an answer says nothing: no text but blanks, and no call of a tool."""
+    """Whether an answer says nothing: no text that one can see, and no call of a tool."""
     if isinstance(answer, str):
-        return not answer.strip()
-    return not str(answer.get("content") or "").strip() and not answer.get("tool_calls")
+        return _NOTHING.fullmatch(answer) is not None
+    return is_blank(str(answer.get("content") or "")) and not answer.get("tool_calls")
 
 
 def blank_sides(row: Row) -> bool:
-    """Whether the prompt or an answer says nothing."""
+    """Whether the prompt, of a chat what the user says last, or an answer says nothing."""
     prompt = row.prompt
-    nothing = not prompt.strip() if isinstance(prompt, str) else all(map(is_blank, prompt))
-    return nothing or any(
+    last = prompt if isinstance(prompt, str) else prompt[-1]
+    asks = isinstance(last, str) or last["role"] == "user"
+    return (asks and is_blank(last)) or any(
         answer is not None and is_blank(answer) for answer in (row.chosen, row.rejected)
     )
 
@@ -186,7 +195,9 @@ def message_of(value: Any, name: str) -> Message:
     role, content = value.get("role"), value.get("content")
     if not isinstance(role, str) or ("content" not in value and "tool_calls" not in value):
         keys = ", ".join(map(str, value))
-        raise Unreadable(f"`{name}` must be a message {{role, content}} (found keys {keys})")
+        no_text = "role" in value and not isinstance(role, str)
+        found = f"role {shown(role)}" if no_text else f"keys {keys}"
+        raise Unreadable(f"`{name}` must be a message {{role, content}} (found {found})")
     role = role.strip().lower() if role not in ROLES else role
     if role not in ROLES:
         raise Unusable("wrong-role", f"`{name}` has the unknown role {shown(value['role'])}")

@@ -8,6 +8,7 @@ cannot be decoded comes as a `Raw` with its `fault`; what leaves the rest of a f
 import csv
 import gzip
 import io
+import os
 import re
 import zlib
 from collections.abc import Callable, Iterator, Sequence
@@ -40,9 +41,9 @@ def iterate_raw(sources: Sequence[str], beside: Path, data: DataConfig) -> Itera
         raise InputError("no data: name a file, a folder or a dataset of the hub")
     for source in sources:
         path = beside / Path(source).expanduser()
-        if path.is_dir():
+        if os.path.isdir(path):  # False for what can be no path; Path.is_dir raises
             yield from _folder(path, data)
-        elif path.exists():
+        elif os.path.exists(path):
             yield from _file(path, data)
         elif reader_of(path) is not None or not _HUB_NAME.fullmatch(source):
             raise InputError(f"{path}: no such file")

@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from jinja2 import TemplateError, TemplateSyntaxError
+from jinja2 import TemplateSyntaxError
 from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import (
@@ -29,6 +29,7 @@ from transformers import (
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from shared.config import InputError
+from shared.data.chat import TEMPLATE_FAULTS
 
 Role = Literal["policy", "reward model"]
 LOADERS: dict[Role, Any] = {
@@ -42,10 +43,11 @@ TOKENIZER = (
     "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt",
 )  # fmt: skip
 NORMALISATION, CHATS = "normalisation.json", "chats.jsonl"  # what a Scorer reads besides
+INTEGERS = ("I8", "U8", "I16", "I32", "I64")  # kinds of numbers in a safetensors file
 BUFFERS = (".attn.bias", ".masked_bias", ".inv_freq", "position_ids")  # computed, not trained
 UNREADABLE = (
     OSError, ValueError, RuntimeError, LookupError, TypeError, AttributeError, ImportError,
-    SafetensorError, StrictDataclassError, struct.error,
+    ArithmeticError, AssertionError, SafetensorError, StrictDataclassError, struct.error,
 )  # fmt: skip
 
 
@@ -56,6 +58,8 @@ def require_folder(folder: Path, role: Role | None = None) -> None:
         config = read_object(folder / "config.json")
         _require_known(folder, config)
         _require_role(folder, config, role)
+        if role == "policy":
+            listed_ends(folder)
         _require_weights(folder)
 
 
@@ -63,6 +67,8 @@ def _require_place(folder: Path) -> None:
     if folder.is_file():
         way = "[model] pretrained takes it" if folder.suffix == ".gguf" else "name its folder"
         raise InputError(f"{folder}: a file, where a model's folder is expected: {way}")
+    if not folder.exists():
+        raise InputError(f"{folder}: no such folder or file")
     if folder.is_dir() and not os.access(folder, os.R_OK | os.X_OK):
         raise InputError(f"{folder}: no permission to read this folder")
     if (folder / "config.json").is_file():
@@ -72,7 +78,7 @@ def _require_place(folder: Path) -> None:
         named = f" ({base})" if base else ""
         raise InputError(
             f"{folder}: this is an adapter: set `model` to its base{named} and `adapter` to this "
-            "folder"
+            "folder, or merge it (merge_and_unload) and save the model"
         )
     raise InputError(f"{folder}: no model here (config.json is missing)")
 
@@ -95,6 +101,10 @@ def _require_known(folder: Path, config: dict[str, Any]) -> None:
 
 def _require_role(folder: Path, config: dict[str, Any], role: Role | None) -> None:
     names = config.get("architectures") or []
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise InputError(
+            f"{folder}/config.json: `architectures` is a list of names (found {names!r})"
+        )
     scores = any(name.endswith(CLASSIFIER) for name in names)
     if role == "reward model" and not scores:
         raise InputError(
@@ -134,7 +144,10 @@ def _require_weights(folder: Path) -> None:
     if (folder / WHOLE).is_file():
         files = [WHOLE]
     elif (folder / INDEX).is_file():
-        files = sorted(set(map(str, read_object(folder / INDEX).get("weight_map", {}).values())))
+        places = read_object(folder / INDEX).get("weight_map")
+        if not isinstance(places, dict):
+            raise InputError(f"{folder}/{INDEX}: `weight_map` names a file for each tensor")
+        files = sorted(set(map(str, places.values())))
         if missing := [file for file in files if not (folder / file).is_file()]:
             raise InputError(f"{folder}: {INDEX} names {missing[0]}, which is missing: fetch it")
     elif shards:
@@ -155,17 +168,29 @@ def _require_weights(folder: Path) -> None:
 
 def require_whole(file: Path) -> None:
     """InputError unless `file` is a safetensors file of the length that its header says."""
-    if file.stat().st_size < 1024 and file.read_bytes().startswith(b"version https://git-lfs"):
-        raise InputError(f"{file}: a Git LFS pointer in the weights' place: run `git lfs pull`")
+    require_fetched(file)
     try:
-        with safe_open(file, framework="pt") as _:
-            pass
+        with safe_open(file, framework="pt") as weights:
+            for name in weights.keys():  # noqa: SIM118 - it is no dict
+                kind = weights.get_slice(name).get_dtype()
+                if name.endswith(".weight") and kind in INTEGERS:
+                    raise InputError(
+                        f"{file}: {name} holds whole numbers ({kind}): quantised weights do not "
+                        "train; name the folder or hub name that they were made from"
+                    )
     except SafetensorError as error:
         raise InputError(f"{file}: cut or damaged ({error}): fetch it again") from error
 
 
+def require_fetched(file: Path) -> None:
+    """InputError for the pointer that Git LFS leaves where a file was not fetched."""
+    if file.stat().st_size < 1024 and file.read_bytes().startswith(b"version https://git-lfs"):
+        raise InputError(f"{file}: a Git LFS pointer in the file's place: run `git lfs pull`")
+
+
 def read_object(path: Path) -> dict[str, Any]:
     """A JSON object; InputError names the file that is not one."""
+    require_fetched(path)
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
@@ -240,6 +265,8 @@ def weight_fault(model: PreTrainedModel, info: dict[str, Any], *, new_head: bool
             "learning rate"
         )
     head, layer = model.get_output_embeddings(), model.get_input_embeddings()
+    if isinstance(layer, nn.Embedding) and not layer.weight.any():
+        return "all embeddings are 0: nothing was trained in this file: save the model again"
     tied = getattr(model.config, "tie_word_embeddings", False) and head is not None
     if tied and head.weight is not layer.weight:  # pyright: ignore[reportOptionalMemberAccess]
         return "the output layer is not tied as config.json says; set tie_word_embeddings = false"
@@ -276,16 +303,24 @@ def leftover_text(names: list[str]) -> str:
 
 def open_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     """The tokenizer of a folder, whatever its special tokens are; InputError if there is none."""
-    if (folder / "config.json").is_file():
-        read_object(folder / "config.json")  # AutoTokenizer reads it too
-    if not any((folder / file).is_file() for file in TOKENIZER):
-        _require_place(folder)
-        raise InputError(
-            f"{folder}: no tokenizer here (tokenizer.json is missing); save it with "
-            "tokenizer.save_pretrained"
-        )
     with readable(folder):
+        if (folder / "config.json").is_file():
+            read_object(folder / "config.json")  # AutoTokenizer reads it too
+        files = [file for file in map(folder.joinpath, TOKENIZER) if file.is_file()]
+        if not files:
+            _require_place(folder)
+            raise InputError(
+                f"{folder}: no tokenizer here (tokenizer.json is missing); save it with "
+                "tokenizer.save_pretrained"
+            )
+        for file in files:
+            require_fetched(file)
         tokenizer = AutoTokenizer.from_pretrained(folder)
+    if not isinstance(tokenizer.model_max_length, int | float):
+        raise InputError(
+            f"{folder}/tokenizer_config.json: `model_max_length` is a number of tokens "
+            f"(found {tokenizer.model_max_length!r})"
+        )
     require_template(folder, tokenizer)
     return tokenizer
 
@@ -293,14 +328,16 @@ def open_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
 def require_template(folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
     """InputError if there is a chat template that is empty or is no template."""
     template = tokenizer.chat_template
-    if not isinstance(template, str):
+    if template is None or isinstance(template, dict):  # of several by name, one is the default
         return
+    if not isinstance(template, str):
+        raise InputError(f"{folder}: its chat template is no text (found {template!r})")
     if not template.strip():
         raise InputError(
             f"{folder}: its chat template is empty, so that every chat is an empty text: set "
             "tokenizer.chat_template, or to None, and save it"
         )
-    with suppress(TemplateError):  # what a template refuses is told where the chat is known
+    with suppress(*TEMPLATE_FAULTS):  # what a template refuses is told where the chat is known
         try:
             tokenizer.apply_chat_template([{"role": "user", "content": "?"}], tokenize=False)
         except TemplateSyntaxError as error:
@@ -332,9 +369,16 @@ def listed_ends(folder: Path) -> frozenset[int]:
     """
     path, text = folder / "generation_config.json", text_config(folder)
     found = read_object(path).get("eos_token_id") if path.is_file() else None
-    ends = as_ids(text.get("eos_token_id") if found is None else found)
+    named = text.get("eos_token_id") if found in (None, []) else found
+    each = named if isinstance(named, list) else [] if named is None else [named]
+    if any(type(one) is not int for one in each):
+        raise InputError(
+            f"{folder if found in (None, []) else path}: eos_token_id is a token's id or a list "
+            f"of ids (found {named!r})"
+        )
+    ends = as_ids(named)
     size = text.get("vocab_size")
-    if size is not None and (wrong := sorted(end for end in ends if not 0 <= end < size)):
+    if isinstance(size, int) and (wrong := sorted(end for end in ends if not 0 <= end < size)):
         raise InputError(
             f"{folder}: eos_token_id {wrong[0]} is no token of its {size}: set it in "
             "generation_config.json and config.json to what ends an answer"
@@ -346,7 +390,10 @@ def text_config(folder: Path) -> dict[str, Any]:
     """What config.json says of the part of a model that reads text."""
     _require_place(folder)
     config = read_object(folder / "config.json")
-    return config.get("text_config") or config
+    inner = config.get("text_config") or config
+    if not isinstance(inner, dict):
+        raise InputError(f"{folder}/config.json: `text_config` is an object (found {inner!r})")
+    return inner
 
 
 def as_ids(value: int | list[int] | None) -> frozenset[int]:

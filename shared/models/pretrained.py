@@ -8,13 +8,13 @@ means, by content or by commit, so that two folders of one name are two models.
 import hashlib
 import os
 import re
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 from huggingface_hub import HfApi, snapshot_download, try_to_load_from_cache
 from huggingface_hub.errors import HTTPError  # pyright: ignore[reportPrivateImportUsage]
-from jinja2 import TemplateError
 from safetensors import safe_open
 from transformers import (
     AutoModelForCausalLM,
@@ -25,6 +25,7 @@ from transformers import (
 )
 
 from shared.config import InputError
+from shared.data.chat import TEMPLATE_FAULTS
 from shared.models.folders import (
     CHATS,
     as_ids,
@@ -53,6 +54,8 @@ PADS = (  # special tokens that no text holds, the best first
     re.compile(r"endoftext", re.IGNORECASE),
 )
 HUB_ERRORS = (OSError, ValueError, HTTPError)  # no network, no such name, a name that is none
+ADAPTER = "adapter_model.safetensors"
+EMBEDDINGS = re.compile(r"(embed_tokens|wte|embed_in|lm_head|embed_out)(\.base_layer)?\.weight$")
 NEW_PAD = "<|pad|>"
 SAMPLING = ("temperature", "top_p", "top_k", "min_p", "typical_p", "repetition_penalty")
 
@@ -124,30 +127,55 @@ def merge_adapter(
 
 def with_saved_adapter(policy: PreTrainedModel, adapter: Path) -> Any:
     """`policy` under a LoRA adapter from a folder; InputError if it was trained on another."""
-    from peft import PeftModel  # takes seconds to import
+    from peft import PeftModel, get_peft_model_state_dict  # takes seconds to import
 
     require_adapter(adapter, embedding_count(policy))
     with readable(adapter):
-        return PeftModel.from_pretrained(policy, str(adapter)).eval()
+        adapted = PeftModel.from_pretrained(policy, str(adapter)).eval()
+        own = get_peft_model_state_dict(adapted, save_embedding_layers=False)
+    with safe_open(adapter / ADAPTER, framework="pt") as file:
+        there = {name for name in file.keys() if not EMBEDDINGS.search(name)}  # noqa: SIM118
+    here = {name for name in own if not EMBEDDINGS.search(name)}
+    if left := sorted(there - here):
+        raise InputError(
+            f"{adapter}: {len(left)} tensors of the adapter are not loaded ({left[0]}): use the "
+            "model that it was trained on"
+        )
+    if absent := sorted(here - there):
+        raise InputError(
+            f"{adapter}: save the whole adapter: {absent[0]} is not in its file and would do "
+            "nothing"
+        )
+    if broken := sorted(name for name, value in own.items() if not value.isfinite().all()):
+        raise InputError(
+            f"{adapter}: {broken[0]} is not finite: load a checkpoint from before it broke, and "
+            "lower the learning rate"
+        )
+    return adapted
 
 
 def require_adapter(adapter: Path, rows: int) -> None:
     """InputError unless `adapter` holds a LoRA adapter for a model of `rows` embeddings."""
-    if not (adapter / "adapter_config.json").is_file():
-        raise InputError(f"{adapter}: no adapter here (adapter_config.json is missing)")
-    config, weights = read_object(adapter / "adapter_config.json"), "adapter_model.safetensors"
+    with readable(adapter):
+        if not (adapter / "adapter_config.json").is_file():
+            raise InputError(f"{adapter}: no adapter here (adapter_config.json is missing)")
+    config = read_object(adapter / "adapter_config.json")
     if config.get("peft_type") != "LORA":
         raise InputError(
             f"{adapter}: an adapter of type {config.get('peft_type')!r}; only LORA is merged"
         )
-    if not (adapter / weights).is_file():
+    if (task := config.get("task_type")) not in (None, "CAUSAL_LM"):
         raise InputError(
-            f"{adapter}: {weights} is missing; save the adapter as safetensors (save_pretrained)"
+            f"{adapter}: an adapter of a model for {task}, not of one that answers (CAUSAL_LM)"
         )
-    require_whole(adapter / weights)
-    with safe_open(adapter / weights, framework="pt") as file:
+    if not (adapter / ADAPTER).is_file():
+        raise InputError(
+            f"{adapter}: {ADAPTER} is missing; save the adapter as safetensors (save_pretrained)"
+        )
+    require_whole(adapter / ADAPTER)
+    with safe_open(adapter / ADAPTER, framework="pt") as file:
         for name in file.keys():  # noqa: SIM118 - it is no dict
-            if not re.search(r"(embed_tokens|wte|embed_in|lm_head)\.weight$", name):
+            if not EMBEDDINGS.search(name):
                 continue
             if (count := file.get_slice(name).get_shape()[0]) != rows:
                 base = config.get("base_model_name_or_path")
@@ -196,7 +224,7 @@ def turn_end(tokenizer: PreTrainedTokenizerBase) -> int | None:
     chat = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "klash"}]
     try:
         text = str(tokenizer.apply_chat_template(chat, tokenize=False))
-    except (TemplateError, TypeError):  # it wants words that only real rows bring
+    except TEMPLATE_FAULTS:  # it wants words that only real rows bring
         return None
     _, _, behind = text.rpartition("klash")
     ids: list[int] = tokenizer(behind, add_special_tokens=False).input_ids
@@ -296,7 +324,7 @@ def local_path(name: str, revision: str | None) -> Path:
 def is_local(name: str) -> bool:
     """Whether `name` is a path, which must be there; else it is a hub name."""
     path = Path(name)
-    if path.exists():
+    if os.path.exists(name):  # which is False for what can be no path; Path.exists raises
         return True
     if path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1 or path.suffix in (
         ".gguf", ".safetensors",
@@ -347,7 +375,9 @@ def commit_of(name: str, revision: str | None) -> str:
     try:
         found = HfApi().model_info(name, revision=revision).sha
     except HUB_ERRORS as error:
-        cached = try_to_load_from_cache(name, "config.json", revision=revision)
+        cached = None
+        with suppress(ValueError):  # of a name that can be none
+            cached = try_to_load_from_cache(name, "config.json", revision=revision)
         if not isinstance(cached, str):
             raise hub_error(name, error) from error
         found = Path(cached).parent.name  # .../snapshots/COMMIT/config.json

@@ -16,10 +16,16 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from shared.config import InputError
-from shared.data.chat import Encoder, answer_text, render, said_by
+from shared.data.chat import Encoder, answer_text, render, require_words, said_by
 from shared.data.rows import Message, Messages, Row, Unusable
 from shared.models.cost import At, Work, count_pass
-from shared.models.folders import CHATS, NORMALISATION, open_tokenizer, read_object
+from shared.models.folders import (
+    CHATS,
+    NORMALISATION,
+    open_tokenizer,
+    read_object,
+    require_embeddings,
+)
 from shared.models.load import (
     WeightDtype,
     load_scalar_model,
@@ -68,6 +74,7 @@ class Scorer:
         self.model: PreTrainedModel = model.to(device).eval().requires_grad_(False)  # pyright: ignore[reportArgumentType]
         self.decoder = isinstance(getattr(model, "score", None), nn.Linear)
         self.tokenizer = open_tokenizer(folder)
+        require_embeddings(folder, self.tokenizer, model)
         pad, eos = self.tokenizer.pad_token_id, self.tokenizer.eos_token_id
         fill = eos if pad is None and self.decoder else pad
         if not isinstance(fill, int):
@@ -84,6 +91,7 @@ class Scorer:
         self.model.config.get_text_config().pad_token_id = fill  # where its class reads a score
         self.offset, self.scale = read_normalisation(folder)
         self.room = context_length(self.model, self.tokenizer)
+        self._says = False  # whether the template is known to write what messages say
         trained_by = read_ends(folder)  # of one that was trained here: as our trainers encode rows
         self.own = None if trained_by is None else Encoder(self.tokenizer, trained_by)
 
@@ -242,6 +250,9 @@ class Scorer:
 
     def _rendered(self, row: Answered) -> str:
         """A chat in the reward model's template; an answer that was cut ends with its last word."""
+        if not self._says:
+            require_words(self.tokenizer)
+            self._says = True
         words: dict[str, Any] = {"tools": row.tools, "template": row.template}
         prompt: Messages = row.prompt  # pyright: ignore[reportAssignmentType]
         if not row.ended:
@@ -289,8 +300,16 @@ def write_chats(folder: Path, chats: Chats) -> None:
 
 def read_chats(folder: Path) -> Chats:
     """What `write_chats` wrote; nothing where there is none."""
-    rows = read_jsonl(folder / CHATS) if (folder / CHATS).is_file() else []
-    return {tuple(row["prompt_ids"]): row["messages"] for row in rows}
+    if not (folder / CHATS).is_file():
+        return {}
+    try:
+        rows = read_jsonl(folder / CHATS)
+        return {tuple(row["prompt_ids"]): row["messages"] for row in rows}
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(
+            f"{folder / CHATS}: not the messages of prompts, which Klash keeps under this name "
+            f"beside a reward model ({error!r}): move the file elsewhere"
+        ) from error
 
 
 def same_tokens(policy: PreTrainedTokenizerBase, reward: PreTrainedTokenizerBase) -> bool:
@@ -345,6 +364,15 @@ def read_ends(folder: Path) -> frozenset[int] | None:
     if not isinstance(ends, list) or not all(type(end) is int for end in ends):
         raise InputError(f"{path}: `ends` is a list of token ids (found {ends!r})")
     return frozenset(ends)
+
+
+def require_differing(folder: Path | str, scores: Sequence[float]) -> None:
+    """InputError where a reward model gives all of several answers one score."""
+    if len(scores) > 1 and min(scores) == max(scores):
+        raise InputError(
+            f"{folder}: the reward model gives all {len(scores)} answers the score {scores[0]:g}: "
+            "train it, or look for a head of zeros"
+        )
 
 
 def require_scale(folder: Path, offset: float, scale: float) -> None:

@@ -16,7 +16,9 @@ from transformers import GenerationConfig, LlamaConfig, PreTrainedTokenizerFast
 
 from benchmarks.cli import main, run
 from benchmarks.data.giveaways import Answers, accuracies
+from benchmarks.scoring.rows import survey
 from shared.config import InputError
+from shared.data.rows import DataConfig
 
 Rows = list[dict[str, Any]]
 SPECIAL = ["<pad>", "</s>", "<s>", "<|im_start|>", "<|im_end|>"]
@@ -175,8 +177,9 @@ def test_unknown_words(check: Check, model: Model):
         {"prompt": "is it ?", "chosen": "so " * n + ".", "rejected": "it ."} for n in (1, 2, 3)
     ]
     assert check(known)[0]
-    passed, said, _ = check([{**row, "rejected": f"город {n}"} for n, row in enumerate(known)])
-    assert not passed and "unknown tokens: 3 of 3 rows hold them" in said
+    for side in ("prompt", "chosen", "rejected"):
+        passed, said, _ = check([{**row, side: f"город {n} ?"} for n, row in enumerate(known)])
+        assert not passed and "unknown tokens: 3 of 3 rows hold them" in said
 
 
 def test_an_array_of_from_and_value(check: Check):
@@ -206,6 +209,50 @@ def test_bos_of_texts_and_of_chats(check: Check, model: Model):
 def test_a_tokenizer_that_ends_every_text(check: Check, model: Model):
     model.frame("<s> $A <|im_end|>")
     assert check(texts())[0]
+
+
+MARK = "<|im_start|>"
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda row: row.update(tools=[{"name": "f", "description": MARK}]),
+        lambda row: row["chosen"][0].update(
+            tool_calls=[{"function": {"name": "f", "arguments": {"city": [MARK]}}}]
+        ),
+        lambda row: row["prompt"].insert(0, say("system", MARK)),
+        lambda row: row["rejected"][0].update(content=[{"type": "text", "text": MARK}]),
+    ],
+)
+def test_special_tokens_wherever_a_chat_holds_texts(
+    check: Check, change: Callable[[dict[str, Any]], object]
+):
+    rows = chats()
+    change(rows[4])
+    passed, said, _ = check(rows)
+    assert not passed and "special tokens as text: 1 rows" in said and "line 5" in said
+
+
+def test_a_text_may_end_with_its_eos_and_with_no_other_special_token(check: Check):
+    rows = [{**row, "chosen": row["chosen"] + "<|im_end|>"} for row in texts()]
+    assert check(rows)[0]
+    rows[2]["rejected"] += MARK
+    passed, said, _ = check(rows)
+    assert not passed and "special tokens as text: 1 rows" in said and "line 3" in said
+
+
+def test_texts_whose_answers_repeat_the_prompt(check: Check, tmp_path: Path):
+    """Prompt and answer are put together: what is in both would be read twice."""
+    rows = texts()
+    again = [{k: (row["prompt"] if k != "prompt" else "") + row[k] for k in row} for row in rows]
+    passed, said, _ = check(again)
+    assert not passed and "the answers of 12 of 12 rows repeat the prompt" in said
+    assert check([*again[:2], *rows[2:]])[0]  # an echo
+    path = tmp_path / "again.jsonl"
+    path.write_text("\n".join(map(json.dumps, again)))
+    with pytest.raises(InputError, match="12 of 12 rows repeat the prompt"):
+        survey([str(path)], DataConfig(), ("pairs",))
 
 
 @pytest.mark.parametrize("side", ["prompt", "chosen", "rejected"])
@@ -262,6 +309,9 @@ def test_labels_of_one_kind_fail(check: Check, good: int, bad: int, missing: str
         ),
         ("Sure! {} it", "Well, {} it", "first words tell chosen from rejected in 64 of 64"),
         ("so {} enjoy!", "so {} alas.", "last words tell chosen from rejected in 64 of 64"),
+        (" {} so", "{} so ", "first words tell chosen from rejected in 64 of 64"),
+        ("So {0}{0}", "so {0}", "first words tell chosen from rejected in 64 of 64"),
+        ("so {0}{0}\n", "so {0}", "last words tell chosen from rejected in 64 of 64"),
     ],
 )
 def test_what_gives_the_labels_away(check: Check, chosen: str, rejected: str, told: str):

@@ -27,6 +27,9 @@ from preference_rows import chat_rows, text_rows, write_rows
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, GenerationConfig
 
+from benchmarks.evaluation.judges import Judges
+from benchmarks.evaluation.policies import Asked as EvaluateAsked
+from benchmarks.evaluation.policies import Evaluating, evaluate_policies
 from benchmarks.scoring import filtering
 from benchmarks.scoring.filtering import Filtering, filter_rows
 from benchmarks.scoring.models import as_folder
@@ -169,6 +172,37 @@ def test_what_a_reward_model_cannot_read_is_counted_and_the_rest_is_scored(
     assert "rows.jsonl, line 2" in out
     assert "1 empty" in out
     assert "2 of 4 rows" in out
+
+
+@pytest.mark.parametrize("write", [write_reward, write_encoder])
+def test_a_reward_model_of_one_score_decides_nothing(
+    tmp_path: Path, chats: Path, policy: Path, write: Any
+):
+    """Among equals `--best-share` would keep whichever rows stand first."""
+    write(tmp_path / "reward", chat_tokenizer())
+    weights = load_file(tmp_path / "reward" / "model.safetensors")
+    for name in weights:
+        if name.startswith(("score", "classifier")):
+            weights[name].zero_()
+    save_file(weights, tmp_path / "reward" / "model.safetensors", metadata={"format": "pt"})
+    out, flat = tmp_path / "out.jsonl", r"gives all \d+ answers the score 0: train it"
+    with pytest.raises(InputError, match=flat):
+        score([str(chats)], str(tmp_path / "reward"), out, RowOptions())
+    for rule in (Rule(best_share=0.5), Rule(best_share=0.5, by="margin")):
+        with pytest.raises(InputError, match=flat):
+            filter_rows(Filtering((str(chats),), str(tmp_path / "reward"), out, rule))
+    with pytest.raises(InputError, match=flat):
+        evaluate_policies(
+            Evaluating(
+                (str(policy),),
+                (str(chats),),
+                EvaluateAsked(prompts=4),
+                None,
+                Judges(str(tmp_path / "reward")),
+                Sampled(max_new_tokens=4),
+            )
+        )
+    assert not out.exists()
 
 
 def test_accuracy_is_told_with_wilsons_interval():

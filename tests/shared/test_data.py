@@ -267,6 +267,26 @@ def test_a_source_of_each_kind(name: str, tmp_path: Path):
     assert [one.where.number for one in found.kept] == numbers
 
 
+def test_labels_of_a_column_with_gaps_are_read(tmp_path: Path):
+    """pandas holds them as 1.0 and 0.0, in Parquet and in CSV."""
+    rows = [{"prompt": f"{n}?", "completion": "So.", "label": float(n % 2)} for n in range(4)]
+    Dataset.from_list(rows).to_parquet(str(tmp_path / "a.parquet"))
+    Dataset.from_list(rows).to_csv(str(tmp_path / "a.csv"))
+    for name in ("a.parquet", "a.csv"):
+        found = Read(name, beside=tmp_path)
+        assert [row.label for row in found.rows] == [False, True] * 2
+
+
+def test_an_answer_that_is_json_of_its_own_stays_a_text(tmp_path: Path):
+    answers = {"chosen": '{"value": "user"}', "rejected": '[{"role": "admin"}]'}
+    assert read(tmp_path, {"prompt": "?", **answers}).rows == [Row("?", *answers.values())]
+
+
+def test_a_name_that_no_file_can_have(tmp_path: Path):
+    with pytest.raises(InputError, match="no such file"):
+        Read("x" * 300 + ".jsonl", beside=tmp_path)
+
+
 def test_several_sources_are_read_in_order(tmp_path: Path):
     write(tmp_path / "a.jsonl", TWO[:1])
     write(tmp_path / "b.jsonl", TWO[1:])
@@ -315,6 +335,11 @@ DROPS: dict[str, tuple[Rows, dict[str, int]]] = {
     "a blank prompt": ([GOOD, {**PAIR, "prompt": "  "}], {"empty": 1}),
     "a blank message": ([GOOD_CHAT, {**CHAT, "chosen": [say("assistant", "   ")]}], {"empty": 1}),
     "no break space alone": ([GOOD, {**PAIR, "chosen": "\u00a0"}], {"empty": 1}),
+    "characters that no one sees": (
+        [GOOD, {**PAIR, "chosen": "\u200b\ufeff"}, {**PAIR, "rejected": "\u00ad \u2060"}],
+        {"empty": 2}),
+    "a user who says nothing behind a system message": (
+        [GOOD_CHAT, {**CHAT, "prompt": [say("system", "S"), say("user", " ")]}], {"empty": 1}),
     "an answer that is the prompt alone": ([GOOD_CHAT, {**CHAT, "chosen": [ASK]}], {"empty": 1}),
     "identical": ([GOOD, {**PAIR, "rejected": "So."}], {"identical": 1}),
     "duplicate": ([PAIR, PAIR, PAIR], {"duplicate": 2}),
@@ -460,6 +485,14 @@ UNREADABLE: dict[str, tuple[bytes, str]] = {  # the second line, and what is sai
     "tools nested without end": (line({**CHAT, "tools": "[" * 20000}), "nested too deeply"),
     "half a surrogate in tools": (line({**CHAT, "tools": '["\\ud800"]'}), "surrogate"),
     "tools that are no list": (line({**CHAT, "tools": {"a": 1}}), "`tools` must be a list"),
+    "messages as JSON in a text": (line({k: json.dumps(v) for k, v in CHAT.items()}),
+                                   "a text that holds messages"),
+    "messages as Python prints them": (line({k: repr(v) for k, v in CHAT.items()}),
+                                       "a text that holds messages"),
+    "an answer as Python prints it": (line({**PAIR, "rejected": repr(NO)}),
+                                      "a text that holds messages"),
+    "a role that is nothing": (
+        line({**CHAT, "chosen": [{"role": None, "content": "a"}]}), "(found role None)"),
     "a score that is a word": (line({**PAIR, "score_chosen": "good", "score_rejected": 1}),
                                "`score_chosen` must be a number"),
 }  # fmt: skip
@@ -470,6 +503,14 @@ OTHERS: dict[str, tuple[Rows, str]] = {  # two rows, of which the second is brok
     "a label that is 2": (
         [{"prompt": "p", "completion": "a", "label": label} for label in (1, 2)],
         "`label` must be true or false"),
+    "answers alone, and a question beside them": (
+        [{"chosen": "I say: a", "rejected": "I say: b"},
+         {"question": "q", "chosen": "I say: a", "rejected": "I say: c"}],
+        "`question` is not read: rename it to `prompt`"),
+    "one message each, and an instruction beside them": (
+        [{"chosen": [ASK, YES], "rejected": [ASK, NO]},
+         {"query": "q", "chosen": [YES], "rejected": [NO]}],
+        "`query` is not read: rename it to `prompt`"),
     "a label that is missing": (
         [{"prompt": "p", "completion": "a", "label": True}, {"prompt": "p", "completion": "b"}],
         "in the format answers"),
@@ -540,6 +581,11 @@ FILES: dict[str, tuple[str, bytes, str]] = {  # files of which nothing more can 
     "a column twice": ("a.csv", b"prompt,prompt\na,b\n", "`prompt` is there twice"),
     "a quote without end": ("a.csv", b'prompt,chosen,rejected\n"a,b,c\n', "cannot read"),
     "another kind of file": ("a.pdf", b"%PDF", "unknown kind of file"),
+    "rows inside of an object": (
+        "a.json",
+        json.dumps({"data": TWO}).encode(),
+        "if the rows are in `data`, write that list",
+    ),
     "no known keys": ("a.jsonl", b'{"question": "a", "answer": "b"}\n', "in no known format"),
 }
 

@@ -21,10 +21,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from benchmarks.cli import main
 from shared.config import InputError
+from shared.data.chat import Encoder
+from shared.data.rows import Row, Unusable
 from shared.models.folders import open_model, open_tokenizer, require_embeddings
 from shared.models.load import ModelConfig, load_policy, special_ids
 from shared.models.pretrained import take_pretrained
-from shared.models.scorer import Scorer
+from shared.models.scorer import Answered, Scorer
 
 Fault = Callable[[Path], None]
 
@@ -142,6 +144,21 @@ FAULTS: dict[str, tuple[Fault, str]] = {
         edit("config.json", num_attention_heads=5, head_dim=None),
         "cannot load it|is .* in the file",
     ),
+    "heads of none": (edit("config.json", num_attention_heads=0), "cannot load it"),
+    "a pad token that is none": (edit("config.json", pad_token_id=9999), "cannot load it"),
+    "a part that is no object": (
+        edit("config.json", text_config=[1]),
+        "cannot load it|text_config",
+    ),
+    "architectures no list": (
+        edit("config.json", architectures="LlamaForCausalLM"),
+        "`architectures` is a list",
+    ),
+    "architectures no names": (edit("config.json", architectures=[1]), "`architectures` is a list"),
+    "a config that was not fetched": (
+        holding("config.json", "version https://git-lfs.github.com/spec/v1\n"),
+        "git lfs pull",
+    ),
     "another size": (
         edit("config.json", intermediate_size=64),
         r"is \(32, 48\) in the file and \(32, 64\)",
@@ -171,6 +188,18 @@ FAULTS: dict[str, tuple[Fault, str]] = {
         lambda folder: (sharded(folder), (folder / INDEX).write_text("{"))[0],
         r"index\.json: not JSON",
     ),
+    "an index of no files": (
+        lambda folder: (sharded(folder), edit(INDEX, weight_map=["a"])(folder))[0],
+        "`weight_map` names a file",
+    ),
+    "weights of whole numbers": (
+        weights(lambda v: v.update({n: (t * 9).to(torch.int8) for n, t in v.items()})),
+        r"holds whole numbers \(I8\): quantised",
+    ),
+    "weights of zeros": (
+        weights(lambda v: v.update({n: t * 0 for n, t in v.items()})),
+        "all embeddings are 0",
+    ),
     "weights missing": (
         weights(lambda v: v.pop("model.layers.1.mlp.up_proj.weight")),
         r"model\.layers\.1\.mlp\.up_proj\.weight is not in the file",
@@ -194,12 +223,34 @@ FAULTS: dict[str, tuple[Fault, str]] = {
     "no tokenizer": (without("tokenizer.json", "tokenizer_config.json"), "no tokenizer here"),
     "tokenizer not JSON": (holding("tokenizer.json", "{"), "cannot load it"),
     "tokenizer too large": (larger_tokenizer, r"largest id is 261, the model has 260 embeddings"),
+    "a tokenizer that was not fetched": (
+        holding("tokenizer.json", "version https://git-lfs.github.com/spec/v1\n"),
+        "git lfs pull",
+    ),
+    "a length that is no number": (
+        edit("tokenizer_config.json", model_max_length="long"),
+        "`model_max_length` is a number",
+    ),
+    "template a number": (
+        lambda folder: (
+            without("chat_template.jinja")(folder),
+            edit("tokenizer_config.json", chat_template=3)(folder),
+        )[1],
+        "template is no text",
+    ),
     "template empty": (holding("chat_template.jinja", " \n"), "chat template is empty"),
     "template no template": (holding("chat_template.jinja", "{% for %}"), "template is not valid"),
     "EOS out of range": (
         edit("generation_config.json", eos_token_id=[EOS, 999]),
         "eos_token_id 999 is no token of",
     ),
+    **{
+        f"EOS {value!r}": (edit("generation_config.json", eos_token_id=value), "eos_token_id is a")
+        for value in ("</s>", ["1"], [[1]], {"a": 1}, 1.5, True)
+    },
+    "generation config a list": (holding("generation_config.json", "[1]"), "not a JSON object"),
+    "generation config not JSON": (holding("generation_config.json", "eos: 1"), "not JSON"),
+    "generation config not text": (holding("generation_config.json", b"\xff\xfe"), "not JSON"),
     "no EOS anywhere": (
         lambda folder: (
             byte_tokenizer(pad_token="<pad>").save_pretrained(folder),
@@ -268,6 +319,42 @@ def test_the_doctor_ends_with_exit_code_2_or_a_finding(
         assert "FAIL" in printed.out
 
 
+TEMPLATES = {  # chat templates that are programs, and what is said where they are used
+    "divides by 0": ("{{ 1 / 0 }}", "division by zero"),
+    "includes a file": ("{% include 'a' %}", "no loader"),
+    "adds a number to a list": ("{{ messages + 1 }}", "concatenate"),
+    "asks for what is not there": ("{{ a.b.c }}", "'a' is undefined"),
+    "is one text": ("hello", "leaves out what a message of the user says"),
+    "knows no assistant": (
+        "{% for m in messages if m.role == 'user' %}{{ m.content }}{% endfor %}",
+        "leaves out what a message of the assistant says"),
+    "wants content in parts": (
+        "{% for m in messages %}{% for p in m.content %}{{ p.text }}{% endfor %}{% endfor %}",
+        "leaves out what a message of the user says"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_a_template_that_fails_is_told_in_the_words_of_a_row(
+    sound: Path, tmp_path: Path, name: str
+):
+    """By whatever encodes a chat: a policy's reader, and a reward model's."""
+    template, said = TEMPLATES[name]
+    for source in ("model", "reward"):
+        folder = tmp_path / source
+        if source == "model":
+            shutil.copytree(sound, folder)
+        else:
+            write_reward(folder, chat_tokenizer())
+        (folder / "chat_template.jinja").write_text(template)
+        row = Row(CHAT, {"role": "assistant", "content": "In Norway."})
+        with pytest.raises((InputError, Unusable), match=said):
+            if source == "model":
+                Encoder(open_tokenizer(folder), frozenset({EOS})).render(row)
+            else:
+                Scorer(folder).score_said([Answered(CHAT, "In Norway.")])
+
+
 def test_a_sharded_folder_is_sound(sound: Path, tmp_path: Path):
     shutil.copytree(sound, tmp_path / "model")
     sharded(tmp_path / "model")
@@ -323,6 +410,10 @@ REWARD_FAULTS: dict[str, tuple[Fault, str]] = {
         holding("normalisation.json", '{"offset": 0.0, "scale": NaN}'),
         "do not differ",
     ),
+    "a tokenizer too large": (larger_tokenizer, r"largest id is 261, the model has 260"),
+    "chats of other keys": (holding("chats.jsonl", '{"a": 1}\n'), "not the messages of prompts"),
+    "chats no objects": (holding("chats.jsonl", "[1]\n"), "not the messages of prompts"),
+    "chats not JSON": (holding("chats.jsonl", "hello\n"), "not the messages of prompts"),
     "normalisation not JSON": (holding("normalisation.json", "{"), "not JSON"),
     "normalisation of other keys": (holding("normalisation.json", "{}"), "not {offset, scale}"),
     "weights left over": (

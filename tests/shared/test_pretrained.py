@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from chat_models import (
 )
 from peft import LoraConfig, PeftModel, get_peft_model
 from pydantic import ValidationError
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 from benchmarks.speed.smollm2 import GGUF, convert, packaged_folder
@@ -210,6 +212,84 @@ def test_an_adapter_of_a_larger_vocabulary_is_refused_with_both_sizes(tmp_path: 
     adapted.save_pretrained(tmp_path / "adapter", save_embedding_layers=True)
     with pytest.raises(InputError, match="the adapter has 268 embeddings, the model 260"):
         take(tmp_path / "theirs", tmp_path / "ours", adapter=str(tmp_path / "adapter"))
+
+
+def shared_tensors(change: Callable[[dict[str, Any]], dict[str, Any]]) -> Callable[[Path], object]:
+    def apply(folder: Path) -> None:
+        path = folder / "adapter_model.safetensors"
+        save_file(change(load_file(path)), path)
+
+    return apply
+
+
+def said(**changes: Any) -> Callable[[Path], object]:
+    def apply(folder: Path) -> None:
+        path = folder / "adapter_config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+    return apply
+
+
+ADAPTERS: dict[str, tuple[Callable[[Path], object], str]] = {
+    "a rank that is none": (said(r=0), "positive integer"),
+    "a rank that is a word": (said(r="two"), "cannot load it"),
+    "another rank": (said(r=8), "size mismatch"),
+    "no layers of these names": (said(target_modules=["nope"]), "not found in the base model"),
+    "more layers than its file has": (
+        shared_tensors(lambda v: {n: t for n, t in v.items() if "layers.1." not in n}),
+        r"save the whole adapter: .*layers\.1\..* is not in its file",
+    ),
+    "layers that the model lacks": (
+        shared_tensors(lambda v: v | {"base_model.model.x.lora_A.weight": torch.zeros(2, 2)}),
+        r"1 tensors of the adapter are not loaded \(base_model\.model\.x\.lora_A",
+    ),
+    "other names": (
+        shared_tensors(lambda v: {f"module.{n}": t for n, t in v.items()}),
+        "tensors of the adapter are not loaded",
+    ),
+    "weights not finite": (
+        shared_tensors(lambda v: {n: t * float("nan") for n, t in v.items()}), "is not finite"),
+    "of a reward model": (said(task_type="SEQ_CLS"), "an adapter of a model for SEQ_CLS"),
+    "another kind": (said(peft_type="IA3"), "only LORA is merged"),
+    "no weights": (
+        lambda folder: (folder / "adapter_model.safetensors").unlink(), "is missing"),
+    "weights cut": (
+        lambda folder: (folder / "adapter_model.safetensors").write_bytes(b"12"), "cut or damaged"),
+    "a config that is a list": (
+        lambda folder: (folder / "adapter_config.json").write_text("[]"), "not a JSON object"),
+    "no adapter": (lambda folder: (folder / "adapter_config.json").unlink(), "no adapter here"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ADAPTERS)
+def test_a_broken_adapter_is_one_line(tmp_path: Path, name: str):
+    fault, text = ADAPTERS[name]
+    write_policy(tmp_path / "theirs", chat_tokenizer())
+    write_adapter(tmp_path / "theirs", tmp_path / "adapter")
+    fault(tmp_path / "adapter")
+    with pytest.raises(InputError, match=text) as error:
+        take(tmp_path / "theirs", tmp_path / "ours", adapter=str(tmp_path / "adapter"))
+    assert str(tmp_path / "adapter") in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"use_dora": True},
+        {"use_rslora": True},
+        {"modules_to_save": ["lm_head"]},
+        {"trainable_token_indices": [5, 6]},
+    ],
+)
+def test_further_parts_of_an_adapter_are_no_fault(tmp_path: Path, more: dict[str, Any]):
+    write_policy(tmp_path / "theirs", chat_tokenizer(), tie_word_embeddings=False)
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "theirs")
+    lora = LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False, **more)
+    adapted = get_peft_model(base, lora).eval()
+    adapted.save_pretrained(tmp_path / "adapter")
+    ours = take(tmp_path / "theirs", tmp_path / "ours", adapter=str(tmp_path / "adapter"))
+    expected = adapted(torch.tensor([[10, 20, 30]])).logits[0]
+    torch.testing.assert_close(logits_of(ours, [10, 20, 30]), expected, atol=1e-4, rtol=1e-4)
 
 
 # --- padded vocabularies and half precision ----------------------------------------------------
