@@ -37,19 +37,26 @@ def merged(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]
 
 def _pretrained(rates: Mapping[str, Any]) -> dict[str, Any]:
     passes = {"micro_batch_size": 8, "micro_batch_tokens": 4096}
+    half = {"precision": "bfloat16"}  # of matrix products; weights and optimiser stay float32
     return {
         "sampling": {"max_new_tokens": 64},
-        "sft": {"examples": 10000, "epochs": 1, "batch_size": 16, "learning_rate": rates["sft"]},
+        "sft": {
+            "examples": 10000,
+            "epochs": 1,
+            "batch_size": 16,
+            "learning_rate": rates["sft"],
+            **half,
+        },
         "preferences": {"pairs": 10000, "held_out_pairs": 256},
         "reward": {
-            "optimizer": {"learning_rate": rates["reward"]},
+            "optimizer": {"learning_rate": rates["reward"], **half},
             "epochs": 1,
             "batch_size": 32,
             "center": 0.01,
             **passes,
         },
         "ppo": {
-            "optimizer": {"learning_rate": rates["ppo"], "schedule": "linear"},
+            "optimizer": {"learning_rate": rates["ppo"], "schedule": "linear", **half},
             "value_learning_rate": rates["value"],
             "episodes": 10240,
             "rollout_size": 128,
@@ -58,7 +65,7 @@ def _pretrained(rates: Mapping[str, Any]) -> dict[str, Any]:
             **passes,
         },
         "direct": {
-            "optimizer": {"learning_rate": rates["direct"][0], "warmup_share": 0.1},
+            "optimizer": {"learning_rate": rates["direct"][0], "warmup_share": 0.1, **half},
             "epochs": 1,
             "batch_size": 32,
             **passes,
