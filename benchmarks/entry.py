@@ -44,7 +44,7 @@ class ExitCodes:
         if nobody_reads(error):
             sys.exit(141)  # as a shell has it of a program that SIGPIPE ended
         if isinstance(error, KeyboardInterrupt):
-            code, text = 130, "interrupted; what was finished is kept"
+            code, text = 130, "interrupted; what was finished is kept: the same command goes on"
         elif isinstance(error, InputError):
             code, text = 2, str(error)
         elif isinstance(error, Exception) and is_disk_full(error):

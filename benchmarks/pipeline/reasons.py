@@ -10,6 +10,7 @@ from benchmarks.pipeline.plan import UNKNOWN, Plan, PlannedStage
 from shared.stages import read_manifest
 
 FOLDER = re.compile(r"(?P<kind>.+)-[0-9a-f]{16}")  # a stage's, as it stands among inputs
+CONTENT = re.compile(r'[0-9a-f]{64}$|\{"(files|hub|commit)": ')  # of `shared.stages.Given`
 SHOWN = 3  # reasons of a stage, and files in a reason
 NONE = "none"
 NEW = "no such stage yet"
@@ -105,9 +106,11 @@ class Finished:
 
 
 def in_words(key: str, old: Any, new: Any) -> str:
-    """`ppo.epochs 2 -> 4`"""
+    """`ppo.epochs 2 -> 4`; of files and functions, which are there by content: `adapter is new`."""
     if new == UNKNOWN:
         return "settings are not chosen yet"
+    if any(isinstance(value, str) and CONTENT.match(value) for value in (old, new)):
+        return f"{key} {'is new' if old is None else 'is gone' if new is None else 'changed'}"
     return f"{key} {NONE if old is None else old} -> {NONE if new is None else new}"
 
 

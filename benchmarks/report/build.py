@@ -215,4 +215,5 @@ def _flat(value: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
         if isinstance(item, dict) and item:
             yield from _flat(item, f"{prefix}{key}.")
         else:
-            yield f"{prefix}{key}", item if isinstance(item, str) else json.dumps(item)
+            text = "none" if item is None else json.dumps(item)
+            yield f"{prefix}{key}", item if isinstance(item, str) else text

@@ -9,6 +9,18 @@ from benchmarks.report.style import look
 from benchmarks.report.tables import count, duration, interval, kl_digits, number, percent
 from benchmarks.results.schema import Comparison, Method, Results
 
+LEFT_OUT = {  # the reasons of `shared.data.cleaning`, where their names are no words for rows
+    "undecodable": "unreadable",
+    "wrong-role": "with roles in a wrong order",
+    "several-turns": "with several turns in an answer",
+    "prompt-mismatch": "with two prompts",
+    "single-answer": "with one rated answer",
+    "not-finite": "with a score that is no number",
+    "tie": "tied",
+    "contradiction": "contradicting each other",
+    "over-long": "too long",
+    "refused": "refused by the chat template",
+}
 UNMOVED = 0.05  # nats a sequence
 DIRECT = ("dpo", "fdpo", "ipo", "kto", "cdpo", "rdpo", "ipo-token")
 
@@ -176,7 +188,7 @@ def _data_sentence(results: Results) -> str:
     own = results.own_rows
     if own is None:
         return ""
-    why = ", ".join(f"{count(n)} {reason}" for reason, n in own.dropped.items() if n)
+    why = ", ".join(f"{count(n)} {LEFT_OUT.get(key, key)}" for key, n in own.dropped.items() if n)
     left = f" Left out: {why}." if why else ""
     sides = {"train": "train", "validation": "choose settings", "test": "test"}
     sides |= {"judge": "train the judge"}
@@ -229,17 +241,20 @@ def _judge_sentence(results: Results) -> str:
 
 
 def _score_sentence(results: Results) -> str:
-    """Without a judge: how far each method raised the reward model's score, and at what KL."""
+    """Without a judge: how each method changed the reward model's score, and at what KL."""
     if results.judged:
         return ""
     clauses = [
-        f"{look(name).label} raises the reward model's score by {number(m.proxy.mean)} at "
-        f"{number(m.kl.mean, kl_digits(m.kl.mean))} nats"
+        f"{number(m.proxy.mean, signed=True)} {interval(m.proxy)}".strip()
+        + f" with {look(name).label} ({number(m.kl.mean, kl_digits(m.kl.mean))} nats)"
         for name, m in results.methods.items()
         if name != "sft" and m.proxy.mean is not None
     ]
     return (
-        f"{_and(clauses)}. That is what PPO and best-of-n aim at, and no proof." if clauses else ""
+        f"Against SFT the reward model's score changes by {_and(clauses)}. That is what PPO and "
+        "best-of-n aim at, and no proof."
+        if clauses
+        else ""
     )
 
 

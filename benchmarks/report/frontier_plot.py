@@ -37,7 +37,7 @@ def paint(results: Results, figure: Figure, narrow: bool) -> None:
     visible = [[p for p in line if p[0] <= right] for line in lines]
     points = [p for line in visible for p in line] + [label.anchor for label in labels]
     _frame(axes, right, points, 0.09 if narrow else 0.045, label)
-    _legend(axes, figure, narrow, has_seeds=len(results.seeds) > 1)
+    _legend(axes, figure, narrow, results)
     place_labels(axes, labels, [line for line in visible if line])
 
 
@@ -111,9 +111,10 @@ def _limits(axes: Axes, results: Results, right: float) -> list[Sequence[Point]]
     return drawn
 
 
-def _legend(axes: Axes, figure: Figure, narrow: bool, has_seeds: bool) -> None:
+def _legend(axes: Axes, figure: Figure, narrow: bool, results: Results) -> None:
     """What lines and markers mean; methods are named at their points."""
-    tuned = "Tuned setting, 95 % interval" if has_seeds else "Tuned setting"
+    which = "Tuned setting" if results.tuned else "First setting"
+    tuned = f"{which}, 95 % interval" if len(results.seeds) > 1 else which
     axes.plot([], [], "o", color=FAINT, markersize=6.5, label=tuned)
     axes.plot([], [], "o", color=FAINT, markersize=3.4, label="Other setting")
     figure.legend(

@@ -71,7 +71,22 @@ def _estimate(digits: int = 2, signed: bool = False, scale: float = 1, unit: str
     return show
 
 
-SHARE = _estimate(0, scale=100, unit=" %")
+PERCENT = _estimate(0, scale=100, unit=" %")
+
+
+def _within(show: Show, low: float, high: float) -> Show:
+    """`show` with limits that stay where the measure itself does; files keep what was computed."""
+
+    def clipped(e: Estimate) -> Cell:
+        if e.low is None or e.high is None:
+            return show(e)
+        limits = {"low": max(low, e.low), "high": min(high, e.high)}
+        return replace(show(e.model_copy(update=limits)), values=show(e).values)
+
+    return clipped
+
+
+SHARE = _within(PERCENT, 0.0, 1.0)
 
 
 def _keys(name: str) -> tuple[str, str, str]:
@@ -134,7 +149,7 @@ def _kl_cell(method: Method) -> Cell:
 
 def _efficiency_cell(method: Method) -> Cell:
     return _prefixed(
-        SHARE(method.frontier_efficiency), "≥ " if method.efficiency_is_lower_bound else ""
+        PERCENT(method.frontier_efficiency), "≥ " if method.efficiency_is_lower_bound else ""
     )
 
 
@@ -182,14 +197,17 @@ def unjudged_table(results: Results) -> Table:
 
 def text_table(results: Results) -> Table:
     """What the text is like, whoever judges it."""
+    wins: Shown = {
+        "Win rate, lengths equal": _measure("win_rate_length_controlled", SHARE),
+        "Against chosen": _measure("win_rate_against_chosen", SHARE),
+    }
     shown: Shown = {
         "Length": _measure("length", _estimate(1)),
         "Cut": _measure("truncated", SHARE),
         "Repeated 4-grams": _measure("repetition", SHARE),
         "Distinct-2": _measure("distinct_2", _estimate()),
         "Perplexity": _measure("perplexity", _estimate(1)),
-        "Win rate, lengths equal": _measure("win_rate_length_controlled", SHARE),
-        "Against chosen": _measure("win_rate_against_chosen", SHARE),
+        **(wins if results.judged else {}),
         "Pair accuracy": _measure("pair_accuracy", SHARE),
     }
     if results.gold_quality is not None:
@@ -313,20 +331,29 @@ def timed_alone(results: Results) -> str:
     return f"Time, memory and share of peak are of {which}, run alone; others ran side by side."
 
 
-ATTAINABLE = ("bayes_accuracy", "share_of_attainable")  # where the labels' noise is known
+# where the labels' noise is known, or somebody judges
+IF_KNOWN = ("bayes_accuracy", "share_of_attainable", "gold_correlation")
 
 
 def reward_table(rm: RewardModel) -> Table:
     """The reward model's numbers, one per row."""
     cells = [
-        ("Accuracy on held-out pairs", "accuracy", _estimate(1, scale=100, unit=" %")(rm.accuracy)),
+        (
+            "Accuracy on held-out pairs",
+            "accuracy",
+            _within(_estimate(1, scale=100, unit=" %"), 0, 1)(rm.accuracy),
+        ),
         (
             "Best possible accuracy",
             "bayes_accuracy",
             Cell(percent(rm.bayes_accuracy, 1), values=(rm.bayes_accuracy, None, None)),
         ),
-        ("Share of what is attainable", "share_of_attainable", SHARE(rm.share_of_attainable)),
-        ("Calibration error", "calibration_error", _estimate(3)(rm.calibration_error)),
+        ("Share of what is attainable", "share_of_attainable", PERCENT(rm.share_of_attainable)),
+        (
+            "Calibration error",
+            "calibration_error",
+            _within(_estimate(3), 0, 1)(rm.calibration_error),
+        ),
         ("Correlation with length", "length_correlation", _estimate()(rm.length_correlation)),
         ("Correlation with gold", "gold_correlation", _estimate()(rm.gold_correlation)),
         ("Score's standard deviation", "score_sd", _estimate()(rm.score_sd)),
@@ -336,7 +363,7 @@ def reward_table(rm: RewardModel) -> Table:
     rows = [
         [Cell(label, values=(key,)), cell]
         for label, key, cell in cells
-        if cell.text != NULL or key not in ATTAINABLE
+        if cell.text != NULL or key not in IF_KNOWN
     ]
     return Table("reward-model", "The reward model, on pairs it has not seen", columns, rows)
 
@@ -347,22 +374,23 @@ def stability_table(results: Results) -> Table:
     for name, m in by_gold(results):
         s = m.stability
         counts = (s.runs, s.failed, s.stopped_early)
+        iqr = Cell(number(s.gold_iqr), values=(s.gold_iqr,))
+        final = Cell(percent(s.final_over_best), values=(s.final_over_best,))
         rows.append(
             [
                 Cell(look(name).label, values=(name,), method=name),
                 *(Cell(str(n), values=(n,)) for n in counts),
-                Cell(number(s.gold_iqr), values=(s.gold_iqr,)),
-                Cell(percent(s.final_over_best), values=(s.final_over_best,)),
+                *([iqr, final] if results.judged else []),
                 Cell(number(s.kl_overshoot), values=(s.kl_overshoot,)),
                 Cell(str(s.gradient_spikes), values=(s.gradient_spikes,)),
             ]
         )
+    of_gold = {"Gold, quartile range": "gold_iqr", "Final / best gold": "final_over_best"}
     labels = {
         "Runs": "runs",
         "Failed": "failed",
         "Stopped early": "stopped_early",
-        "Gold, quartile range": "gold_iqr",
-        "Final / best gold": "final_over_best",
+        **(of_gold if results.judged else {}),
         "KL overshoot": "kl_overshoot",
         "Gradient spikes": "gradient_spikes",
     }

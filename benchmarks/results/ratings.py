@@ -10,10 +10,16 @@ from shared.tasks.registry import make_task
 from shared.tasks.snippets import Snippets
 
 
+def _snippets(experiment: Experiment) -> Snippets | None:
+    """The task whose gold is such a fit; the others are not made for it."""
+    task = make_task(experiment.task) if experiment.task.name == "snippets" else None
+    return task if isinstance(task, Snippets) else None
+
+
 def gold_quality(experiment: Experiment) -> GoldQuality | None:
     """Gold on ratings that it was not fitted on; None where gold is no fit to ratings."""
-    task = make_task(experiment.task)
-    if not isinstance(task, Snippets):
+    task = _snippets(experiment)
+    if task is None:
         return None
     found = task.gold_quality()
     return GoldQuality(
@@ -25,8 +31,8 @@ def gold_quality(experiment: Experiment) -> GoldQuality | None:
 
 def second_opinion(experiment: Experiment, rows: EvaluationRows) -> Estimate:
     """What VADER, which has seen no rating, makes of the same answers; on `snippets` alone."""
-    task = make_task(experiment.task)
-    if not isinstance(task, Snippets):
+    task = _snippets(experiment)
+    if task is None:
         return UNDEFINED
     scores = [
         [task.second_opinion([row["prompt"]] * len(row["completions"]), row["completions"]).mean()

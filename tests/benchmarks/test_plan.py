@@ -3,6 +3,7 @@
 import contextlib
 import importlib.metadata
 import io
+import json
 import re
 import shutil
 from collections import Counter
@@ -17,7 +18,7 @@ from checks import SMALL_WORLD, TINY
 from benchmarks.pipeline import places
 from benchmarks.pipeline.experiment import Experiment, load_experiment
 from benchmarks.pipeline.plan import Plan
-from benchmarks.pipeline.reasons import Finished, plan_text, reasons
+from benchmarks.pipeline.reasons import Finished, in_words, plan_text, reasons
 from benchmarks.pipeline.work import work_text
 from benchmarks.report.build import draw_report
 from benchmarks.run import plan_experiment, run_experiment
@@ -143,6 +144,12 @@ def test_what_a_plan_comes_to_is_what_its_configuration_says(tmp_path: Path):
     assert found["reward"] == [3, 3 * 2 * 6000 * 3, 0]
     assert found["filtered"] == [6, 6 * 2 * filtered, 6 * filtered]
     assert found.pop("all") == [sum(column) for column in zip(*found.values(), strict=True)]
+
+
+def test_what_is_there_by_its_content_is_called_new_gone_or_changed():
+    one, other = "0" * 64, json.dumps({"files": {"config.json": "1" * 64}})
+    found = [in_words("adapter", *pair) for pair in ((None, other), (one, None), (other, one))]
+    assert found == ["adapter is new", "adapter is gone", "adapter changed"]
 
 
 def test_after_the_run_everything_is_there(done: Done):

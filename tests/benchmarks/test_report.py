@@ -410,6 +410,33 @@ def test_of_own_rows_the_page_says_how_many_are_used_and_why_not_the_others(tmp_
         assert empty not in words
 
 
+def test_without_a_judge_the_page_speaks_of_no_gold_and_of_no_chance_as_a_fact(tmp_path: Path):
+    run = own_run(comparisons=[])
+    of_gold = ("gold", "greedy_gold", "gain", "hacking_gap", "win_rate", "frontier_efficiency")
+    for found in run["results"]["methods"].values():
+        found |= {name: estimate(None, 3) for name in of_gold}
+        found["proxy"] = estimate(0.2, 3, half=0.5)
+        found["sweep"] = []
+    run["results"]["reward_model"]["gold_correlation"] = estimate(None, 3)
+    run["samples"]["prompts"][0]["answers"] = {"dpo": {"text": "restart it", "gold": None}}
+    words = visible(build_report(write(tmp_path, run)).read_text(encoding="utf-8"))
+    assert "No winner can be named: nobody judged the answers." in words
+    assert "changes by +0.20 [\u22120.30, 0.70] with" in words  # the limits stand beside the mean
+    for gone in ("Win rate", "Against chosen", "Hacking gap", "Correlation with gold", "Gold, q"):
+        assert gone not in words
+    assert re.search(r"\bnan\b|\bnull\b", words, re.IGNORECASE) is None
+
+
+def test_limits_of_a_share_stay_a_share_on_the_page_and_whole_in_the_file(tmp_path: Path):
+    run = run_of()
+    run["results"]["reward_model"]["accuracy"] = estimate(0.9, 3, half=0.3)
+    built = build_report(write(tmp_path, run))
+    assert "90.0 % [60.0, 100.0]" in visible(built.read_text(encoding="utf-8"))
+    with (built.parent / "tables" / "reward-model.csv").open(encoding="utf-8") as file:
+        high = next(row for row in csv.DictReader(file) if row["measure"] == "accuracy")
+    assert float(high["value_high"]) == pytest.approx(1.2)
+
+
 def test_the_page_names_the_command_of_what_comes_with_klash_alone(page: str, tmp_path: Path):
     assert "klash compare reviews" in visible(page)
     quick = run_of()
