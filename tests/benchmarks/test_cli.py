@@ -296,7 +296,7 @@ def test_what_no_engine_can_do_is_named(klash: Klash, words: list[str], said: li
 def test_a_server_of_a_folder_without_a_model(klash: Klash):
     code, _, err = klash("serve", "nosuch")
     assert code == 2
-    assert "nosuch: no model here" in err
+    assert "nosuch: no such folder or file" in err
 
 
 def test_an_unknown_work_of_speed_is_named_with_the_known_ones(klash: Klash, tmp_path: Path):

@@ -666,10 +666,10 @@ def test_a_reward_model_as_it_ships_needs_no_normalisation_yet(ward: Ward):
     ("key", "value", "said"),
     [
         ("reward_modle", "reward", ["`reward_modle`", "did you mean `reward_model`"]),
-        ("model", "nosuch", ["nosuch", "config.json"]),
+        ("model", "nosuch", ["nosuch", "no such folder or file"]),
         ("data", "nosuch.jsonl", ["nosuch.jsonl", "no such file"]),
         ("reward_model", "model", ["not a reward model"]),
-        ("reward_model", "nosuch", ["nosuch", "config.json"]),
+        ("reward_model", "nosuch", ["nosuch", "no such folder or file"]),
         ("reference", "nosuch", ["nosuch"]),
         ("adapter", "model", ["adapter_config.json"]),
         ("temperature", 0.0, ["`temperature`", "greater than 0"]),
