@@ -20,9 +20,20 @@ def with_defaults(raw: Mapping[str, Any]) -> dict[str, Any]:
         return dict(raw)
     rates: dict[str, Any] = RATES["lora" if isinstance(raw.get("lora"), Mapping) else "whole"]
     found = merged(_pretrained(rates), raw)
-    if "arms" not in raw:
-        found["arms"] = default_arms(rates["direct"])
+    arms = default_arms(rates["direct"])
+    if changes(raw.get("arms", {}), arms):
+        found["arms"] = merged(arms, raw.get("arms", {}))
     return found
+
+
+def changes(arms: Any, defaults: Mapping[str, Any]) -> bool:
+    """Whether `arms` alters default arms, as `--arms.dpo.settings` does, and says of none what kind
+    it is: an experiment's own arms take the place of all defaults.
+    """
+    return isinstance(arms, Mapping) and all(
+        name in defaults and isinstance(arm, Mapping) and "kind" not in arm
+        for name, arm in arms.items()
+    )
 
 
 def merged(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
