@@ -17,7 +17,7 @@ from shared.data.cleaning import Dropped
 from shared.data.examples import Numbered, Reading, iterate_encoded
 from shared.data.rows import DataConfig
 from shared.data.splits import near_duplicates, prompt_text, split_of
-from shared.models.folders import listed_ends, open_tokenizer
+from shared.models.folders import listed_ends, open_tokenizer, places_known
 from shared.tasks.own import SIDES
 
 
@@ -139,10 +139,8 @@ def _encoded(
     if model is None:
         return ((one, None) for one in rows)
     # These take seconds to import.
-    from benchmarks.doctor.examine import context_length
-
     tokenizer = open_tokenizer(model)
-    seen.context = context_length(model)
+    seen.context = places_known(model)
     return iterate_encoded(rows, reading, Encoder(tokenizer, listed_ends(model)))
 
 

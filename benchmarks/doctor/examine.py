@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import nn
-from transformers import AutoConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from benchmarks.data import findings
 from benchmarks.data.giveaways import Answers, accuracies, count_sides
@@ -26,7 +26,7 @@ from shared.models.folders import (
     embedding_count,
     load_with_info,
     open_tokenizer,
-    readable,
+    places_known,
     require_folder,
     text_config,
 )
@@ -67,7 +67,7 @@ def examine(patient: Patient) -> Iterator[Finding]:
     """
     require_models(patient)
     tokenizer, eos = patient.tokenizer, token_id(patient.tokenizer, "eos_token_id")
-    context = context_length(patient.policy)
+    context = places_known(patient.policy)
     limit = min(context, patient.max_length or context)
     yield tokens.eos_and_pad(tokenizer)
     if patient.report is not None:
@@ -224,15 +224,6 @@ def prompt_chats(patient: Patient) -> dict[tuple[int, ...], Any]:
         for example in patient.examples
         if example.prompt_messages is not None
     }
-
-
-def context_length(folder: Path) -> int:
-    """How many places the model knows; dynamic rotary ones as far as they scale."""
-    with readable(folder):
-        config = AutoConfig.from_pretrained(folder)
-    scaling = getattr(config, "rope_parameters", None) or {}
-    factor = scaling.get("factor", 1.0) if scaling.get("rope_type") == "dynamic" else 1.0
-    return int(factor * (getattr(config, "max_position_embeddings", None) or 10**9))
 
 
 def select_pairs(pairs: list[Pair], size: SampleSize) -> list[Pair]:

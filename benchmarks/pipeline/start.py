@@ -60,6 +60,7 @@ def read_data(experiment: Experiment, stages: Runner, policy: Path) -> OwnData:
         policy=policy,
         judge_share=experiment.judge.share or 0.0,
         wanted="labels" if experiment.task.rows == "labels" else "pairs",
+        most_sampled=experiment.sampling.max_new_tokens,
     )
     return OwnData(data, policy)
 

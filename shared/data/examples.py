@@ -189,14 +189,28 @@ class Reading:
             raise InputError(f"{where}: {said}{most}")
 
 
+class Room(NamedTuple):
+    """How many tokens a model has places for, and how many it may answer with."""
+
+    places: int
+    most_sampled: int
+
+    def lacks(self, row: Encoded) -> bool:
+        """Whether a row's answers, or the longest that is sampled, end behind the last place."""
+        longest = max(len(row.chosen_ids), len(row.rejected_ids or ()), self.most_sampled)
+        return len(row.prompt_ids) + longest > self.places
+
+
 BATCH = 256  # rows that are encoded together
 MOST_REPEATED = 0.5  # share of rows whose answers may repeat their prompt, as an echo
 
 
 def iterate_encoded(
-    rows: Iterator[Numbered], reading: Reading, encoder: Encoder
+    rows: Iterator[Numbered], reading: Reading, encoder: Encoder, room: Room | None = None
 ) -> Iterator[tuple[Numbered, Encoded]]:
-    """Rows with their token ids, without those that teach nothing once encoded and cut."""
+    """Rows with their token ids, without those that teach nothing once encoded and cut, and those
+    that find no `room`.
+    """
     while batch := list(islice(rows, BATCH)):
         rendered: list[tuple[Numbered, Rendered]] = []
         for one in batch:
@@ -209,8 +223,11 @@ def iterate_encoded(
         found = encoder.encode([one.row for one, _ in rendered], [text for _, text in rendered])
         for (one, _), encoded in zip(rendered, found, strict=True):
             fitted, reason = fit(encoded, reading.data, answered=one.row.chosen is not None)
+            said = ""
+            if not reason and room is not None and room.lacks(fitted):
+                reason, said = "over-long", f"longer than the model's {room.places} tokens"
             if reason:
-                reading.drop_passed(one, reason)
+                reading.drop_passed(one, reason, said)
                 continue
             for note in fitted.notes:
                 reading.report.note(note, one.where)
@@ -254,18 +271,20 @@ def read_examples(
     tokenizer: PreTrainedTokenizerBase,
     ends: frozenset[int],
     on_drop: OnDrop = ignore,
+    room: Room | None = None,
 ) -> tuple[list[Example], Report]:
     """All rows of `sources` that pass, encoded, and what became of the others.
 
     `ends` are the ids that end an answer, beside the tokenizer's EOS; `on_drop` sees each row that
-    is dropped. Raises InputError for what cannot be read. What is left may be nothing, or end with
-    nothing: `require_usable` is for who trains on it.
+    is dropped, one for which the model has no `room` too. Raises InputError for what cannot be
+    read. What is left may be nothing, or end with nothing: `require_usable` is for who trains on
+    it.
     """
     reading = Reading(data, on_drop=on_drop)
     rows = reading.rows(sources, beside)
     found = [
         (one.number, example_of(one, encoded))
-        for one, encoded in iterate_encoded(rows, reading, Encoder(tokenizer, ends))
+        for one, encoded in iterate_encoded(rows, reading, Encoder(tokenizer, ends), room)
     ]
     examples = [example for number, example in found if number not in reading.gone]
     return examples, reading.report

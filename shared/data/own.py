@@ -12,11 +12,12 @@ import numpy as np
 
 from shared.config import InputError
 from shared.data.cleaning import Report
-from shared.data.examples import Reading, dropped_lines, read_examples, require_usable
+from shared.data.examples import Reading, Room, dropped_lines, read_examples, require_usable
 from shared.data.pairs import Labelled, Pair, swapped
 from shared.data.rows import DataConfig
 from shared.data.samples import null_for_nan
 from shared.data.splits import split_of
+from shared.models.folders import places_known
 from shared.models.load import load_tokenizer, special_ids
 from shared.models.scorer import write_chats
 from shared.seeds import seed_of
@@ -45,18 +46,27 @@ def prepare_data(
     policy: Path,
     judge_share: float = 0.0,
     wanted: Kind = "pairs",
+    most_sampled: int = 0,
 ) -> None:
     """Stage: `examples.jsonl`, every comparison, or answer with a label, that can be used with its
     side; what was dropped and why in `data.json` and `dropped.jsonl`.
 
-    `policy` brings tokenizer and chat template. InputError unless the rows are `wanted`.
+    `policy` brings tokenizer, chat template and the places it knows: rows that end behind them, or
+    whose prompt leaves none for `most_sampled` tokens, are over-long. InputError unless the rows
+    are `wanted`.
     """
     tokenizer, names = load_tokenizer(policy), [source.source for source in sources]
     ends = special_ids(tokenizer, policy).ends
     with (folder / "dropped.jsonl").open("w", encoding="utf-8") as dropped:
         write = partial(print, file=dropped)
         found, report = read_examples(
-            names, Path(), data, tokenizer, ends, lambda row: write(row.as_json())
+            names,
+            Path(),
+            data,
+            tokenizer,
+            ends,
+            lambda row: write(row.as_json()),
+            Room(places_known(policy), most_sampled),
         )
     require_usable(names, report)
     require_kind(sources[0].source, report, wanted)

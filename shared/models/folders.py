@@ -20,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import (
     CONFIG_MAPPING,
+    AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
@@ -360,6 +361,15 @@ def require_embeddings(
             f"{folder}: the tokenizer's largest id is {top}, the model has {rows} embeddings: "
             "model.resize_token_embeddings(len(tokenizer)) and save both"
         )
+
+
+def places_known(folder: Path) -> int:
+    """How many tokens the model has places for; dynamic rotary ones as far as they scale."""
+    with readable(folder):
+        config = AutoConfig.from_pretrained(folder).get_text_config()
+    scaling = getattr(config, "rope_parameters", None) or {}
+    factor = scaling.get("factor", 1.0) if scaling.get("rope_type") == "dynamic" else 1.0
+    return int(factor * (getattr(config, "max_position_embeddings", None) or 10**9))
 
 
 def listed_ends(folder: Path) -> frozenset[int]:

@@ -10,14 +10,23 @@ from typing import Any
 import numpy as np
 import pytest
 from chat_models import chat_tokenizer, write_policy
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    GPT2Config,
+    LlamaConfig,
+)
 
 from benchmarks.pipeline.experiment import load_experiment
 from benchmarks.pipeline.single import put_model, train_one
 from benchmarks.results.schema import Results
 from benchmarks.run import plan_experiment, run_experiment
 from shared.config import InputError
+from shared.data.cleaning import Report
+from shared.data.examples import Example, Room, read_examples
+from shared.data.rows import DataConfig
 from shared.data.splits import split_of
+from shared.models.folders import places_known
 from shared.stages import read_json, read_jsonl
 
 JUDGE = """
@@ -324,3 +333,33 @@ def test_one_method_alone_trains_no_judge(own: Path, tmp_path: Path, method: str
 def test_an_unknown_method_is_answered_with_the_nearest(own: Path):
     with pytest.raises(InputError, match="did you mean `dpo`"):
         train_one(load_experiment(str(own), [], False), "dpoo", own.parent / "runs")
+
+
+def test_rows_that_end_behind_the_models_last_place_are_over_long(own: Path, tmp_path: Path):
+    """Beyond it GPT-2 has no place, and rotary models none that they have seen."""
+    tokenizer, path = chat_tokenizer(), tmp_path / "pairs.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows()))
+
+    def read(room: Room | None) -> tuple[list[Example], Report]:
+        ends = frozenset({int(tokenizer.eos_token_id)})  # pyright: ignore[reportArgumentType]
+        return read_examples([str(path)], Path(), DataConfig(), tokenizer, ends, room=room)
+
+    everything, _ = read(None)
+    lengths = [
+        len(e.prompt_ids) + max(len(e.chosen_ids), len(e.rejected_ids or ())) for e in everything
+    ]
+    places = sorted(lengths)[ROWS // 2]
+    kept, report = read(Room(places, 0))
+    assert len(kept) == sum(length <= places for length in lengths) < ROWS
+    assert report.dropped == {"over-long": ROWS - len(kept)}
+    prompts = [len(e.prompt_ids) for e in everything]
+    assert len(read(Room(max(prompts) + 100, 101))[0]) == sum(n < max(prompts) for n in prompts)
+
+
+def test_places_are_those_of_any_family(tmp_path: Path):
+    for config, places in (
+        (GPT2Config(n_positions=64), 64),
+        (LlamaConfig(max_position_embeddings=96), 96),
+    ):
+        config.save_pretrained(tmp_path)
+        assert places_known(tmp_path) == places
