@@ -16,10 +16,7 @@ def main() -> None:
     """Exit codes: see `ExitCodes`; 1 also where a command returns False."""
     words = sys.argv[1:]
     with ExitCodes("klash", runs_folder(words)):
-        try:
-            done = run(words)
-        finally:
-            sys.stdout.flush()  # while a pipe that is closed is still told apart
+        done = run(words)
     sys.exit(1 if done is False else 0)
 
 

@@ -15,8 +15,9 @@ from shared.data.samples import read_samples
 from shared.models.cost import Meter
 from shared.models.folders import CHATS, NORMALISATION, require_folder
 from shared.models.load import load_tokenizer, new_scalar_model, save, sequence_scores, special_ids
-from shared.models.pretrained import is_model_file, local_path
-from shared.models.scorer import require_scale, save_normalisation, scorer_of
+from shared.models.names import is_model_file, local_path
+from shared.models.reward_files import require_scale, save_normalisation
+from shared.models.scorer import scorer_of
 from shared.models.sequences import Limit
 from shared.seeds import seed_of
 from shared.stages import write_json

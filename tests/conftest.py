@@ -21,7 +21,7 @@ from shared.generation.engine import Sampling
 from shared.generation.start import Drawing
 from shared.models import ops
 from shared.models.load import ModelConfig, new_policy, new_scalar_model, save, special_ids
-from shared.models.scorer import save_normalisation
+from shared.models.reward_files import save_normalisation
 from shared.tasks.registry import TaskConfig, make_task
 
 

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from benchmarks.entry import Argument, Overrides
-from benchmarks.pipeline.experiment import load_experiment
+from benchmarks.pipeline.loading import load_experiment
 from benchmarks.pipeline.reasons import plan_text
 from benchmarks.pipeline.work import work_text
 from benchmarks.report.build import build_report, read_results

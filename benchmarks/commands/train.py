@@ -28,7 +28,7 @@ def train(
         quick: the experiment's smaller form.
         runs: the folder of all runs and of the stages they share.
     """
-    from benchmarks.pipeline.experiment import load_experiment
+    from benchmarks.pipeline.loading import load_experiment
     from benchmarks.pipeline.single import put_model, train_one
     from shared.config import InputError
 

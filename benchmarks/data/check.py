@@ -17,7 +17,8 @@ from shared.data.cleaning import Dropped
 from shared.data.examples import Numbered, Reading, iterate_encoded
 from shared.data.rows import DataConfig
 from shared.data.splits import near_duplicates, prompt_text, split_of
-from shared.models.folders import listed_ends, open_tokenizer, places_known
+from shared.models.folders import listed_ends, places_known
+from shared.models.opening import open_tokenizer
 from shared.tasks.own import SIDES
 
 
@@ -138,7 +139,6 @@ def _encoded(
 ) -> Iterator[tuple[Numbered, Encoded | None]]:
     if model is None:
         return ((one, None) for one in rows)
-    # These take seconds to import.
     tokenizer = open_tokenizer(model)
     seen.context = places_known(model)
     return iterate_encoded(rows, reading, Encoder(tokenizer, listed_ends(model)))

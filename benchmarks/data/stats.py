@@ -21,7 +21,8 @@ from shared.data.examples import (
 )
 from shared.data.rows import DataConfig, Message, Messages
 from shared.data.splits import prompt_text, split_of
-from shared.models.folders import listed_ends, open_tokenizer
+from shared.models.folders import listed_ends
+from shared.models.opening import open_tokenizer
 from shared.tasks.own import SIDES
 
 LEVELS = {"min": 0, "median": 50, "p90": 90, "p99": 99, "max": 100}  # percentiles

@@ -22,16 +22,10 @@ from benchmarks.doctor.patient import Patient, token_id
 from shared.data.cleaning import Report
 from shared.data.pairs import Pair
 from shared.generation.hf import HFEngine
-from shared.models.folders import (
-    embedding_count,
-    load_with_info,
-    open_tokenizer,
-    places_known,
-    require_folder,
-    text_config,
-)
+from shared.models.adapters import require_adapter, with_saved_adapter
+from shared.models.folders import embedding_count, places_known, require_folder, text_config
 from shared.models.load import SpecialIds, frozen, load_policy, load_scalar_model
-from shared.models.pretrained import require_adapter, with_saved_adapter
+from shared.models.opening import load_with_info, open_tokenizer
 from shared.models.scorer import same_tokens
 from shared.models.sequences import Limit
 

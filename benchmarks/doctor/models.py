@@ -13,8 +13,8 @@ from dpo.losses import LogRatios, dpo_loss
 from shared.data.pairs import Pair
 from shared.generation.engine import Engine, Sampling
 from shared.kl import exact_kl
-from shared.models.folders import leftover_weights, missing_weights, weight_fault
 from shared.models.logprobs import completion_logits, sequence_logps, token_logprobs
+from shared.models.opening import leftover_weights, missing_weights, weight_fault
 from shared.models.sequences import Sequences, collate
 
 LOGPROB_TOLERANCE = 1e-3  # nats a token, float32: sound models differ by 1e-5 to 1e-4

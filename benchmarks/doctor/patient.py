@@ -9,7 +9,8 @@ from pydantic import Field
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from benchmarks.pipeline.arms import Pipeline
-from benchmarks.pipeline.experiment import Experiment, experiment_file, load_experiment
+from benchmarks.pipeline.experiment import Experiment
+from benchmarks.pipeline.loading import experiment_file, load_experiment
 from benchmarks.pipeline.places import quiet_libraries, set_up_process, stage_context
 from benchmarks.pipeline.plan import plan_of
 from benchmarks.pipeline.progress import progress
@@ -19,7 +20,8 @@ from shared.data.examples import Example, read_examples
 from shared.data.pairs import Labelled, Pair, read_training
 from shared.data.rows import DataConfig
 from shared.generation.engine import Sampling
-from shared.models.folders import listed_ends, open_tokenizer
+from shared.models.folders import listed_ends
+from shared.models.opening import open_tokenizer
 from shared.stages import Runner, Stages
 
 

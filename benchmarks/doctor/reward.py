@@ -14,7 +14,8 @@ from benchmarks.doctor.finding import Finding, make_finding
 from benchmarks.doctor.models import both_sides
 from shared.data.pairs import Pair
 from shared.models.load import sequence_scores
-from shared.models.scorer import Chats, Scorer
+from shared.models.reward_files import Chats
+from shared.models.scorer import Scorer
 
 SCORE_TOLERANCE = 1e-3  # of the scores' own deviation, at least 1
 SWAPPED_CHANCE = 1e-4  # chance of an accuracy this low, were the scores a coin
@@ -158,7 +159,7 @@ def normalisation(folder: Path, scores: Scores) -> Finding:
     check, path = "normalisation", folder / "normalisation.json"
     fix = (
         'write normalisation.json beside it, {"offset": mean raw score of SFT samples, '
-        '"scale": their deviation within prompts}: shared.models.scorer.save_normalisation'
+        '"scale": their deviation within prompts}: shared.models.reward_files.save_normalisation'
     )
     if not path.is_file():
         mean, deviation = scores.ours.mean().item(), scores.ours.std().item()

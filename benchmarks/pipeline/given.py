@@ -13,14 +13,8 @@ from shared.data.sources import reader_of
 from shared.models.cost import Meter
 from shared.models.folders import CHATS
 from shared.models.load import ModelConfig
-from shared.models.pretrained import (
-    HUB_ERRORS,
-    address_of_model,
-    content_hash,
-    hub_error,
-    is_local,
-    take_pretrained,
-)
+from shared.models.names import HUB_ERRORS, address_of_model, content_hash, hub_error, is_local
+from shared.models.pretrained import take_pretrained
 from shared.stages import Given, write_json
 from shared.tasks.registry import TaskConfig
 

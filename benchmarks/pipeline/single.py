@@ -16,7 +16,7 @@ from benchmarks.pipeline.progress import progress
 from benchmarks.pipeline.start import prepare_start
 from shared.config import InputError, suggest
 from shared.models.cost import versions
-from shared.models.pretrained import is_model_file
+from shared.models.names import is_model_file
 from shared.stages import Runner, Stages, read_json
 
 

@@ -7,6 +7,7 @@ from typing import Any
 from benchmarks.pipeline.experiment import Experiment
 from benchmarks.pipeline.plan import Plan
 from benchmarks.pipeline.reasons import flat
+from shared.data.preferences import SPOILERS
 
 Answers = tuple[float, float]  # trained on, sampled; of a pair both count
 
@@ -17,12 +18,12 @@ def answers_of(name: str, inputs: dict[str, Any], experiment: Experiment) -> Ans
     `inputs` are the stage's, by dotted key.
     """
     e, pairs = experiment, experiment.preferences.pairs
-    drawn = pairs + e.preferences.held_out_pairs
-    own = e.task.name == "own" and e.preferences.source == "data"
+    drawn = 2 * (pairs + e.preferences.held_out_pairs) + SPOILERS * e.preferences.spoiled * pairs
+    samples = any(key.startswith("drawing.") for key in inputs)  # else they are taken from a file
     by_stage: dict[str, Callable[[], Answers]] = {
         "sft": lambda: (inputs["sft.examples"] * inputs["sft.epochs"], 0),
-        "preferences": lambda: (0, 0 if own else 2 * drawn),
-        "reward-test": lambda: (0, 0 if e.task.name == "own" else 2 * inputs["pairs"]),
+        "preferences": lambda: (0, drawn * samples),
+        "reward-test": lambda: (0, 2 * inputs["pairs"] * samples),
         "reference-samples": lambda: (0, inputs["prompts"] * inputs["per_prompt"]),
         "reward": lambda: (2 * pairs * e.reward.epochs * (e.reward.pretrained is None), 0),
         "direct": lambda: (2 * pairs * inputs["direct.epochs"], 0),

@@ -16,9 +16,11 @@ from pydantic import TypeAdapter, ValidationError
 
 from benchmarks.evaluation.statistics import SEEDS_FOR_A_WINNER
 from benchmarks.report import page_tables as rows
+from benchmarks.report.cells import by_gold
 from benchmarks.report.conclusion import Conclusion, conclude
 from benchmarks.report.figures import draw_all
 from benchmarks.report.frontier_plot import KL_CAP, beyond
+from benchmarks.report.run_tables import timed_alone
 from benchmarks.report.style import PALETTE, Picture, look, marker_path
 from benchmarks.report.tables import NULL, Bar, Table, count, number, to_csv, to_latex
 from benchmarks.report.training_plot import Curves
@@ -163,7 +165,7 @@ def _page(
         samples=list(_answers(results, samples)),
         palette=PALETTE,
         beyond=beyond(results),
-        timed=rows.timed_alone(results),
+        timed=timed_alone(results),
         kl_cap=f"{KL_CAP:g}",
         environment=list(_flat(results.environment)),
     )
@@ -186,7 +188,7 @@ def _first_table(tables: Sequence[Table], conclusion: Conclusion) -> str:
 
 def _answers(results: Results, samples: Samples) -> Iterator[tuple[str, list[ShownAnswer]]]:
     """Each prompt's answers, SFT's first and then in the order of the main table."""
-    order = ["sft", *(name for name, _ in rows.by_gold(results) if name != "sft")]
+    order = ["sft", *(name for name, _ in by_gold(results) if name != "sft")]
     scores = [a.gold for p in samples.prompts for a in p.answers.values() if a.gold is not None]
     reach = max([1e-9, *map(abs, scores)])
 

@@ -8,7 +8,7 @@ from matplotlib.ticker import EngFormatter, MaxNLocator, PercentFormatter
 
 from benchmarks.evaluation.statistics import Estimate
 from benchmarks.report import frontier_plot
-from benchmarks.report.page_tables import by_gold
+from benchmarks.report.cells import by_gold
 from benchmarks.report.style import (
     CARD,
     FAINT,

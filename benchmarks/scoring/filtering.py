@@ -43,7 +43,7 @@ from shared.code import code_of
 from shared.config import InputError
 from shared.data.examples import Numbered, dropped_lines
 from shared.models.cost import versions
-from shared.models.pretrained import address_of_model
+from shared.models.names import address_of_model
 from shared.models.scorer import Scorer, require_differing
 from shared.seeds import seed_of
 from shared.stages import write_json

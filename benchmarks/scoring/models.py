@@ -8,9 +8,11 @@ from pathlib import Path
 import torch
 
 from shared.config import InputError
-from shared.models.folders import listed_ends, open_tokenizer, require_folder
+from shared.models.folders import listed_ends, require_folder
 from shared.models.load import ModelConfig, WeightDtype
-from shared.models.pretrained import commit_of, is_local, local_path, take_pretrained, turn_end
+from shared.models.names import commit_of, is_local, local_path
+from shared.models.opening import open_tokenizer
+from shared.models.pretrained import take_pretrained, turn_end
 from shared.models.scorer import Scorer
 
 

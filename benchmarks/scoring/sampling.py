@@ -12,8 +12,8 @@ from shared.data.chat import Encoder, said_by
 from shared.data.rows import Row, Unusable
 from shared.generation.engine import Engine, Sampling
 from shared.generation.start import GenerationConfig, make_engine
-from shared.models.folders import require_embeddings
 from shared.models.load import WeightDtype, load_policy, load_tokenizer, special_ids
+from shared.models.opening import require_embeddings
 from shared.models.scorer import Answered, context_length
 
 

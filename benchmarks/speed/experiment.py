@@ -26,7 +26,8 @@ import numpy as np
 
 from benchmarks.pipeline.arms import CommonStages, Pipeline, Policy, setting_text
 from benchmarks.pipeline.compare import tuning_seeds
-from benchmarks.pipeline.experiment import Arm, Experiment, load_experiment
+from benchmarks.pipeline.experiment import Arm, Experiment
+from benchmarks.pipeline.loading import load_experiment
 from benchmarks.pipeline.places import side_by_side, stage_context
 from benchmarks.speed.sides import Choice, machine
 from benchmarks.speed.trainings import (

@@ -17,7 +17,8 @@ from typing import Any
 
 from benchmarks.entry import Argument, Overrides
 from benchmarks.evaluation.statistics import Estimate, seed_interval
-from benchmarks.pipeline.experiment import Experiment, load_experiment
+from benchmarks.pipeline.experiment import Experiment
+from benchmarks.pipeline.loading import load_experiment
 from benchmarks.results.schema import Results
 from benchmarks.run import run_experiment
 from shared.config import InputError

@@ -16,7 +16,8 @@ import numpy as np
 from benchmarks.entry import Argument
 from benchmarks.evaluation.statistics import Estimate, paired_difference
 from benchmarks.pipeline.arms import Pipeline, Policy, Trial, setting_text
-from benchmarks.pipeline.experiment import Experiment, load_experiment
+from benchmarks.pipeline.experiment import Experiment
+from benchmarks.pipeline.loading import load_experiment
 from benchmarks.pipeline.places import set_up_process, stage_context
 from benchmarks.pipeline.plan import plan_of
 from benchmarks.pipeline.progress import progress

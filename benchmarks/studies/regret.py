@@ -21,7 +21,8 @@ from benchmarks.entry import Argument, Overrides
 from benchmarks.evaluation.exact import World
 from benchmarks.evaluation.statistics import Estimate, seed_interval
 from benchmarks.pipeline.arms import Pipeline
-from benchmarks.pipeline.experiment import Arm, Experiment, load_experiment
+from benchmarks.pipeline.experiment import Arm, Experiment
+from benchmarks.pipeline.loading import load_experiment
 from benchmarks.pipeline.places import stage_context
 from benchmarks.report.style import MUTED, draw, look
 from benchmarks.results.schema import Method, Results

@@ -19,7 +19,7 @@ from shared.data.samples import null_for_nan
 from shared.data.splits import split_of
 from shared.models.folders import places_known
 from shared.models.load import load_tokenizer, special_ids
-from shared.models.scorer import write_chats
+from shared.models.reward_files import write_chats
 from shared.seeds import seed_of
 from shared.stages import Given, write_json, write_jsonl
 from shared.tasks.judge import Judge
@@ -86,20 +86,28 @@ def prepare_data(
         for e in found
     ]
     sides = Counter(row.side for row in rows)
-    prompts = Counter(side for side, _ in {(row.side, row.prompt) for row in rows})
+    distinct: set[tuple[Side, str]] = {(row.side, row.prompt) for row in rows}
+    prompts: Counter[Side] = Counter(side for side, _ in distinct)
     needed: list[Side] = ["train", "validation", "test", *(["judge"] if judge_share else [])]
-    for side in needed:
-        if prompts[side] < FEWEST:
-            raise InputError(
-                f"{sources[0].source}: {report.kept} usable rows leave {prompts[side]} prompts for "
-                f"{side}, and {FEWEST} are needed; give more rows"
-                + "".join(f"\n{line}" for line in dropped_lines(report))
-            )
+    require_prompts(sources[0].source, report, prompts, needed)
     write_jsonl(folder / "examples.jsonl", [row._asdict() for row in rows])
     chats = {tuple(row.prompt_ids): row.messages for row in rows if row.messages is not None}
     if chats:
         write_chats(folder, chats)
     write_json(folder / "data.json", {**report.as_json(), "sides": sides, "prompts": prompts})
+
+
+def require_prompts(
+    source: str, report: Report, prompts: Counter[Side], needed: Sequence[Side]
+) -> None:
+    """InputError unless every side has prompts enough."""
+    for side in needed:
+        if prompts[side] < FEWEST:
+            raise InputError(
+                f"{source}: {report.kept} usable rows leave {prompts[side]} prompts for {side}, "
+                f"and {FEWEST} are needed; give more rows"
+                + "".join(f"\n{line}" for line in dropped_lines(report))
+            )
 
 
 def require_kind(source: str, report: Report, wanted: Kind) -> None:

@@ -1,21 +1,19 @@
 """Model folders as users have them: what makes one unusable, in one line with the way out.
 
-`require_folder` reads what the files say before any weight is read; `open_model` and
-`open_tokenizer` load, and turn what the libraries raise into an InputError. Every command goes
-through these.
+`require_folder` reads what the files say before any weight is read. `shared.models.opening` loads;
+every command goes through both.
 """
 
 import json
 import os
 import struct
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from jinja2 import TemplateSyntaxError
 from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import (
@@ -23,14 +21,12 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
-    AutoTokenizer,
+    PreTrainedConfig,
     PreTrainedModel,
-    PreTrainedTokenizerBase,
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from shared.config import InputError
-from shared.data.chat import TEMPLATE_FAULTS
 
 Role = Literal["policy", "reward model"]
 LOADERS: dict[Role, Any] = {
@@ -40,12 +36,8 @@ LOADERS: dict[Role, Any] = {
 CLASSIFIER = "ForSequenceClassification"
 WHOLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")
-TOKENIZER = (
-    "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt",
-)  # fmt: skip
 NORMALISATION, CHATS = "normalisation.json", "chats.jsonl"  # what a Scorer reads besides
 INTEGERS = ("I8", "U8", "I16", "I32", "I64")  # kinds of numbers in a safetensors file
-BUFFERS = (".attn.bias", ".masked_bias", ".inv_freq", "position_ids")  # computed, not trained
 UNREADABLE = (
     OSError, ValueError, RuntimeError, LookupError, TypeError, AttributeError, ImportError,
     ArithmeticError, AssertionError, SafetensorError, StrictDataclassError, struct.error,
@@ -213,163 +205,30 @@ def readable(folder: Path) -> Iterator[None]:
         raise InputError(f"{folder}: transformers cannot load it: {text}") from error
 
 
-def load_with_info(
-    folder: Path, role: Role, dtype: torch.dtype | Literal["auto"] = torch.float32
-) -> tuple[PreTrainedModel, dict[str, Any]]:
-    """(transformers' own model in eval mode, its loading info: keys missing, unexpected, ...)."""
-    options = {"num_labels": 1} if role == "reward model" else {}
-    with readable(folder):
-        model, info = LOADERS[role].from_pretrained(
-            folder,
-            dtype=dtype,
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,  # `weight_fault` names the first one
-            use_safetensors=True,
-            **options,
-        )
-    return model.eval(), info
-
-
-def open_model(
-    folder: Path,
-    role: Role,
-    dtype: torch.dtype | Literal["auto"] = torch.float32,
-    *,
-    new_head: bool = False,
-) -> PreTrainedModel:
-    """The model of a folder, every weight of it from the file; InputError otherwise.
-
-    `new_head`: a reward model's trunk may come from a policy; its head is then at random.
-    """
-    require_folder(folder, None if new_head else role)
-    model, info = load_with_info(folder, role, dtype)
-    if fault := weight_fault(model, info, new_head=new_head):
-        raise InputError(f"{folder}: {fault}")
-    return model
-
-
-def weight_fault(model: PreTrainedModel, info: dict[str, Any], *, new_head: bool = False) -> str:
-    """What is wrong with weights that were loaded, and the fix; empty if nothing is."""
-    if info["mismatched_keys"]:
-        name, there, here = min(info["mismatched_keys"])
-        return (
-            f"{name} is {tuple(there)} in the file and {tuple(here)} by config.json: fetch both "
-            "from one place"
-        )
-    if absent := missing_weights(model, info, new_head=new_head):
-        return f"save the whole model: {absent[0]} is not in the file and would start at random"
-    if left := leftover_weights(model, info, new_head=new_head):
-        return leftover_text(left)
-    if any(not value.isfinite().all() for value in model.parameters()):
-        return (
-            "some weights are not finite: load a checkpoint from before it broke, and lower the "
-            "learning rate"
-        )
-    head, layer = model.get_output_embeddings(), model.get_input_embeddings()
-    if isinstance(layer, nn.Embedding) and not layer.weight.any():
-        return "all embeddings are 0: nothing was trained in this file: save the model again"
-    tied = getattr(model.config, "tie_word_embeddings", False) and head is not None
-    if tied and head.weight is not layer.weight:  # pyright: ignore[reportOptionalMemberAccess]
-        return "the output layer is not tied as config.json says; set tie_word_embeddings = false"
-    return ""
-
-
-def missing_weights(
-    model: PreTrainedModel, info: dict[str, Any], *, new_head: bool = False
-) -> list[str]:
-    """Names that the model has and the file has not, in order."""
-    below = f"{model.base_model_prefix}."
-    return sorted(n for n in info["missing_keys"] if not new_head or n.startswith(below))
-
-
-def leftover_weights(
-    model: PreTrainedModel, info: dict[str, Any], *, new_head: bool = False
-) -> list[str]:
-    """Names that the file has and the model has not, in order; buffers of old files apart."""
-    below = f"{model.base_model_prefix}."
-    return sorted(
-        name
-        for name in info["unexpected_keys"]
-        if not name.endswith(BUFFERS) and (not new_head or name.startswith(below))
-    )
-
-
-def leftover_text(names: list[str]) -> str:
-    """The fault of tensors that nobody loads, and the fix."""
-    fix = "save the model again with the class that it was trained as"
-    if any("lora_" in name for name in names):
-        fix = "merge the adapter and save again (merge_and_unload), or name it as `adapter`"
-    return f"{len(names)} tensors of the file are not loaded ({names[0]}): {fix}"
-
-
-def open_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    """The tokenizer of a folder, whatever its special tokens are; InputError if there is none."""
-    with readable(folder):
-        if (folder / "config.json").is_file():
-            read_object(folder / "config.json")  # AutoTokenizer reads it too
-        files = [file for file in map(folder.joinpath, TOKENIZER) if file.is_file()]
-        if not files:
-            _require_place(folder)
-            raise InputError(
-                f"{folder}: no tokenizer here (tokenizer.json is missing); save it with "
-                "tokenizer.save_pretrained"
-            )
-        for file in files:
-            require_fetched(file)
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-    if not isinstance(tokenizer.model_max_length, int | float):
-        raise InputError(
-            f"{folder}/tokenizer_config.json: `model_max_length` is a number of tokens "
-            f"(found {tokenizer.model_max_length!r})"
-        )
-    require_template(folder, tokenizer)
-    return tokenizer
-
-
-def require_template(folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
-    """InputError if there is a chat template that is empty or is no template."""
-    template = tokenizer.chat_template
-    if template is None or isinstance(template, dict):  # of several by name, one is the default
-        return
-    if not isinstance(template, str):
-        raise InputError(f"{folder}: its chat template is no text (found {template!r})")
-    if not template.strip():
-        raise InputError(
-            f"{folder}: its chat template is empty, so that every chat is an empty text: set "
-            "tokenizer.chat_template, or to None, and save it"
-        )
-    with suppress(*TEMPLATE_FAULTS):  # what a template refuses is told where the chat is known
-        try:
-            tokenizer.apply_chat_template([{"role": "user", "content": "?"}], tokenize=False)
-        except TemplateSyntaxError as error:
-            raise InputError(f"{folder}: its chat template is not valid: {error}") from error
-
-
 def embedding_count(model: PreTrainedModel) -> int:
     """How many tokens have an embedding."""
     layer = model.get_input_embeddings()
     return layer.weight.shape[0] if isinstance(layer, nn.Embedding) else model.config.vocab_size
 
 
-def require_embeddings(
-    folder: Path, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel
-) -> None:
-    """InputError if a token has no embedding. Embeddings without a token are fine: padding."""
-    top, rows = max(tokenizer.get_vocab().values()), embedding_count(model)
-    if top >= rows:
-        raise InputError(
-            f"{folder}: the tokenizer's largest id is {top}, the model has {rows} embeddings: "
-            "model.resize_token_embeddings(len(tokenizer)) and save both"
-        )
-
-
 def places_known(folder: Path) -> int:
     """How many tokens the model has places for; dynamic rotary ones as far as they scale."""
     with readable(folder):
-        config = AutoConfig.from_pretrained(folder).get_text_config()
-    scaling = getattr(config, "rope_parameters", None) or {}
-    factor = scaling.get("factor", 1.0) if scaling.get("rope_type") == "dynamic" else 1.0
-    return int(factor * (getattr(config, "max_position_embeddings", None) or 10**9))
+        config = AutoConfig.from_pretrained(folder)
+    return places_of(config) or 10**9
+
+
+def places_of(config: PreTrainedConfig) -> int | None:
+    """The same of a configuration; None where it says nothing."""
+    text = config.get_text_config()
+    places = getattr(text, "max_position_embeddings", None)
+    if not places:
+        return None
+    if text.model_type in ("roberta", "xlm-roberta", "camembert"):
+        places -= 2  # their positions begin behind the pad token's
+    scaling = getattr(text, "rope_parameters", None) or {}
+    dynamic = scaling.get("rope_type") == "dynamic"
+    return int(places * scaling.get("factor", 1)) if dynamic else places
 
 
 def listed_ends(folder: Path) -> frozenset[int]:

@@ -21,8 +21,9 @@ from transformers import (
 
 from shared.config import Config, InputError, Misfit
 from shared.models.cost import At, Work, count_pass
-from shared.models.folders import listed_ends, open_model, open_tokenizer
+from shared.models.folders import listed_ends
 from shared.models.lora import LoRAConfig, below_lora, plain_weights, with_lora
+from shared.models.opening import open_model, open_tokenizer
 from shared.models.packing import let_pack, pack, packed_inputs, packs
 from shared.models.sequences import Sequences
 from shared.seeds import seed_of

@@ -1,21 +1,14 @@
 """A model that a user names, made the plain transformers folder that every stage reads.
 
 `take_pretrained` sets right what has one right way: an EOS, all tokens that end a turn, a pad token
-that is none of them, an adapter merged, .gguf converted. `address_of_model` says which model a name
-means, by content or by commit, so that two folders of one name are two models.
+that is none of them, an adapter merged, .gguf converted.
 """
 
-import hashlib
-import os
 import re
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import HfApi, snapshot_download, try_to_load_from_cache
-from huggingface_hub.errors import HTTPError  # pyright: ignore[reportPrivateImportUsage]
-from safetensors import safe_open
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -26,36 +19,23 @@ from transformers import (
 
 from shared.config import InputError
 from shared.data.chat import TEMPLATE_FAULTS
-from shared.models.folders import (
-    CHATS,
-    as_ids,
-    embedding_count,
+from shared.models.adapters import merge_adapter
+from shared.models.folders import as_ids, embedding_count, readable, require_folder
+from shared.models.load import ModelConfig
+from shared.models.names import local_path
+from shared.models.opening import (
     open_model,
     open_tokenizer,
-    read_object,
-    readable,
     require_embeddings,
-    require_folder,
     require_template,
-    require_whole,
     weight_fault,
 )
-from shared.models.load import ModelConfig
 
-READ = (".json", ".safetensors", ".jinja", ".model", ".txt", ".tiktoken")
-BESIDE = (  # what stages and trainers leave there, which no loader reads
-    "manifest.json", "cost.json", "checkpoints.json", "stopped.json", "scores.json",
-    "filtering.json", "trainer_state.json", "all_results.json", "train_results.json",
-    "eval_results.json", "log.txt", "training_args.bin",
-)  # fmt: skip
 PADS = (  # special tokens that no text holds, the best first
     re.compile(r"pad", re.IGNORECASE),
     re.compile(r"reserved|unused|placeholder", re.IGNORECASE),
     re.compile(r"endoftext", re.IGNORECASE),
 )
-HUB_ERRORS = (OSError, ValueError, HTTPError)  # no network, no such name, a name that is none
-ADAPTER = "adapter_model.safetensors"
-EMBEDDINGS = re.compile(r"(embed_tokens|wte|embed_in|lm_head|embed_out)(\.base_layer)?\.weight$")
 NEW_PAD = "<|pad|>"
 SAMPLING = ("temperature", "top_p", "top_k", "min_p", "typical_p", "repetition_penalty")
 
@@ -111,79 +91,6 @@ def open_gguf(path: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     if fault := weight_fault(model, info):
         raise InputError(f"{path}: {fault}")
     return model, tokenizer
-
-
-def merge_adapter(
-    policy: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, adapter: Path
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The policy with a LoRA adapter in its weights, and the tokenizer that the adapter knows."""
-    merged = with_saved_adapter(policy, adapter).merge_and_unload()
-    if (adapter / "tokenizer.json").is_file():  # an SFT adapter's: it may hold the chat template
-        tokenizer = AutoTokenizer.from_pretrained(adapter)
-        require_template(adapter, tokenizer)
-        require_embeddings(adapter, tokenizer, merged)
-    return merged, tokenizer
-
-
-def with_saved_adapter(policy: PreTrainedModel, adapter: Path) -> Any:
-    """`policy` under a LoRA adapter from a folder; InputError if it was trained on another."""
-    from peft import PeftModel, get_peft_model_state_dict  # takes seconds to import
-
-    require_adapter(adapter, embedding_count(policy))
-    with readable(adapter):
-        adapted = PeftModel.from_pretrained(policy, str(adapter)).eval()
-        own = get_peft_model_state_dict(adapted, save_embedding_layers=False)
-    with safe_open(adapter / ADAPTER, framework="pt") as file:
-        there = {name for name in file.keys() if not EMBEDDINGS.search(name)}  # noqa: SIM118
-    here = {name for name in own if not EMBEDDINGS.search(name)}
-    if left := sorted(there - here):
-        raise InputError(
-            f"{adapter}: {len(left)} tensors of the adapter are not loaded ({left[0]}): use the "
-            "model that it was trained on"
-        )
-    if absent := sorted(here - there):
-        raise InputError(
-            f"{adapter}: save the whole adapter: {absent[0]} is not in its file and would do "
-            "nothing"
-        )
-    if broken := sorted(name for name, value in own.items() if not value.isfinite().all()):
-        raise InputError(
-            f"{adapter}: {broken[0]} is not finite: load a checkpoint from before it broke, and "
-            "lower the learning rate"
-        )
-    return adapted
-
-
-def require_adapter(adapter: Path, rows: int) -> None:
-    """InputError unless `adapter` holds a LoRA adapter for a model of `rows` embeddings."""
-    with readable(adapter):
-        if not (adapter / "adapter_config.json").is_file():
-            raise InputError(f"{adapter}: no adapter here (adapter_config.json is missing)")
-    config = read_object(adapter / "adapter_config.json")
-    if config.get("peft_type") != "LORA":
-        raise InputError(
-            f"{adapter}: an adapter of type {config.get('peft_type')!r}; only LORA is merged"
-        )
-    if (task := config.get("task_type")) not in (None, "CAUSAL_LM"):
-        raise InputError(
-            f"{adapter}: an adapter of a model for {task}, not of one that answers (CAUSAL_LM)"
-        )
-    if not (adapter / ADAPTER).is_file():
-        raise InputError(
-            f"{adapter}: {ADAPTER} is missing; save the adapter as safetensors (save_pretrained)"
-        )
-    require_whole(adapter / ADAPTER)
-    with safe_open(adapter / ADAPTER, framework="pt") as file:
-        for name in file.keys():  # noqa: SIM118 - it is no dict
-            if not EMBEDDINGS.search(name):
-                continue
-            if (count := file.get_slice(name).get_shape()[0]) != rows:
-                base = config.get("base_model_name_or_path")
-                raise InputError(
-                    f"{adapter}: the adapter has {count} embeddings, the model {rows}: resize the "
-                    "model as it was before the adapter was trained, or use the adapter's own base"
-                    + (f" ({base})" if base else "")
-                )
 
 
 def set_ends(
@@ -308,90 +215,3 @@ def generation_config(
         fields["do_sample"] = True  # what it says of sampling is meant
     fields.pop("_from_model_config", None)
     return GenerationConfig.from_dict(fields)  # pyright: ignore[reportReturnType]
-
-
-def local_path(name: str, revision: str | None) -> Path:
-    """The folder or .gguf file that `name` means, fetched from the hub if it is a hub name."""
-    if is_local(name):
-        return Path(name)
-    try:
-        patterns = [*(f"*{suffix}" for suffix in READ), CHATS]
-        return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
-    except HUB_ERRORS as error:
-        raise hub_error(name, error) from error
-
-
-def is_local(name: str) -> bool:
-    """Whether `name` is a path, which must be there; else it is a hub name."""
-    path = Path(name)
-    if os.path.exists(name):  # which is False for what can be no path; Path.exists raises
-        return True
-    if path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1 or path.suffix in (
-        ".gguf", ".safetensors",
-    ):  # fmt: skip
-        raise InputError(f"{name}: no such folder or file; a hub name is owner/name")
-    return False
-
-
-def hub_error(name: str, error: Exception) -> InputError:
-    """What went wrong with a hub name, for the user."""
-    return InputError(
-        f"{name}: no such file or folder here, and the hub does not give it "
-        f"({type(error).__name__}): check the name and revision, log in with `hf auth login` if it "
-        "is gated, or fetch it where there is a network and name the folder"
-    )
-
-
-def address_of_model(name: str, revision: str | None = None) -> dict[str, Any]:
-    """What `name` stands for, as plain values for a stage's address.
-
-    Of a folder or file the SHA-256 of what a loader reads in it, of a hub name the commit: from the
-    hub, or offline from its cache on this machine.
-    """
-    if is_local(name):
-        path = Path(name)
-        files = [path] if path.is_file() else sorted(filter(_counts, path.iterdir()))
-        return {"files": {file.name: content_hash(file) for file in files}}
-    return {"hub": name, "commit": commit_of(name, revision)}
-
-
-def is_model_file(path: Path) -> bool:
-    """Whether transformers or a Scorer reads this file of a whole model's folder.
-
-    What runs when it is read (pickles), logs and adapters are none of it.
-    """
-    read = path.suffix in READ and path.name not in BESIDE and not path.name.startswith("adapter_")
-    return path.is_file() and (read or path.name == CHATS)
-
-
-def _counts(path: Path) -> bool:
-    """Whether a file is part of what a name stands for: adapters and whatever is refused too."""
-    read = path.suffix in (*READ, ".gguf", ".bin") and path.name not in BESIDE
-    return path.is_file() and (read or path.name == CHATS)
-
-
-def commit_of(name: str, revision: str | None) -> str:
-    """The commit that a hub name's revision is at."""
-    try:
-        found = HfApi().model_info(name, revision=revision).sha
-    except HUB_ERRORS as error:
-        cached = None
-        with suppress(ValueError):  # of a name that can be none
-            cached = try_to_load_from_cache(name, "config.json", revision=revision)
-        if not isinstance(cached, str):
-            raise hub_error(name, error) from error
-        found = Path(cached).parent.name  # .../snapshots/COMMIT/config.json
-    return str(found)
-
-
-_hashes: dict[tuple[str, int, int], str] = {}  # by path, size and time of the last change
-
-
-def content_hash(path: Path) -> str:
-    """SHA-256 of a file; read once a process while its size and time stay."""
-    about = os.stat(path)
-    key = str(path.resolve()), about.st_size, about.st_mtime_ns
-    if key not in _hashes:
-        with path.open("rb") as file:
-            _hashes[key] = hashlib.file_digest(file, "sha256").hexdigest()
-    return _hashes[key]

@@ -5,9 +5,7 @@ tokenizer of its own, or an encoder (BERT's kind), is given their text: decoded,
 encoded as the reward model was trained, through its class's own forward pass.
 """
 
-import json
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,13 +17,7 @@ from shared.config import InputError
 from shared.data.chat import Encoder, answer_text, render, require_words, said_by
 from shared.data.rows import Message, Messages, Row, Unusable
 from shared.models.cost import At, Work, count_pass
-from shared.models.folders import (
-    CHATS,
-    NORMALISATION,
-    open_tokenizer,
-    read_object,
-    require_embeddings,
-)
+from shared.models.folders import places_of
 from shared.models.load import (
     WeightDtype,
     load_scalar_model,
@@ -33,10 +25,9 @@ from shared.models.load import (
     sequence_scores,
     special_ids,
 )
+from shared.models.opening import open_tokenizer, require_embeddings
+from shared.models.reward_files import Chats, read_chats, read_ends, read_normalisation
 from shared.models.sequences import SCORING, Limit, Sequences, by_length, collate
-from shared.stages import read_jsonl, write_jsonl
-
-Chats = Mapping[tuple[int, ...], Messages]  # of prompts, by their token ids
 
 
 class Answered(NamedTuple):
@@ -292,26 +283,6 @@ def scorer_of(reward_model: Path, policy: Path | None) -> Scorer:
     return Scorer(reward_model, reader=tokenizer, ends=special_ids(tokenizer, policy).ends)
 
 
-def write_chats(folder: Path, chats: Chats) -> None:
-    """`chats.jsonl`: the messages of prompts that are chats, for `take_reward` and `Scorer`."""
-    rows = [{"prompt_ids": list(ids), "messages": said} for ids, said in chats.items()]
-    write_jsonl(folder / CHATS, rows)
-
-
-def read_chats(folder: Path) -> Chats:
-    """What `write_chats` wrote; nothing where there is none."""
-    if not (folder / CHATS).is_file():
-        return {}
-    try:
-        rows = read_jsonl(folder / CHATS)
-        return {tuple(row["prompt_ids"]): row["messages"] for row in rows}
-    except (ValueError, KeyError, TypeError) as error:
-        raise InputError(
-            f"{folder / CHATS}: not the messages of prompts, which Klash keeps under this name "
-            f"beside a reward model ({error!r}): move the file elsewhere"
-        ) from error
-
-
 def same_tokens(policy: PreTrainedTokenizerBase, reward: PreTrainedTokenizerBase) -> bool:
     """Whether each of the policy's tokens is the same token, under the same id, in `reward`."""
     theirs = reward.get_vocab()
@@ -320,50 +291,9 @@ def same_tokens(policy: PreTrainedTokenizerBase, reward: PreTrainedTokenizerBase
 
 def context_length(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int | None:
     """How many tokens a classifier reads; None where neither file says."""
-    places = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if places and model.config.model_type in ("roberta", "xlm-roberta", "camembert"):
-        places -= 2  # their positions begin behind the pad token's
-    known = [n for n in (places, tokenizer.model_max_length) if n and 0 < n < 10**9]
+    both = places_of(model.config), tokenizer.model_max_length
+    known = [n for n in both if n and 0 < n < 10**9]
     return min(known, default=None)
-
-
-def save_normalisation(
-    folder: Path, offset: float, scale: float, ends: frozenset[int] | None = None
-) -> None:
-    """Write what turns raw scores into `score` beside the reward model.
-
-    `ends`: of one that was trained here, the tokens that ended an answer in its training.
-    InputError where they cannot: the scores are all one, or not numbers.
-    """
-    require_scale(folder, offset, scale)
-    trained = {} if ends is None else {"ends": sorted(ends)}
-    text = json.dumps({"offset": offset, "scale": scale, **trained})
-    (folder / NORMALISATION).write_text(text)
-
-
-def read_normalisation(folder: Path) -> tuple[float, float]:
-    """(offset, scale); (0, 1) for a reward model without: its scores are raw."""
-    path = folder / NORMALISATION
-    if not path.is_file():
-        return 0.0, 1.0
-    values = read_object(path)
-    try:
-        offset, scale = float(values["offset"]), float(values["scale"])
-    except (KeyError, TypeError, ValueError) as error:
-        raise InputError(f"{path}: not {{offset, scale}}: {error!r}") from error
-    require_scale(folder, offset, scale)
-    return offset, scale
-
-
-def read_ends(folder: Path) -> frozenset[int] | None:
-    """The tokens that ended an answer where the reward model was trained here; None of others."""
-    path = folder / NORMALISATION
-    ends = read_object(path).get("ends") if path.is_file() else None
-    if ends is None:
-        return None
-    if not isinstance(ends, list) or not all(type(end) is int for end in ends):
-        raise InputError(f"{path}: `ends` is a list of token ids (found {ends!r})")
-    return frozenset(ends)
 
 
 def require_differing(folder: Path | str, scores: Sequence[float]) -> None:
@@ -372,14 +302,4 @@ def require_differing(folder: Path | str, scores: Sequence[float]) -> None:
         raise InputError(
             f"{folder}: the reward model gives all {len(scores)} answers the score {scores[0]:g}: "
             "train it, or look for a head of zeros"
-        )
-
-
-def require_scale(folder: Path, offset: float, scale: float) -> None:
-    """InputError unless scores can be centred by `offset` and divided by `scale`."""
-    if not (math.isfinite(offset) and math.isfinite(scale) and scale > 0):
-        raise InputError(
-            f"{folder}: the reward model's scores do not differ between samples of a prompt (mean "
-            f"{offset:g}, deviation {scale:g}): train it, or look for a head of zeros; and two "
-            "samples a prompt are the fewest that can differ"
         )

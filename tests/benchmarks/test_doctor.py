@@ -45,7 +45,7 @@ from shared.data.pairs import Pair, read_pairs
 from shared.generation.engine import Completions, Sampling
 from shared.generation.hf import HFEngine
 from shared.models.load import SpecialIds, frozen, load_policy, new_scalar_model
-from shared.models.scorer import save_normalisation
+from shared.models.reward_files import save_normalisation
 from shared.models.sequences import Limit
 
 SPECIAL = ["<pad>", "</s>", "<s>", "<|user|>", "<|assistant|>"]

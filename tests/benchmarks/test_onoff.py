@@ -11,7 +11,7 @@ from scipy import stats
 from torch import Tensor
 
 from benchmarks.pipeline.arms import CommonStages
-from benchmarks.pipeline.experiment import load_experiment
+from benchmarks.pipeline.loading import load_experiment
 from benchmarks.studies.onoff.report import (
     Job,
     JobStages,

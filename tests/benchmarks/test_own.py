@@ -17,7 +17,7 @@ from transformers import (
     LlamaConfig,
 )
 
-from benchmarks.pipeline.experiment import load_experiment
+from benchmarks.pipeline.loading import load_experiment
 from benchmarks.pipeline.single import put_model, train_one
 from benchmarks.results.schema import Results
 from benchmarks.run import plan_experiment, run_experiment

@@ -10,7 +10,7 @@ import pytest
 from chat_models import chat_tokenizer, write_policy, write_reward
 from checks import Klash
 
-from benchmarks.pipeline.experiment import load_experiment
+from benchmarks.pipeline.loading import load_experiment
 from benchmarks.pipeline.single import card, train_one
 from benchmarks.results.schema import Results
 from benchmarks.run import plan_experiment, run_experiment

@@ -27,7 +27,8 @@ from checks import TINY
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
 
-from benchmarks.pipeline.experiment import EXPERIMENTS, Experiment, load_experiment
+from benchmarks.pipeline.experiment import Experiment
+from benchmarks.pipeline.loading import EXPERIMENTS, load_experiment
 from benchmarks.pipeline.places import side_by_side
 from benchmarks.pipeline.progress import progress
 from benchmarks.report.build import build_report

@@ -16,7 +16,8 @@ import torch
 from checks import SMALL_WORLD, TINY
 
 from benchmarks.pipeline import places
-from benchmarks.pipeline.experiment import Experiment, load_experiment
+from benchmarks.pipeline.experiment import Experiment
+from benchmarks.pipeline.loading import load_experiment
 from benchmarks.pipeline.plan import Plan
 from benchmarks.pipeline.reasons import Finished, in_words, plan_text, reasons
 from benchmarks.pipeline.work import work_text

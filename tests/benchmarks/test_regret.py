@@ -7,7 +7,7 @@ import torch
 from checks import SMALL_WORLD, close
 
 from benchmarks.evaluation.optimum import bradley_terry, ipo_logps, optimal_logps
-from benchmarks.pipeline.experiment import load_experiment
+from benchmarks.pipeline.loading import load_experiment
 from benchmarks.results.schema import Results
 from benchmarks.studies.regret import STEPS, at, curve, markdown, picture, regret_points
 from shared.config import InputError

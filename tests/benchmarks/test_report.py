@@ -393,6 +393,8 @@ def own_run(**changes: Any) -> Json:
     run = run_of()
     run["results"] |= {"experiment": "desk", "task": "own", "own_rows": OWN_ROWS, **changes}
     run["results"] |= {"frontier": [], "rm_frontier": []}
+    for found in run["results"]["methods"].values():
+        found["frontier_efficiency"] = estimate(None, 3)
     for name in ("bayes_accuracy", "share_of_attainable"):
         run["results"]["reward_model"][name] = None if name[0] == "b" else estimate(None, 3)
     chat = "system: Be kind.\nuser: It broke."
@@ -412,7 +414,8 @@ def test_of_own_rows_the_page_says_how_many_are_used_and_why_not_the_others(tmp_
 
 def test_without_a_judge_the_page_speaks_of_no_gold_and_of_no_chance_as_a_fact(tmp_path: Path):
     run = own_run(comparisons=[])
-    of_gold = ("gold", "greedy_gold", "gain", "hacking_gap", "win_rate", "frontier_efficiency")
+    of_gold = ("gold", "greedy_gold", "gain", "hacking_gap", "win_rate",
+               "win_rate_length_controlled", "win_rate_against_chosen")  # fmt: skip
     for found in run["results"]["methods"].values():
         found |= {name: estimate(None, 3) for name in of_gold}
         found["proxy"] = estimate(0.2, 3, half=0.5)

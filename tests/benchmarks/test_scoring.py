@@ -38,7 +38,7 @@ from benchmarks.scoring.rule import Rule
 from benchmarks.scoring.sampling import Policy, Sampled
 from benchmarks.scoring.score import accuracy_text, score
 from shared.config import InputError
-from shared.models.scorer import save_normalisation
+from shared.models.reward_files import save_normalisation
 from shared.stages import read_json, read_jsonl, write_json
 
 ROWS = 12

@@ -11,7 +11,8 @@ from checks import TINY, close, weights
 from transformers import AutoModelForCausalLM
 
 from benchmarks.pipeline.arms import Pipeline
-from benchmarks.pipeline.experiment import Arm, Experiment, load_experiment
+from benchmarks.pipeline.experiment import Arm, Experiment
+from benchmarks.pipeline.loading import load_experiment
 from benchmarks.speed import experiment as speed
 from benchmarks.speed.experiment import (
     ExperimentSpeed,

@@ -26,7 +26,8 @@ from benchmarks.doctor import patient
 from benchmarks.doctor.patient import DoctorConfig
 from benchmarks.evaluation import policies
 from benchmarks.pipeline import places, single
-from benchmarks.pipeline.experiment import Experiment, load_experiment
+from benchmarks.pipeline.experiment import Experiment
+from benchmarks.pipeline.loading import load_experiment
 from benchmarks.results.schema import Results
 from benchmarks.scoring import filtering
 from benchmarks.scoring import score as scoring

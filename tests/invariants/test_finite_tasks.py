@@ -15,7 +15,8 @@ from torch import Tensor
 from benchmarks.evaluation.evaluate import Prompts, evaluate
 from benchmarks.evaluation.exact import World
 from benchmarks.evaluation.optimum import kl, objective, optimal_logps
-from benchmarks.pipeline.experiment import Experiment, load_experiment
+from benchmarks.pipeline.experiment import Experiment
+from benchmarks.pipeline.loading import load_experiment
 from benchmarks.results.folders import EvaluationRows
 from benchmarks.results.schema import Results
 from benchmarks.run import run_experiment

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.evaluation.exact import World
-from benchmarks.pipeline.experiment import load_experiment
+from benchmarks.pipeline.loading import load_experiment
 from benchmarks.results.schema import Method, Results
 from benchmarks.run import run_experiment
 from shared.stages import read_json

@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from benchmarks.evaluation.evaluate import Prompts, evaluate
 from benchmarks.pipeline.arms import Pipeline
-from benchmarks.pipeline.experiment import load_experiment
+from benchmarks.pipeline.loading import load_experiment
 from benchmarks.pipeline.plan import Plan
 from dpo.losses import LogRatios, rdpo_loss
 from dpo.train import DirectConfig, DirectData, Objective

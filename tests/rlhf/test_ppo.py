@@ -46,7 +46,7 @@ from shared.models.load import (
 )
 from shared.models.logprobs import sequence_logps, token_logprobs
 from shared.models.lora import LoRAConfig
-from shared.models.scorer import save_normalisation
+from shared.models.reward_files import save_normalisation
 from shared.models.sequences import Sequences, collate
 from shared.seeds import seed_of
 from shared.stages import read_json

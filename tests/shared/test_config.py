@@ -8,7 +8,8 @@ import pytest
 from pydantic import Field, ValidationError
 
 from benchmarks.doctor.patient import DoctorConfig
-from benchmarks.pipeline.experiment import EXPERIMENTS, Experiment, load_experiment
+from benchmarks.pipeline.experiment import Experiment
+from benchmarks.pipeline.loading import EXPERIMENTS, load_experiment
 from shared.config import Config, InputError, Key, keys, load, read_toml
 
 

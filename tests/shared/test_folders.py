@@ -23,8 +23,8 @@ from benchmarks.cli import main
 from shared.config import InputError
 from shared.data.chat import Encoder
 from shared.data.rows import Row, Unusable
-from shared.models.folders import open_model, open_tokenizer, require_embeddings
 from shared.models.load import ModelConfig, load_policy, special_ids
+from shared.models.opening import open_model, open_tokenizer, require_embeddings
 from shared.models.pretrained import take_pretrained
 from shared.models.scorer import Answered, Scorer
 

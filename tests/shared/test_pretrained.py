@@ -39,7 +39,8 @@ from shared.models.load import (
 )
 from shared.models.logprobs import sequence_logps
 from shared.models.lora import LoRAConfig
-from shared.models.pretrained import address_of_model, content_hash, take_pretrained
+from shared.models.names import address_of_model, content_hash
+from shared.models.pretrained import take_pretrained
 from shared.models.sequences import collate
 
 

@@ -33,14 +33,8 @@ from shared.data.samples import PromptSamples
 from shared.generation.engine import Sampling
 from shared.generation.hf import HFEngine
 from shared.models.load import load_policy, load_tokenizer, special_ids
-from shared.models.scorer import (
-    Answered,
-    Scorer,
-    read_chats,
-    save_normalisation,
-    scorer_of,
-    write_chats,
-)
+from shared.models.reward_files import read_chats, save_normalisation, write_chats
+from shared.models.scorer import Answered, Scorer, scorer_of
 from shared.models.sequences import Limit
 from shared.stages import write_jsonl
 

@@ -18,7 +18,7 @@ from peft import LoraConfig, get_peft_model
 from scipy import stats
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from benchmarks.pipeline.experiment import load_experiment
+from benchmarks.pipeline.loading import load_experiment
 from benchmarks.results.schema import Results
 from benchmarks.run import run_experiment
 from benchmarks.speed.smollm2 import convert

@@ -20,7 +20,8 @@ from typing import Any, TypeVar
 
 from benchmarks.entry import Argument, Overrides
 from benchmarks.pipeline.arms import CommonStages, Pipeline, Policy, Trial
-from benchmarks.pipeline.experiment import Experiment, load_experiment
+from benchmarks.pipeline.experiment import Experiment
+from benchmarks.pipeline.loading import load_experiment
 from benchmarks.pipeline.places import set_up_process, stage_context, with_workers
 from benchmarks.pipeline.plan import plan_of
 from benchmarks.pipeline.progress import progress
