@@ -43,7 +43,7 @@ def run_experiment(experiment: Experiment, runs: Path) -> Path:
 
 def plan_experiment(experiment: Experiment, runs: Path) -> Plan:
     """All stages that `run_experiment` goes through."""
-    set_up_process(experiment.threads)
+    set_up_process(experiment.threads, experiment.save_minutes)
     plan = Plan(runs / ".stages", stage_context(experiment.generation))
     finish(planned_pipelines(experiment, plan))
     return plan

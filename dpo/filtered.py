@@ -7,7 +7,8 @@ return. A floor keeps the set from emptying: below it the pairs that come closes
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from dpo.train import DirectConfig, DirectData, Objective, check_setting, split_setting
 from shared.config import Config, InputError
-from shared.data.pairs import read_pairs
+from shared.data.pairs import Pair, read_pairs
 from shared.generation.engine import Engine, Sampling
 from shared.generation.start import Drawing, make_engine
 from shared.models.cost import Meter
@@ -27,6 +28,7 @@ from shared.seeds import seed_of
 from shared.stages import write_json, write_jsonl
 from shared.training.finished import Training, TrainingLog
 from shared.training.fit import Diverged, prepare, steps_of
+from shared.training.saves import Saves
 
 
 class FilterConfig(Config):
@@ -78,40 +80,74 @@ def train_filtered(
     drawing, temperature = filtering.drawing, filtering.drawing.sampling.temperature
     engine = make_engine(drawing.generation, model, special, start.policy, temperature)
     meter.models_held = 2
-    training, kept = None, list(range(len(pairs)))
-    audit, shares, failure = [], [], ""
-    for epoch in range(epochs):
-        draw = drawing.at(seed=seed_of(start.seed, "filter", epoch)).sampling
-        with meter.phase("filter"):
-            engine.sync()
-            rows, floor_bound = judge(objective, engine, scorer, kept, filtering.config, draw)
-        kept = [row["pair"] for row in rows if row["kept"]]
-        audit += [{"epoch": epoch, "id": pairs[row.pop("pair")].id, **row} for row in rows]
-        share = len(kept) / len(pairs)
-        broken = sum(None in (row["chosen"], row["sample"]) for row in rows)
-        counted = {"kept_share": share, "floor_bound": floor_bound, "not_finite": broken}
-        shares.append({"epoch": epoch, **counted})
+    saves = Saves(folder, meter)
+    at = Progress(**saves.place.get("progress", {"kept": [*range(len(pairs))]}))
+    training, failure = None, ""
+    for epoch in range(max(0, len(at.ends) - 1), epochs):
+        if epoch == len(at.ends):  # else it was filtered before training stopped
+            draw = drawing.at(seed=seed_of(start.seed, "filter", epoch)).sampling
+            with meter.phase("filter"):
+                engine.sync()
+                found = judge(objective, engine, scorer, at.kept, filtering.config, draw)
+            at.filtered(*found, pairs, direct.batch_size)
         if training is None:  # the schedule counts on what the first filtering leaves
-            steps = steps_of(len(kept), direct.batch_size, epochs)
+            steps = at.ends[0] * epochs
             trainee = prepare(model, direct.optimizer, steps)
-            training = Training(folder, trainee, tokenizer, TrainingLog(folder, steps), {})
-        if epoch + 1 < epochs and checkpoints:
-            last = len(training.log) + steps_of(len(kept), direct.batch_size, 1)
-            training.save_after[last] = (epoch + 1) / epochs
+            saves.follow(policy=trainee)
+            log = TrainingLog(folder, steps, kept=saves.steps)
+            training = Training(folder, trainee, tokenizer, log, {})
+        if checkpoints:
+            ends = enumerate(at.ends[: epochs - 1], 1)
+            training.save_after = {end: number / epochs for number, end in ends}
         with meter.phase("train"):
             order = seed_of(start.seed, "batches", epoch)
-            for batch in objective.batches(kept, direct.batch_size, 1, order):
+            drawn = objective.batches(at.kept, direct.batch_size, 1, order)
+            for batch in islice(drawn, len(training.log) - at.begun, None):
                 try:
                     training.step_done(objective.step(training.trainee, batch))
                 except Diverged as error:  # a result: the last good weights are evaluated
                     failure = str(error)
                     break
+                saves.step_done(len(training.log), progress=asdict(at))
         if failure:
             break
-    write_jsonl(folder / "audit.jsonl", audit)
-    write_json(folder / "filtering.json", shares)
+    write_jsonl(folder / "audit.jsonl", at.audit)
+    write_json(folder / "filtering.json", at.shares)
     assert training is not None
     training.finish(meter, labels_used=len(pairs), failure=failure)
+
+
+@dataclass
+class Progress:
+    """Which pairs are left, and how it came to that: in plain values, to go on from."""
+
+    kept: list[int]
+    ends: list[int] = field(default_factory=list)  # the last step of each epoch that was filtered
+    shares: list[dict[str, Any]] = field(default_factory=list)  # filtering.json
+    audit: list[dict[str, Any]] = field(default_factory=list)
+
+    @property
+    def begun(self) -> int:
+        """Steps before this epoch's first."""
+        return self.ends[-2] if len(self.ends) > 1 else 0
+
+    def filtered(
+        self,
+        rows: list[dict[str, Any]],
+        floor_bound: bool,
+        pairs: Sequence[Pair],
+        batch_size: int,
+    ) -> None:
+        """Take what `judge` found at the beginning of an epoch."""
+        epoch = len(self.ends)
+        self.kept = [row["pair"] for row in rows if row["kept"]]
+        self.audit += [{"epoch": epoch, "id": pairs[row.pop("pair")].id, **row} for row in rows]
+        broken = sum(None in (row["chosen"], row["sample"]) for row in rows)
+        share = len(self.kept) / len(pairs)
+        counted = {"kept_share": share, "floor_bound": floor_bound, "not_finite": broken}
+        self.shares.append({"epoch": epoch, **counted})
+        last = self.ends[-1] if self.ends else 0
+        self.ends.append(last + steps_of(len(self.kept), batch_size, 1))
 
 
 def judge(

@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from shared.config import InputError
-from shared.data.batches import Rows, read_rows
+from shared.data.batches import TRAINED_ON, Rows, read_rows
 from shared.models.cost import Meter
 from shared.models.load import WeightDtype, load_policy, load_tokenizer, special_ids
 from shared.models.logprobs import score_logps
@@ -34,14 +34,16 @@ def score_reference(
     preferences: Path,
     precision: Precision = "float32",
     dtype: WeightDtype = "float32",
+    file: str = TRAINED_ON,
 ) -> None:
     """Stage: log ref(y|x) of all completions in `reference.safetensors`, chosen ones first.
 
     Depends on weights, tokens, code and `precision`, which must be the training's: then policy and
     reference round alike. Not on any beta, rate or seed of a training. `dtype`: of its weights.
+    `file`: of `preferences`, which of its pairs.
     """
     meter = Meter()
-    rows = rows_of(policy, preferences)
+    rows = rows_of(policy, preferences, file)
     logps = score(policy, rows, rows.completions, precision, dtype)
     save_file({"logps": logps}, folder / "reference.safetensors")
     write_json(folder / "cost.json", meter.summary())
@@ -65,10 +67,10 @@ def score_mismatched(
     write_json(folder / "cost.json", meter.summary())
 
 
-def rows_of(policy: Path, preferences: Path) -> Rows:
-    """What is trained on as rows, with the pad token of the policy's tokenizer."""
+def rows_of(policy: Path, preferences: Path, file: str = TRAINED_ON) -> Rows:
+    """What is trained on, or what another `file` holds, as rows, with the policy's pad token."""
     pad_id = special_ids(load_tokenizer(policy)).pad
-    return read_rows(preferences, pad_id, SCORING)
+    return read_rows(preferences, pad_id, SCORING, file)
 
 
 def score(
@@ -80,7 +82,7 @@ def score(
 ) -> Tensor:
     """log ref of a completion for each row's prompt, (R,)."""
     model = load_policy(policy, dtype).eval()
-    with arithmetic(precision, model.device):
+    with arithmetic(precision):
         return score_logps(model, rows.prompts, completions, rows.pad_id)
 
 

@@ -5,6 +5,7 @@ one set of metrics.
 import inspect
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -34,6 +35,7 @@ from shared.training.fit import (
     step,
     steps_of,
 )
+from shared.training.saves import Saves
 
 
 class DirectConfig(Config):
@@ -123,17 +125,21 @@ def train_direct(
     meter, tokenizer = Meter(), load_tokenizer(start.policy)
     objective = Objective(data, special_ids(tokenizer).pad, loss, hyperparameters, direct.limit)
     steps = steps_of(len(objective.items), objective.items_in(direct.batch_size), direct.epochs)
-    trainee = prepare(start.load(), direct.optimizer, steps)
-    log, save_after = TrainingLog(folder, steps), checkpoint_steps(steps, checkpoints)
+    trainee, saves = prepare(start.load(), direct.optimizer, steps), Saves(folder, meter)
+    saves.follow(policy=trainee)
+    log = TrainingLog(folder, steps, kept=saves.steps)
+    save_after = checkpoint_steps(steps, checkpoints)
     training, failure = Training(folder, trainee, tokenizer, log, save_after), ""
     with meter.phase("train"):
         order = seed_of(start.seed, "batches")
-        for rows in objective.batches(objective.items, direct.batch_size, direct.epochs, order):
+        drawn = objective.batches(objective.items, direct.batch_size, direct.epochs, order)
+        for rows in islice(drawn, saves.steps, None):
             try:
                 training.step_done(objective.step(trainee, rows))
             except Diverged as error:  # a result, not a crash: the last good weights are evaluated
                 failure = str(error)
                 break
+            saves.step_done(len(log))
     if objective.pairs is None:
         write_json(folder / "labels.json", objective.labels())
     training.finish(meter, labels_used=len(objective.items), failure=failure)
@@ -207,7 +213,7 @@ class Objective:
         if self.unpaired:
             n = self.rows.count
             rows = numbers if self.single_rows else [r for i in numbers for r in (i, n + i)]
-            with arithmetic(trainee.precision, trainee.model.device):
+            with arithmetic(trainee.precision):
                 mismatched = self.mismatched_ratios(trainee.model, rows)
         micro = self.micro_batches(numbers)
 

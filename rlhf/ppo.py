@@ -17,7 +17,6 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from rlhf.losses import gae, policy_loss, shaped_rewards, value_loss, whiten
-from rlhf.pause import pause, paused, take_up
 from rlhf.rollout import (
     Actors,
     GoldScorer,
@@ -40,6 +39,7 @@ from shared.seeds import seed_of
 from shared.tasks.registry import TaskInput, make_task
 from shared.training.finished import Training, TrainingLog
 from shared.training.fit import Diverged, OptimizerConfig, batches, checkpoint_steps, step
+from shared.training.saves import Saves
 
 
 class PPOConfig(Config):
@@ -151,15 +151,18 @@ def train_ppo(
 ) -> None:
     """Stage: the policy after PPO in `final`, on the way in `checkpoint-<update>`, and its log.
 
-    Without a `reward_model` the reward is the task's gold. If the engine is lost, the next attempt
-    goes on from the last update.
+    Without a `reward_model` the reward is the task's gold. If it is stopped, the next attempt goes
+    on from its last save, and from the last update if the engine was lost.
     """
     tokenizer, meter, seed = load_tokenizer(start.policy), Meter(), start.seed
     updates = max(1, ppo.episodes // ppo.rollout_size)
     judge = reward_model or GoldScorer(make_task(task), tokenizer)
     actors = make_actors(start, judge, ppo.optimizers(updates), drawing, meter)
-    log = TrainingLog(folder, updates, goes_on=paused(folder))
-    controller = KLController(take_up(folder, actors, kl_coef), ppo.kl_target, ppo.kl_horizon)
+    saves = Saves(folder, meter)
+    saves.follow(policy=actors.policy, value=actors.value)
+    log = TrainingLog(folder, updates, kept=saves.steps)
+    kl_coef = saves.place.get("kl_coef", kl_coef)
+    controller = KLController(kl_coef, ppo.kl_target, ppo.kl_horizon)
     prompts = islice(prompt_stream(tokenizer, task, ppo, seed), len(log), None)
     save_after = checkpoint_steps(updates, checkpoints)
     training = Training(folder, actors.policy, tokenizer, log, save_after)
@@ -169,7 +172,7 @@ def train_ppo(
         try:
             numbers = ppo_update(actors, next(prompts), ppo, controller.coef, draw)
         except EngineLost as error:
-            pause(folder, actors, controller.coef)
+            saves.save(len(log), kl_coef=controller.coef)
             raise EngineLost(f"PPO, update {update} of {updates}: {error}") from error
         except Diverged as error:  # a result, not a crash: the last good weights are evaluated
             failure = str(error)
@@ -180,6 +183,7 @@ def train_ppo(
         if sequence_kl > ppo.max_kl:
             stopped = True
             break
+        saves.step_done(len(log), kl_coef=controller.coef)
     training.finish(meter, labels_used=0, failure=failure, stopped_early=stopped)
 
 

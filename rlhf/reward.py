@@ -1,6 +1,7 @@
 """The reward model: trained on labels, normalised on SFT samples, examined on held-out pairs."""
 
 import shutil
+from itertools import islice
 from pathlib import Path
 
 from pydantic import Field
@@ -23,6 +24,7 @@ from shared.seeds import seed_of
 from shared.stages import write_json
 from shared.training.finished import TrainingLog
 from shared.training.fit import Diverged, Loss, OptimizerConfig, batches, prepare, step, steps_of
+from shared.training.saves import Saves
 
 
 class RewardConfig(Config):
@@ -67,17 +69,20 @@ def train_reward(
     rows = PairRows(pairs, special_ids(tokenizer).pad, reward.limit)
     steps = steps_of(len(pairs), reward.batch_size, reward.epochs)
     model = new_scalar_model(policy, seed_of(seed, "reward head"))
-    trainee = prepare(model, reward.optimizer, steps)
-    log, loss = TrainingLog(folder, steps), reward_loss(reward.center)
+    trainee, saves = prepare(model, reward.optimizer, steps), Saves(folder, meter)
+    saves.follow(reward=trainee)
+    log = TrainingLog(folder, steps, kept=saves.steps)
+    loss, order = reward_loss(reward.center), seed_of(seed, "reward batches")
     with meter.phase("train"):
-        order = seed_of(seed, "reward batches")
-        for numbers in batches(len(pairs), reward.batch_size, reward.epochs, order):
+        drawn = batches(len(pairs), reward.batch_size, reward.epochs, order)
+        for numbers in islice(drawn, saves.steps, None):
             micro_batches = [(batch, float(batch.chosen)) for batch in rows.of_pairs(numbers)]
             try:
                 log.add(step(trainee, micro_batches, loss))
             except Diverged as error:  # nothing that scores can go on without it
                 fix = "lower `reward.optimizer.learning_rate`"
                 raise Diverged(f"reward model, step {len(log) + 1}: {error}; {fix}") from error
+            saves.step_done(len(log))
     save(trainee.accelerator.unwrap_model(trainee.model), tokenizer, folder)
     with meter.phase("normalise"):
         ends = special_ids(tokenizer, policy).ends

@@ -153,11 +153,10 @@ def make_actors(
             )
         add_value_head(model)
     trainee = prepare(model, optimizers.policy, optimizers.steps)
-    device = trainee.model.device
     if isinstance(judge, GoldScorer):
         scorer, value = judge, None if shared_trunk else with_zero_head(start.policy)
     else:
-        scorer = Scorer(judge, device, reader=tokenizer, ends=ids.ends, dtype=start.dtype)
+        scorer = Scorer(judge, reader=tokenizer, ends=ids.ends, dtype=start.dtype)
         value = None if shared_trunk else first_values(start.policy, judge, scorer)
     models = trainee.model, value, ref, scorer.model
     meter.models_held = sum(model is not None for model in models)
@@ -165,7 +164,7 @@ def make_actors(
     return Actors(
         policy=trainee,
         value=None if value is None else prepare(value, optimizers.value, optimizers.steps),
-        ref=None if ref is None else ref.to(device),  # pyright: ignore[reportArgumentType]
+        ref=ref,
         scorer=scorer,
         engine=make_engine(drawing.generation, trainee.model, ids, start.policy, temperature),
         pad_id=ids.pad,
@@ -182,7 +181,7 @@ def first_values(policy: Path, reward_model: Path, scorer: Scorer) -> PreTrained
 def value_model(reward_model: Path, scorer: Scorer) -> PreTrainedModel:
     """The reward model with a head in normalised units: V = (raw - offset) / scale at the start."""
     value = load_scalar_model(reward_model)
-    raw, head = scalar_head(value), torch.nn.Linear(scalar_head(value).in_features, 1)
+    raw, head = scalar_head(value), new_head_of(value)
     with torch.no_grad():
         head.weight.copy_(raw.weight / scorer.scale)
         offset = scorer.offset if raw.bias is None else scorer.offset - raw.bias
@@ -194,12 +193,18 @@ def value_model(reward_model: Path, scorer: Scorer) -> PreTrainedModel:
 def with_zero_head(policy: Path) -> PreTrainedModel:
     """A value model that starts at V = 0."""
     value = load_scalar_model(policy, new_head=True)
-    head = torch.nn.Linear(scalar_head(value).in_features, 1)
+    head = new_head_of(value)
     with torch.no_grad():
         head.weight.zero_()
         head.bias.zero_()
     value.score = head
     return value
+
+
+def new_head_of(value: PreTrainedModel) -> torch.nn.Linear:
+    """A head with a bias in the place of the scalar head, its weights to be set."""
+    old = scalar_head(value)
+    return torch.nn.Linear(old.in_features, 1, device=old.weight.device)
 
 
 @torch.no_grad()
@@ -225,7 +230,7 @@ def score_rollout(
         index = torch.tensor(group)
         batch = rollout.rows(index).sequences
         columns = batch.mask.shape[1]
-        with arithmetic(actors.policy.precision, device):  # as in the update
+        with arithmetic(actors.policy.precision):  # as in the update
             if sampled is None:
                 rollout.logprobs[index, :columns], values = actors.policy_and_value_pass(batch)
             else:

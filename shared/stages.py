@@ -4,7 +4,7 @@ A stage's folder is named by a hash of what went into it: its name, its part of 
 the identities of the stages it reads, and the code it runs. Equal work is thus done once, by any
 experiment, and a change of any input makes a new folder. The folder appears in one rename, after
 its manifest (what went in, and the SHA-256 of every file) is on disk: a killed run leaves nothing
-half done.
+half done, and a training goes on from what it had saved (`shared.training.saves`).
 """
 
 import hashlib
@@ -26,14 +26,11 @@ from shared.config import InputError
 A = TypeVar("A")
 B = TypeVar("B")
 Work = Callable[..., None]
+SAVES = "saves"  # in a stage's folder: what its work goes on from if it is stopped
 
 
 class Missing(Exception):
     """A stage that is not there yet."""
-
-
-class Paused(Exception):
-    """Work stopped where it can go on: the stage's folder waits, as it is, for the next attempt."""
 
 
 class OnlyWith(NamedTuple):
@@ -131,8 +128,8 @@ class Stages:
 
         `inputs` are plain values, configuration models and folders of earlier stages: what is
         hashed is exactly what `work` gets. A damaged folder is set aside and its stage runs again.
-        An error in `work` leaves no folder, but one that is Paused finds in its folder, the next
-        time, what it had written.
+        An error in `work`, or a kill, leaves no stage; work that had made SAVES finds its folder
+        as it was the next time.
         """
         stage = stage_of(name, work, inputs, self.context)
         folder = self.root / stage.key
@@ -223,30 +220,38 @@ def intact(folder: Path, files: Iterable[str] | None = None) -> bool:
 @contextmanager
 def _appears_whole(folder: Path) -> Iterator[Path]:
     """A folder to fill that becomes `folder` in one rename; another process may get there first."""
+    stopped = folder.with_name(f".stopped-{folder.name}")
     for abandoned in folder.parent.glob(f".unfinished-{folder.name}-*"):
         owner = int(abandoned.name.rpartition("-")[2])
         if owner == os.getpid() or not _alive(owner):
-            shutil.rmtree(abandoned, ignore_errors=True)
+            _put_aside(abandoned, stopped)
     unfinished = folder.with_name(f".unfinished-{folder.name}-{os.getpid()}")
-    paused = folder.with_name(f".paused-{folder.name}")
     unfinished.mkdir(parents=True)
     with suppress(FileNotFoundError):
-        paused.rename(unfinished)
+        stopped.rename(unfinished)
     try:
         yield unfinished
         unfinished.rename(folder)
-    except Paused:
-        shutil.rmtree(paused, ignore_errors=True)
-        unfinished.rename(paused)
-        raise
     except OSError:
         if not intact(folder):
             raise
     finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
+        _put_aside(unfinished, stopped)  # it is gone if it has become `folder`
+    for saves in (folder / SAVES, stopped):
+        shutil.rmtree(saves, ignore_errors=True)
     descriptor = os.open(folder.parent, os.O_RDONLY)
     os.fsync(descriptor)
     os.close(descriptor)
+
+
+def _put_aside(unfinished: Path, stopped: Path) -> None:
+    """What stopped before its end waits as `stopped` if it had SAVES to go on from."""
+    if (unfinished / SAVES).is_dir():
+        shutil.rmtree(stopped, ignore_errors=True)
+        with suppress(FileNotFoundError):  # another process was first
+            unfinished.rename(stopped)
+    else:
+        shutil.rmtree(unfinished, ignore_errors=True)
 
 
 def _alive(process: int) -> bool:
@@ -281,8 +286,11 @@ def _plain(value: Any) -> Any:
 
 
 def _files(folder: Path) -> list[Path]:
-    return sorted(p for p in folder.rglob("*") if p.is_file() and p.name != "manifest.json")
+    """Of the stage itself: what it could have gone on from is not part of it."""
+    found = (p for p in folder.rglob("*") if p.is_file() and p.name != "manifest.json")
+    return sorted(p for p in found if p.relative_to(folder).parts[0] != SAVES)
 
 
 def _sha256(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

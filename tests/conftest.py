@@ -12,11 +12,13 @@ import pytest
 import torch
 from checks import Klash
 from transformers import PreTrainedTokenizerBase
+from works import DRAWING, Inputs
 
 from benchmarks.cli import main
 from benchmarks.pipeline.places import quiet_libraries
 from dpo.reference import score_mismatched, score_reference
 from shared.data.preferences import PreferenceConfig, make_preferences
+from shared.data.samples import sample_reference
 from shared.generation.engine import Sampling
 from shared.generation.start import Drawing
 from shared.models import ops
@@ -123,6 +125,21 @@ def reference_folder(
     score_reference(folder, policy_folder, preferences_folder)
     score_mismatched(folder, policy_folder, preferences_folder, seed=0)
     return folder
+
+
+@pytest.fixture(scope="session")
+def inputs(
+    tmp_path_factory: pytest.TempPathFactory,
+    policy_folder: Path,
+    reward_folder: Path,
+    preferences_folder: Path,
+    reference_folder: Path,
+    task_config: TaskConfig,
+) -> Inputs:
+    """What every stage of `works` reads. Do not write here."""
+    samples = tmp_path_factory.mktemp("samples")
+    sample_reference(samples, task_config, policy_folder, "validation", 4, 3, DRAWING, 0)
+    return Inputs(policy_folder, reward_folder, preferences_folder, reference_folder, samples)
 
 
 @pytest.fixture

@@ -106,7 +106,7 @@ def of_experiment(experiment: Experiment, runs: Path) -> Patient:
             reward = pipeline.prepare_reward(start, preferences, seed)
         return start.sft, preferences, reward
 
-    set_up_process(experiment.threads)
+    set_up_process(experiment.threads, experiment.save_minutes)
     plan = plan_of(runs / ".stages", stage_context(), prepare)
     with progress(plan.root, plan.labels) as say:
         sft, preferences, reward = prepare(Stages(plan.root, say, plan.context))

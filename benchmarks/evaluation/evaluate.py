@@ -10,8 +10,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from benchmarks.evaluation.exact import World
 from benchmarks.evaluation.optimum import best_of_n_logps
 from benchmarks.evaluation.text import distinct, repetition
+from dpo.reference import read_reference
 from rlhf.best_of_n import best_of_n
-from shared.data.batches import PairRows, read_rows
+from shared.data.batches import HELD_OUT, PairRows, read_rows
 from shared.data.samples import null_for_nan, read_samples
 from shared.data.splits import Split
 from shared.generation.engine import Completions
@@ -48,17 +49,25 @@ class Prompts:
         return make_task(self.task).prompts(self.split, self.count, self.seed)
 
 
+@dataclass(frozen=True)
+class HeldOut:
+    """`held_out.jsonl` of `preferences`, and the stage with the reference's log-probabilities."""
+
+    preferences: Path
+    reference: Path
+
+
 def evaluate(
     folder: Path,
     policy: Path,
     checkpoint: str,
     ref: Path,
     reward_model: Path | None,
-    preferences: Path | None,
+    held_out: HeldOut | None,
     prompts: Prompts,
     drawing: Drawing,
 ) -> None:
-    """Stage: `rows.jsonl`, and `displacement.json` where there are held-out `preferences`.
+    """Stage: `rows.jsonl`, and `displacement.json` where there are `held_out` preferences.
 
     Completions are sampled at temperature 1; a greedy one lies beside them. Where all completions
     are listed, each row holds the expectations over them too, as `exact`.
@@ -90,9 +99,8 @@ def evaluate(
         scores = world.scores(reward_model) if reward_model else None
         add_exact(rows, world.expectations(logps, scores, special.eos))
     write_jsonl(folder / "rows.jsonl", rows)
-    if preferences is not None:
-        displacement = _displacement(model, ref_model, preferences, special.pad)
-        write_json(folder / "displacement.json", displacement)
+    if held_out is not None:
+        write_json(folder / "displacement.json", _displacement(model, held_out, special.pad))
 
 
 def evaluate_best_of_n(
@@ -228,7 +236,7 @@ def _rows(texts: list[str], columns: dict[str, list[Any]], samples: int) -> list
 
 
 def _displacement(
-    model: PreTrainedModel, ref_model: PreTrainedModel, preferences: Path, pad_id: int
+    model: PreTrainedModel, held_out: HeldOut, pad_id: int
 ) -> dict[str, float | None]:
     """Mean change of log policy(chosen) and log policy(rejected) on held-out pairs, in nats, and
     `accuracy`: how often that of the chosen one is larger; ties count half.
@@ -236,11 +244,9 @@ def _displacement(
     Of answers with a label they are the desirable and the undesirable ones, a mean is None where
     there are none, and so is `accuracy`: no two are of one comparison.
     """
-    rows = read_rows(preferences, pad_id, SCORING, "held_out.jsonl")
-    logps, ref = (
-        score_logps(m, rows.prompts, rows.completions, pad_id) for m in (model, ref_model)
-    )
-    sides = (logps - ref).split([rows.count, rows.undesirable])
+    rows = read_rows(held_out.preferences, pad_id, SCORING, HELD_OUT)
+    logps = score_logps(model, rows.prompts, rows.completions, pad_id)
+    sides = (logps - read_reference(held_out.reference)).split([rows.count, rows.undesirable])
     chosen, rejected = (values.mean().item() if len(values) else None for values in sides)
     accuracy = None
     if isinstance(rows, PairRows):

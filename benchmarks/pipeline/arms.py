@@ -6,7 +6,13 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.evaluation.evaluate import Prompts, evaluate, evaluate_best_of_n, score_samples
+from benchmarks.evaluation.evaluate import (
+    HeldOut,
+    Prompts,
+    evaluate,
+    evaluate_best_of_n,
+    score_samples,
+)
 from benchmarks.pipeline.experiment import Arm, Experiment
 from benchmarks.pipeline.given import given_model, take_given_reward
 from benchmarks.pipeline.start import StartStages, judged_task, prepare_start
@@ -16,6 +22,7 @@ from dpo.reference import score_mismatched, score_reference
 from dpo.train import DirectData, train_direct
 from rlhf.ppo import train_ppo
 from rlhf.reward import examine_reward, train_reward
+from shared.data.batches import HELD_OUT
 from shared.data.own import examine_judge_on_labels, take_preferences, take_reward_test
 from shared.data.preferences import make_preferences, make_reward_test
 from shared.data.samples import list_reference, sample_reference
@@ -70,6 +77,7 @@ class SeedStages(SeedData):
 
     reward_scores: Path | None  # of the reward model on held-out pairs
     limit_scores: Path | None  # of the reward model on the frontier's samples
+    held_out: HeldOut
     sft_rows: Path
 
 
@@ -276,6 +284,7 @@ class Pipeline:
         """The data of one seed, and what its reward model and its SFT model are worth."""
         data = self.prepare_data(common, seed)
         sft = Policy(f"sft, seed {seed}", common.sft, seed, checkpoint=".")
+        held_out = self.score_held_out(common, data.preferences, seed)
         reward_scores = None
         if data.reward is not None and common.reward_test is not None:
             reward_scores = self.examine_reward(common, data.reward, seed)
@@ -287,7 +296,8 @@ class Pipeline:
             mismatched=data.mismatched,
             reward_scores=reward_scores,
             limit_scores=self.score_frontier(common, data.reward, seed),
-            sft_rows=self.evaluate(common, sft, data.reward, data.preferences),
+            held_out=held_out,
+            sft_rows=self.evaluate(common, sft, data.reward, held_out),
         )
 
     def score_frontier(self, common: CommonStages, reward: Path | None, seed: int) -> Path | None:
@@ -357,19 +367,31 @@ class Pipeline:
         pairs = DirectData(data.preferences, data.reference, mismatched)
         return self.run("direct", train_direct, **inputs, data=pairs, loss=arm.loss)
 
+    def score_held_out(self, common: CommonStages, preferences: Path, seed: int) -> HeldOut:
+        """The reference's log-probabilities of one seed's held-out pairs, read at every end."""
+        reference = self.run(
+            "held-out",
+            score_reference,
+            label=f"reference on held-out pairs, seed {seed}",
+            policy=common.sft,
+            preferences=preferences,
+            file=HELD_OUT,
+        )
+        return HeldOut(preferences, reference)
+
     def evaluate(
         self,
         common: CommonStages,
         policy: Policy,
         reward: Path | None = None,
-        preferences: Path | None = None,
+        held_out: HeldOut | None = None,
         split: Split = "test",
     ) -> Path:
         """The folder with `rows.jsonl` of one policy: on test prompts, or on validation prompts.
 
-        With `preferences` it is the end of a training, which is read with more samples.
+        With `held_out` it is the end of a training, which is read with more samples.
         """
-        ends = split == "test" and preferences is not None
+        ends = split == "test" and held_out is not None
         return self.run(
             "evaluation",
             evaluate,
@@ -378,7 +400,7 @@ class Pipeline:
             checkpoint=policy.checkpoint,
             ref=common.sft,
             reward_model=reward,
-            preferences=preferences,
+            held_out=held_out,
             prompts=self._prompts(common, split, ends),
             drawing=self.drawing.at(seed=seed_of(policy.seed, f"{split} evaluation")),
         )

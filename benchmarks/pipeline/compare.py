@@ -122,7 +122,7 @@ def finish_arm(
         for seed in wanted
         if setting == tuned.setting or seed in tuning_seeds(pipelines.experiment, arm)
     ]
-    evaluate = partial(evaluate_trial, pipelines, prepared.common)
+    evaluate = partial(evaluate_trial, pipelines, prepared)
     runs = pipelines.shared.stages.each(evaluate, trials)
     return FinishedArm(tuned.setting, tuned.validation, runs)
 
@@ -159,9 +159,10 @@ def tune(pipelines: Pipelines, prepared: Prepared, name: str) -> Tuned:
     return Tuned(arm.settings[int(scores.argmax())], scores.tolist())
 
 
-def evaluate_trial(pipelines: Pipelines, common: CommonStages, trial: Trial) -> ArmRun:
+def evaluate_trial(pipelines: Pipelines, prepared: Prepared, trial: Trial) -> ArmRun:
     """Train a policy if need be, and read its checkpoints and its end on test prompts."""
     shared, training, data = pipelines.shared, pipelines.of(trial.data.seed), trial.data
+    common, held_out = prepared.common, prepared.seeds[data.seed].held_out
     arm = pipelines.experiment.arms[trial.arm]
     if arm.kind == "best-of-n":
         model, end = None, training.evaluate_best_of_n(common, trial, "test")
@@ -171,8 +172,8 @@ def evaluate_trial(pipelines: Pipelines, common: CommonStages, trial: Trial) -> 
         rows = {}
         for checkpoint, share in shared.checkpoints(trial, model).items():
             policy = Policy(trial.text(f" at {share:.0%}"), model, data.seed, checkpoint)
-            pairs = data.preferences if share == 1.0 else None
-            rows[share] = shared.evaluate(common, policy, data.reward, pairs)
+            read = held_out if share == 1.0 else None
+            rows[share] = shared.evaluate(common, policy, data.reward, read)
     return ArmRun(trial.setting, data.seed, model, rows, paid_stages(arm, data, end))
 
 

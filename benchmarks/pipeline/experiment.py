@@ -144,7 +144,9 @@ class Experiment(Config):
     """CPU threads of the last seed's training, which runs alone and is timed; by default
     `threads`."""
     workers: int = Field(default=1, gt=0)
-    """Stages at a time, each in a process of its own."""
+    """Stages at a time, each in a process of its own; each takes a GPU where there are several."""
+    save_minutes: float = Field(default=10.0, ge=0)
+    """How often a training saves what it goes on from if it is stopped; 0: after every step."""
     task: TaskConfig = TaskConfig()
     """Where prompts, labels and gold scores come from."""
     judge: JudgeConfig = JudgeConfig()

@@ -11,6 +11,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import replace
+from multiprocessing.queues import SimpleQueue
 from pathlib import Path
 from threading import Lock, Thread
 from typing import Any, TypeVar
@@ -20,8 +21,10 @@ from transformers.utils import logging as transformers_logging
 
 from shared.generation.start import TRANSFORMERS, GenerationConfig, engine_version
 from shared.models.cost import versions
+from shared.models.device import device_name, see_one_gpu, visible_gpus
 from shared.models.ops import computed_by
 from shared.stages import OnlyWith, Runner, Stage, Stages, Work, fill_stage, stage_key
+from shared.training.saves import minutes_between, save_every
 
 A = TypeVar("A")
 B = TypeVar("B")
@@ -30,8 +33,10 @@ TRIM_THRESHOLD, MMAP_MAX = -1, -4  # of mallopt(3)
 WATCH = 0.2  # seconds between looks at the parent
 
 
-def set_up_process(threads: int) -> None:
+def set_up_process(threads: int, save_minutes: float = 10.0) -> None:
     """What every process that runs stages starts with."""
+    see_one_gpu()
+    save_every(save_minutes)
     torch.set_num_threads(threads)
     torch.use_deterministic_algorithms(True)
     # Nothing here reads what it would fill, and filling doubles the time of SFT.
@@ -61,7 +66,8 @@ def quiet_libraries() -> None:
 def stage_context(generation: GenerationConfig = TRANSFORMERS) -> dict[str, Any]:
     """What changes results besides configuration and code: part of every stage's address."""
     operations = OnlyWith("shared/models/ops.py", computed_by())
-    here = {"threads": torch.get_num_threads(), "operations": operations}
+    place = OnlyWith("shared/models/device.py", device_name())
+    here = {"threads": torch.get_num_threads(), "operations": operations, "device": place}
     return {**versions(), **engine_version(generation), **here}
 
 
@@ -118,9 +124,15 @@ class SideBySide:
 
 @contextlib.contextmanager
 def side_by_side(stages: Stages, workers: int, threads: int) -> Iterator[SideBySide]:
-    """`stages` with `workers` processes of `threads` threads; they start when there is work."""
+    """`stages` with `workers` processes of `threads` threads; they start when there is work.
+
+    Each takes a GPU of its own, as long as there are any more.
+    """
     context = multiprocessing.get_context("spawn")
-    start = (os.getpid(), threads)
+    numbers = context.SimpleQueue()
+    for number in range(workers):
+        numbers.put(number)
+    start = (os.getpid(), threads, minutes_between(), numbers, visible_gpus())
     with (
         sleeping_threads(),
         ProcessPoolExecutor(workers, context, start_worker, start) as processes,
@@ -153,10 +165,17 @@ def with_workers(stages: Stages, workers: int, threads: int) -> Iterator[Runner]
         yield together
 
 
-def start_worker(parent: int, threads: int) -> None:
-    """A process that runs stages."""
+def start_worker(
+    parent: int,
+    threads: int,
+    save_minutes: float,
+    numbers: "SimpleQueue[int]",
+    gpus: tuple[str, ...],
+) -> None:
+    """A process that runs stages, on the GPU of the next of `numbers`."""
     end_with(parent)
-    set_up_process(threads)
+    see_one_gpu(numbers.get(), gpus)
+    set_up_process(threads, save_minutes)
 
 
 def end_with(parent: int) -> None:

@@ -52,7 +52,7 @@ def train_one(experiment: Experiment, method: str, runs: Path) -> TrainedModel:
         data = pipeline.prepare_arm(start, arm, seed)
         return pipeline.train(start, Trial(method, setting, data)) / "final", data.preferences
 
-    set_up_process(experiment.threads)
+    set_up_process(experiment.threads, experiment.save_minutes)
     plan = plan_of(runs / ".stages", stage_context(experiment.generation), work)
     with progress(plan.root, plan.labels) as say:
         model, preferences = work(Stages(plan.root, say, plan.context))

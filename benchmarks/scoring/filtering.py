@@ -24,7 +24,6 @@ from benchmarks.scoring.chunks import Scored, score_chunk
 from benchmarks.scoring.log import ScoreLog, chunk_key
 from benchmarks.scoring.models import (
     as_folder,
-    device,
     open_scorer,
     require_policy,
     require_reward_model,
@@ -43,6 +42,7 @@ from shared.code import code_of
 from shared.config import InputError
 from shared.data.examples import Numbered, dropped_lines
 from shared.models.cost import versions
+from shared.models.device import on_gpu
 from shared.models.names import address_of_model
 from shared.models.scorer import Scorer, require_differing
 from shared.seeds import seed_of
@@ -67,7 +67,7 @@ class Filtering:
     @property
     def chunk(self) -> int:
         """Rows that are sampled for and scored together."""
-        slow = device().type == "cpu" and self.sampled.engine == "transformers"
+        slow = not on_gpu() and self.sampled.engine == "transformers"
         return CHUNK if slow else CHUNK_OF_GPUS
 
     @property

@@ -5,8 +5,6 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-import torch
-
 from shared.config import InputError
 from shared.models.folders import listed_ends, require_folder
 from shared.models.load import ModelConfig, WeightDtype
@@ -14,11 +12,6 @@ from shared.models.names import commit_of, is_local, local_path
 from shared.models.opening import open_tokenizer
 from shared.models.pretrained import take_pretrained, turn_end
 from shared.models.scorer import Scorer
-
-
-def device() -> torch.device:
-    """The GPU if there is one."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def require_reward_model(name: str) -> Path:
@@ -30,8 +23,8 @@ def require_reward_model(name: str) -> Path:
 
 
 def open_scorer(folder: Path, dtype: WeightDtype) -> Scorer:
-    """The reward model of `require_reward_model`, where it computes fastest."""
-    return Scorer(folder, device(), dtype=dtype)
+    """The reward model of `require_reward_model`."""
+    return Scorer(folder, dtype=dtype)
 
 
 def require_policy(name: str) -> None:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from benchmarks.scoring.models import device, require_positive
+from benchmarks.scoring.models import require_positive
 from benchmarks.scoring.rows import TOO_LONG, Unscored, answered
 from shared.config import InputError
 from shared.data.chat import Encoder, said_by
@@ -49,7 +49,7 @@ class Policy:
     def __init__(self, folder: Path, sampled: Sampled):
         self.tokenizer = load_tokenizer(folder)
         self.ids = special_ids(self.tokenizer, folder)
-        self.model = load_policy(folder, sampled.dtype).to(device()).eval()  # pyright: ignore[reportArgumentType]
+        self.model = load_policy(folder, sampled.dtype).eval()
         self.model.requires_grad_(False)
         require_embeddings(folder, self.tokenizer, self.model)
         self.encoder = Encoder(self.tokenizer, self.ids.ends)

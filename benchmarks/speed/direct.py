@@ -84,7 +84,7 @@ def compare_steps(case: Case, model: str, shape: str, rounds: int) -> Speed:
         ratio=speeds.ratio,
         loss_difference=max(abs(a - b) for a, b in losses),
         memory_ratio=memory,
-        mfu=None if torch.cuda.is_available() else flops / max(rates),
+        mfu=flops / max(rates),
         setting=case_setting(case, rounds),
     )
 

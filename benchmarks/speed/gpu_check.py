@@ -29,6 +29,7 @@ from shared.generation.hf import HFEngine
 from shared.generation.start import Drawing, GenerationConfig, make_engine
 from shared.generation.sync import largest_difference, probe
 from shared.generation.vllm import VLLMEngine
+from shared.models.device import on_gpu
 from shared.models.load import (
     Start,
     load_policy,
@@ -52,7 +53,7 @@ def check_gpu(out: Path = Path("gpu_check.json")) -> bool:
     Args:
         out: the JSON file with every number.
     """
-    if not torch.cuda.is_available():
+    if not on_gpu():
         raise InputError("no CUDA device here; this check is for a machine with a GPU")
     output_folder(out.parent)
     quiet_libraries()

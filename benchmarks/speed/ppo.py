@@ -167,7 +167,7 @@ def compare_updates(update: Update, inputs: Inputs, library: Path, rounds: int) 
         peer_name=f"trl {TRL} PPOTrainer",
         ratio=speeds.ratio,
         memory_ratio=memory_ratio,
-        mfu=None if torch.cuda.is_available() else flops / max(matmul_rates),
+        mfu=flops / max(matmul_rates),
         setting={
             "episodes": episodes,
             "epochs": update.ppo.epochs,

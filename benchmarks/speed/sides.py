@@ -20,7 +20,7 @@ from pydantic import Field
 from benchmarks.evaluation.statistics import Estimate, seed_interval
 from benchmarks.pipeline.places import end_with, keep_freed_memory, quiet_libraries
 from shared.config import Config
-from shared.models.cost import peak_memory_bytes, reset_peak_memory
+from shared.models.cost import finish_queued, peak_memory_bytes, reset_peak_memory
 
 Side = Callable[[], float]  # does the work once, returns units a second
 
@@ -151,8 +151,7 @@ class Turns:
 
 def seconds_since(start: float) -> float:
     """Since `start` (a `perf_counter`), a GPU's queue of work included."""
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
+    finish_queued()
     return perf_counter() - start
 
 

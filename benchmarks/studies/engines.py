@@ -52,7 +52,7 @@ def engines(
     if arm not in experiment.arms:
         raise InputError(f"no arm {arm!r} in {file}: {sorted(experiment.arms)}")
     output_folder(out)
-    set_up_process(experiment.threads)
+    set_up_process(experiment.threads, experiment.save_minutes)
     work = partial(train_all, experiment, arm, seeds)
     plan = plan_of(runs / ".stages", stage_context(ENGINES["vllm"]), work)
     with progress(plan.root, plan.labels) as say:

@@ -10,6 +10,7 @@ from torch import Tensor
 from shared.data.pairs import Labelled, Pair, read_training
 from shared.models.sequences import Limit, Sequences, by_length, collate
 
+TRAINED_ON, HELD_OUT = "train.jsonl", "held_out.jsonl"  # the files of preferences
 TokenRow = tuple[list[int], list[int]]  # token ids of a prompt and of a completion
 
 
@@ -96,7 +97,7 @@ class SingleRows(Rows):
 
 
 def read_rows(
-    preferences: Path, pad_id: int, limit: Limit, file: str = "train.jsonl"
+    preferences: Path, pad_id: int, limit: Limit, file: str = TRAINED_ON
 ) -> PairRows | SingleRows:
     """What a run trains on, or holds out, as rows."""
     found = read_training(preferences / file)

@@ -7,7 +7,6 @@ from pydantic import Field, model_validator
 from transformers import PreTrainedModel
 
 from shared.config import Config
-from shared.stages import Paused
 
 TRUNCATING = ("top_p", "top_k", "min_p", "typical_p")
 Dtype = Literal["float32", "bfloat16", "float16"]
@@ -52,7 +51,7 @@ class StaleEngine(Exception):
     """The engine does not sample from the policy's weights: nothing drawn from it can be used."""
 
 
-class EngineLost(Paused):
+class EngineLost(Exception):
     """The engine stopped answering: the stage waits until it is there again."""
 
 

@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any, Literal, NoReturn
 
 import requests
-import torch
 from requests.adapters import HTTPAdapter
 from safetensors.torch import save_file
 from torch import Tensor
@@ -35,6 +34,7 @@ from shared.generation.vllm import (
     sampling_params,
 )
 from shared.models.cost import count_samples
+from shared.models.device import on_gpu
 from shared.models.folders import require_folder
 from shared.models.load import SpecialIds
 from shared.models.lora import plain_weights
@@ -172,7 +172,7 @@ def become_server(folder: Path, *, host: str, port: int, dtype: Dtype, transfer:
     words += ["--generation-config", "vllm", "--worker-extension-cls", WORKER]
     if transfer == "nccl":
         words += ["--weight-transfer-config", json.dumps({"backend": "nccl"})]
-    if not torch.cuda.is_available():
+    if not on_gpu():
         words += ["--enforce-eager", "--block-size", str(CPU_BLOCK)]
     server = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", *words]
     os.execv(sys.executable, server)

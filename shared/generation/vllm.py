@@ -20,6 +20,7 @@ from shared.config import InputError
 from shared.generation.engine import Completions, Dtype, Sampling, StaleEngine, require_tokens
 from shared.generation.sync import require_fresh
 from shared.models.cost import count_samples
+from shared.models.device import on_gpu
 from shared.models.load import SpecialIds
 from shared.models.lora import plain_weights
 
@@ -160,7 +161,7 @@ def _start(architecture: str, folder: str, dtype: Dtype, memory_share: float) ->
             f"generation.engine is vllm, which cannot be imported ({error}); {INSTALL}, or "
             "--generation.engine transformers"
         ) from error
-    gpu = torch.cuda.is_available()
+    gpu = on_gpu()
     extra: dict[str, Any] = {"gpu_memory_utilization": memory_share, "enable_sleep_mode": True}
     if not gpu:
         extra = {"block_size": CPU_BLOCK}
@@ -198,10 +199,10 @@ def _own_threads_and_seeds() -> Iterator[None]:
 @contextmanager
 def _awake(llm: Any) -> Iterator[None]:
     """On a GPU, memory is the engine's only in here."""
-    if torch.cuda.is_available() and llm.llm_engine.is_sleeping():
+    if on_gpu() and llm.llm_engine.is_sleeping():
         llm.wake_up()
     try:
         yield
     finally:
-        if torch.cuda.is_available():
+        if on_gpu():
             llm.sleep(level=1)

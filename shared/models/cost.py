@@ -20,8 +20,10 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from shared.models import ops
+from shared.models.device import device, device_name, on_gpu
 from shared.models.packing import READ
 
+CPU_MATRIX, GPU_MATRIX = 1024, 8192  # rows of the product that the rate is measured with
 LIBRARIES = ("torch", "transformers", "trl", "accelerate", "datasets", "peft", "numpy", "scipy")
 
 
@@ -43,17 +45,26 @@ class Meter:
         self.models_held = 1
         reset_peak_memory()
         self._start = time.perf_counter()
+        self._open: dict[str, float] = {}  # phases that go on: since when
         global _counting
         _counting = self
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
         """Adds the time spent inside to phase `name`."""
-        start = time.perf_counter()
+        self._open[name] = time.perf_counter()
         try:
             yield
         finally:
-            self.phases[name] = self.phases.get(name, 0.0) + time.perf_counter() - start
+            finish_queued()
+            self.phases[name] = self._so_far()[name]
+            del self._open[name]
+
+    def _so_far(self) -> dict[str, float]:
+        """Seconds by phase, of those too that go on."""
+        now = time.perf_counter()
+        going = {n: self.phases.get(n, 0.0) + now - start for n, start in self._open.items()}
+        return self.phases | going
 
     def _backward(self, flops: float, tokens: int, gradient: Tensor) -> None:
         self.flops += flops
@@ -61,7 +72,8 @@ class Meter:
 
     def state(self) -> dict[str, Any]:
         """What `restore` goes on from, in another process too."""
-        return {**vars(self), "_start": time.perf_counter() - self._start}
+        now = {"phases": self._so_far(), "_start": time.perf_counter() - self._start}
+        return {name: value for name, value in vars(self).items() if name != "_open"} | now
 
     def restore(self, state: dict[str, Any]) -> None:
         vars(self).update(state, _start=time.perf_counter() - state["_start"])
@@ -158,24 +170,33 @@ def matrices(model: PreTrainedModel) -> tuple[At, At]:
 
 
 def matmul_rate(seconds: float = 0.5, dtype: torch.dtype = torch.float32) -> float:
-    """FLOP/s of a plain matrix product on the CPU, measured now: what `mfu` is a share of.
+    """FLOP/s of a plain matrix product on the device, measured now: what `mfu` is a share of.
 
     Of PyTorch's or of ours (`shared.models.ops`), whichever is faster here.
     """
-    a = torch.randn(1024, 1024)
-    cast = a.to(dtype)
-    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+    here, size = device(), GPU_MATRIX if on_gpu() else CPU_MATRIX
+    a = torch.randn(size, size, device=here)
+    cast, half = a.to(dtype), dtype == torch.bfloat16
+    with torch.no_grad(), torch.autocast(here.type, torch.bfloat16, enabled=half):
         ways = lambda: torch.mm(cast, cast), lambda: ops.linear(a, a, None)
-        return 2 * 1024**3 * max(_per_second(way, seconds / len(ways)) for way in ways)
+        return 2 * size**3 * max(_per_second(way, seconds / len(ways)) for way in ways)
 
 
 def _per_second(work: Callable[[], object], seconds: float) -> float:
     work()
+    finish_queued()
     start, count = time.perf_counter(), 0
     while (spent := time.perf_counter() - start) < seconds:
         work()
+        finish_queued()
         count += 1
     return count / spent
+
+
+def finish_queued() -> None:
+    """Wait for what the GPU, if there is one, has still to do: it works behind Python's back."""
+    if on_gpu():
+        torch.cuda.synchronize()
 
 
 def versions() -> dict[str, str]:
@@ -185,21 +206,20 @@ def versions() -> dict[str, str]:
 
 def environment(rate: float) -> dict[str, Any]:
     """Versions and machine; the one part of the results that may differ between equal runs."""
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     return {
         "python": platform.python_version(),
         **versions(),
         "processor": platform.machine(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
-        "gpu": gpu,
+        "gpu": device_name() if on_gpu() else None,
         "matmul_flops_per_s": rate,
     }
 
 
 def peak_memory_bytes() -> int:
     """Most memory held since the last Meter began: of the GPU where there is one, else resident."""
-    if torch.cuda.is_available():
+    if on_gpu():
         return torch.cuda.max_memory_allocated()
     status = Path("/proc/self/status")
     if not status.exists():
@@ -216,7 +236,7 @@ def set_modules_aside() -> None:
 
 def reset_peak_memory() -> None:
     """`peak_memory_bytes` forgets what was held before."""
-    if torch.cuda.is_available():
+    if on_gpu():
         torch.cuda.reset_peak_memory_stats()
     elif os.access(clear := Path("/proc/self/clear_refs"), os.W_OK):
         gc.collect()

@@ -21,6 +21,7 @@ from transformers import (
 
 from shared.config import Config, InputError, Misfit
 from shared.models.cost import At, Work, count_pass
+from shared.models.device import device
 from shared.models.folders import listed_ends
 from shared.models.lora import LoRAConfig, below_lora, plain_weights, with_lora
 from shared.models.opening import open_model, open_tokenizer
@@ -102,8 +103,16 @@ class Start:
 
 
 def load_policy(folder: Path, dtype: WeightDtype = "float32") -> PreTrainedModel:
-    """A causal language model from a transformers folder, dropout off; InputError if it is none."""
-    return let_pack(without_dropout(open_model(folder, "policy", getattr(torch, dtype))))
+    """A causal language model from a transformers folder, on the device, dropout off.
+
+    InputError if it is none.
+    """
+    return ready(open_model(folder, "policy", getattr(torch, dtype)))
+
+
+def ready(model: PreTrainedModel) -> PreTrainedModel:
+    """A model as all of Klash computes with it: on the device, packed, without dropout."""
+    return let_pack(without_dropout(model.to(device())))  # pyright: ignore[reportArgumentType]
 
 
 def frozen(model: PreTrainedModel) -> PreTrainedModel:
@@ -183,8 +192,11 @@ def new_scalar_model(policy_folder: Path, seed: int) -> PreTrainedModel:
     model = load_scalar_model(policy_folder, new_head=True)
     head = scalar_head(model)
     generator = torch.Generator().manual_seed(seed)
+    drawn = torch.empty(head.weight.shape).normal_(
+        std=(head.in_features + 1) ** -0.5, generator=generator
+    )
     with torch.no_grad():
-        head.weight.normal_(std=(head.in_features + 1) ** -0.5, generator=generator)
+        head.weight.copy_(drawn)  # drawn on the CPU: a seed means the same on every device
         if head.bias is not None:
             head.bias.zero_()
     return model
@@ -193,12 +205,11 @@ def new_scalar_model(policy_folder: Path, seed: int) -> PreTrainedModel:
 def load_scalar_model(
     folder: Path, dtype: WeightDtype = "float32", *, new_head: bool = False
 ) -> PreTrainedModel:
-    """A one-label sequence classifier, dropout off: a reward model or a value model.
+    """A one-label sequence classifier, on the device, dropout off: a reward or a value model.
 
     `new_head`: on the trunk of a policy, or of anything; the head is the caller's to set.
     """
-    model = open_model(folder, "reward model", getattr(torch, dtype), new_head=new_head)
-    return let_pack(without_dropout(model))
+    return ready(open_model(folder, "reward model", getattr(torch, dtype), new_head=new_head))
 
 
 def scalar_head(model: PreTrainedModel) -> nn.Linear:

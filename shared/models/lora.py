@@ -119,15 +119,15 @@ def merged(model: PreTrainedModel) -> Iterator[None]:
     if not layers:
         yield
         return
-    kept = [layer.base_layer.weight.data for layer in layers]
+    kept = [layer.base_layer.weight for layer in layers]
     try:
         for layer in layers:
-            layer.base_layer.weight.data = merged_weight(layer)
+            layer.base_layer.weight = nn.Parameter(merged_weight(layer), requires_grad=False)
         with model.disable_adapter():  # pyright: ignore[reportCallIssue]
             yield
     finally:
         for layer, weight in zip(layers, kept, strict=True):
-            layer.base_layer.weight.data = weight
+            layer.base_layer.weight = weight
 
 
 def add_value_head(model: PreTrainedModel) -> PreTrainedModel:

@@ -53,7 +53,6 @@ class Scorer:
     def __init__(
         self,
         folder: Path,
-        device: torch.device | str = "cpu",
         *,
         reader: PreTrainedTokenizerBase | None = None,
         ends: frozenset[int] | None = None,
@@ -62,7 +61,7 @@ class Scorer:
     ):
         model = load_scalar_model(folder, dtype)
         self.folder, self.chats = folder, read_chats(folder) if chats is None else chats
-        self.model: PreTrainedModel = model.to(device).eval().requires_grad_(False)  # pyright: ignore[reportArgumentType]
+        self.model: PreTrainedModel = model.eval().requires_grad_(False)
         self.decoder = isinstance(getattr(model, "score", None), nn.Linear)
         self.tokenizer = open_tokenizer(folder)
         require_embeddings(folder, self.tokenizer, model)

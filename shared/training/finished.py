@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerBase
 
 from shared.models.cost import Meter
 from shared.models.load import save
-from shared.stages import read_jsonl, write_json
+from shared.stages import read_jsonl, write_json, write_jsonl
 from shared.training.fit import Trainee
 
 LOG = "log.jsonl"
@@ -18,15 +18,16 @@ LOG = "log.jsonl"
 class TrainingLog:
     """`log.jsonl`: a line an update or step, there as soon as it is made. `steps`: how many come.
 
-    A folder that was put aside keeps its lines. With `goes_on` the log goes on behind them; without
-    it training starts anew, and they are dropped.
+    Of a training that was stopped the first `kept` lines stay, and it goes on behind them.
     """
 
-    def __init__(self, folder: Path, steps: int, *, goes_on: bool = False):
+    def __init__(self, folder: Path, steps: int, *, kept: int = 0):
         self.path, self.steps = folder / LOG, steps
-        if not goes_on:
+        self.rows: list[dict[str, Any]] = read_log(folder)[:kept]
+        if self.rows:
+            write_jsonl(self.path, self.rows)
+        else:
             self.path.unlink(missing_ok=True)
-        self.rows: list[dict[str, Any]] = read_log(folder)
 
     def __len__(self) -> int:
         return len(self.rows)

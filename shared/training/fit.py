@@ -8,6 +8,7 @@ memory and speed, never the result.
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
@@ -18,6 +19,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, get_scheduler
 
 from shared.config import Config
+from shared.models.device import device
 
 T = TypeVar("T")
 Precision = Literal["float32", "bfloat16"]
@@ -63,7 +65,7 @@ class Trainee:
 
 def prepare(model: PreTrainedModel, config: OptimizerConfig, steps: int) -> Trainee:
     """Put `model` in train mode under a fresh AdamW with a schedule of `steps` steps."""
-    accelerator = Accelerator()
+    accelerator = Accelerator(device_placement=False)  # the model is on the device already
     optimizer = torch.optim.AdamW(
         [p for p in model.parameters() if p.requires_grad],
         lr=config.learning_rate,
@@ -79,18 +81,20 @@ def prepare(model: PreTrainedModel, config: OptimizerConfig, steps: int) -> Trai
     return Trainee(model, optimizer, scheduler, accelerator, *limits)
 
 
-def arithmetic(precision: Precision, device: torch.device) -> torch.autocast:
+def arithmetic(precision: Precision) -> AbstractContextManager[Any]:
     """Within it matrix products run at `precision`, on float32 weights.
 
     Accelerate's own mixed precision is one for a whole process, and here stages differ.
     """
-    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16")
+    if precision == "float32":
+        return nullcontext()
+    return torch.autocast(device().type, torch.bfloat16)
 
 
 def state_of(trainee: Trainee) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """(tensors, plain values) from which training goes on as if it had not stopped."""
     optimizer = trainee.optimizer.state_dict()
-    tensors = {f"model.{name}": p.detach() for name, p in trainee.model.named_parameters()}
+    tensors = {f"model.{name}": p.detach() for name, p in _in_training(trainee)}
     for number, moments in optimizer["state"].items():
         tensors |= {f"optimizer.{number}.{key}": moment for key, moment in moments.items()}
     plain = {"groups": optimizer["param_groups"], "scheduler": trainee.scheduler.state_dict()}
@@ -101,7 +105,7 @@ def state_of(trainee: Trainee) -> tuple[dict[str, Tensor], dict[str, Any]]:
 def restore(trainee: Trainee, tensors: dict[str, Tensor], plain: dict[str, Any]) -> None:
     """What `state_of` gave, into a trainee that was prepared in the same way."""
     state: dict[int, dict[str, Tensor]] = {}
-    for name, p in trainee.model.named_parameters():
+    for name, p in _in_training(trainee):
         p.copy_(tensors[f"model.{name}"])
     for name, tensor in tensors.items():
         if name.startswith("optimizer."):
@@ -109,6 +113,11 @@ def restore(trainee: Trainee, tensors: dict[str, Tensor], plain: dict[str, Any])
             state.setdefault(int(number), {})[key] = tensor
     trainee.optimizer.load_state_dict({"state": state, "param_groups": plain["groups"]})
     trainee.scheduler.load_state_dict(plain["scheduler"])
+
+
+def _in_training(trainee: Trainee) -> Iterator[tuple[str, Tensor]]:
+    """What is frozen comes from the model's folder, again."""
+    return ((name, p) for name, p in trainee.model.named_parameters() if p.requires_grad)
 
 
 def step(
@@ -121,7 +130,7 @@ def step(
     total = sum(items for _, items in micro_batches)
     log = {"loss": 0.0}
     for micro_batch, items in micro_batches:
-        with arithmetic(trainee.precision, trainee.accelerator.device):
+        with arithmetic(trainee.precision):
             value, numbers = loss(trainee.model, micro_batch)
         trainee.accelerator.backward(value * (items / total))
         for key, number in {"loss": value.item(), **numbers}.items():

@@ -5,7 +5,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from pydantic import Field
 from transformers import (
     PreTrainedModel,
@@ -15,6 +14,7 @@ from transformers import (
 )
 
 from shared.config import Config
+from shared.models.device import on_gpu
 from shared.models.load import ModelConfig, load_policy, load_tokenizer, new_policy, save
 from shared.models.packing import with_ops
 from shared.seeds import seed_of
@@ -84,8 +84,8 @@ def train_on(
                 warmup_steps=min(50, steps // 2),
                 completion_only_loss=True,
                 gradient_checkpointing=False,
-                bf16=torch.cuda.is_available() or sft.precision == "bfloat16",
-                use_cpu=not torch.cuda.is_available(),
+                bf16=on_gpu() or sft.precision == "bfloat16",
+                use_cpu=not on_gpu(),
                 optim="adamw_torch_fused",
                 save_strategy="no",
                 report_to="none",

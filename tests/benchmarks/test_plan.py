@@ -281,7 +281,7 @@ def test_the_report_knows_nothing_of_c_and_a_training_does():
         stages.stage_of("stage", work, {}, context).origin["context"]
         for work in (draw_report, train_direct)
     )
-    assert training.keys() - report.keys() == {"operations"}
+    assert training.keys() - report.keys() == {"operations", "device"}
 
 
 @pytest.mark.parametrize(

@@ -114,7 +114,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.fixture
 def stopped(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever takes long raises Reached instead."""
-    monkeypatch.setattr(places, "set_up_process", lambda threads: None)
+    monkeypatch.setattr(places, "set_up_process", lambda *_: None)
     for module, names in {
         head_to_head: ["run_experiment", "plan_experiment", "build_report"],
         patient: ["of_experiment", "of_files"],

@@ -115,6 +115,12 @@ def test_one_place_knows_of_c():
     assert users == {"shared.models.ops"}
 
 
+def test_one_place_asks_for_a_gpu():
+    """The device is said once: who asked by himself would load beside the others."""
+    users = {module_of(p) for p in SOURCES if "torch.cuda.is_available" in p.read_text("utf-8")}
+    assert users == {"shared.models.device"}
+
+
 def test_without_the_folder_of_c_operations_are_pytorchs():
     code = (
         "import sys; sys.modules['shared.cpu'] = None; import torch; from shared.models import ops;"

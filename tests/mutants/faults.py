@@ -66,7 +66,7 @@ FAULTS = [
         ("filtered: a tie stays", "an answer that is no better than the policy's is kept",
          "keep", "_a > margin", "_a >= margin"),
         ("filtered: dropped pairs come back", "each epoch filters all pairs anew",
-         "train_filtered", "judge(_a, _b, _c, kept, ...)",
+         "train_filtered", "judge(_a, _b, _c, at.kept, ...)",
          "judge(_a, _b, _c, list(range(len(pairs))), ...)"),
     ),
     *faults("rlhf/losses.py", "rlhf_losses",

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import math
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -49,7 +50,7 @@ from shared.models.lora import LoRAConfig
 from shared.models.reward_files import save_normalisation
 from shared.models.sequences import Sequences, collate
 from shared.seeds import seed_of
-from shared.stages import read_json
+from shared.stages import SAVES, read_json
 from shared.tasks.registry import TaskConfig, make_task
 from shared.training.finished import read_log
 from shared.training.fit import OptimizerConfig, step
@@ -726,6 +727,7 @@ def test_a_run_that_was_paused_ends_as_one_that_was_not(
         assert [row["step"] for row in read_log(broken)] == [1, 2]
         train_ppo(broken, *inputs)
     assert len(calls) == 3 + 2
+    shutil.rmtree(broken / SAVES)
     ends, others = digest(whole), digest(broken)
     assert {n for n in {*ends, *others} if ends.get(n) != others.get(n)} == {"cost.json"}
     costs = [json.loads((folder / "cost.json").read_text()) for folder in (whole, broken)]

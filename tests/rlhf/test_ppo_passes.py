@@ -8,7 +8,7 @@ import pytest
 import torch
 from checks import close, weights
 from families import CONFIGS
-from test_ppo import SAMPLING, SMALL, digest, run
+from test_ppo import SAMPLING, SMALL, run
 from transformers import (
     AutoModelForCausalLM,
     BloomConfig,
@@ -17,11 +17,9 @@ from transformers import (
 )
 
 from rlhf.losses import policy_loss, value_loss
-from rlhf.ppo import PPOConfig, engine_is_exact, ppo_update, train_ppo, update_models
+from rlhf.ppo import PPOConfig, engine_is_exact, ppo_update, update_models
 from rlhf.rollout import Actors, GoldScorer, make_actors, score_rollout
 from shared.config import InputError
-from shared.generation.engine import EngineLost
-from shared.generation.hf import HFEngine
 from shared.generation.start import Drawing
 from shared.models.cost import Meter
 from shared.models.load import Start, load_policy, load_scalar_model, save
@@ -271,33 +269,6 @@ def test_a_shared_trunk_learns_a_reward_that_is_easy_to_earn(
     assert log[-1]["ppo/missing_eos"] < log[0]["ppo/missing_eos"] / 2
     assert log[-1]["objective/rlhf_reward"] > log[0]["objective/rlhf_reward"] + 0.5
     assert log[-1]["loss/value_avg"] < 0.8 * log[0]["loss/value_avg"]
-
-
-def test_a_run_in_one_trunk_that_was_paused_ends_as_one_that_was_not(
-    policy_folder: Path, reward_folder: Path, task_config: TaskConfig, tmp_path: Path
-):
-    ppo = SMALL.model_copy(update={"shared_trunk": True})
-    start, drawing = Start(policy_folder, LORA), Drawing(SAMPLING)
-    inputs = start, reward_folder, task_config, ppo, 0.1, drawing, ()
-    whole, broken = tmp_path / "whole", tmp_path / "broken"
-    whole.mkdir()
-    broken.mkdir()
-    train_ppo(whole, *inputs)
-    sync, calls = HFEngine.sync, []
-
-    def lost_once(self: HFEngine) -> float:
-        calls.append(1)
-        if len(calls) == 2:
-            raise EngineLost("gone")
-        return sync(self)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(HFEngine, "sync", lost_once)
-        with pytest.raises(EngineLost):
-            train_ppo(broken, *inputs)
-        train_ppo(broken, *inputs)
-    ends, others = digest(whole), digest(broken)
-    assert {n for n in {*ends, *others} if ends.get(n) != others.get(n)} == {"cost.json"}
 
 
 def test_gold_needs_no_reward_model_in_one_trunk(

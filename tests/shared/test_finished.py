@@ -45,7 +45,7 @@ def test_a_line_is_on_disk_as_soon_as_its_step_is_done(tmp_path: Path):
 
 def test_a_log_goes_on_only_where_it_is_told_to(tmp_path: Path):
     TrainingLog(tmp_path, steps=3).add({"loss": 1.0})
-    again = TrainingLog(tmp_path, steps=3, goes_on=True)
+    again = TrainingLog(tmp_path, steps=3, kept=1)
     again.add({"loss": 0.5})
     assert [(row["step"], row["loss"]) for row in read_log(tmp_path)] == [(1, 1.0), (2, 0.5)]
     anew = TrainingLog(tmp_path, steps=2)

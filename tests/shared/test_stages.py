@@ -31,8 +31,8 @@ from shared.generation.start import Drawing, GenerationConfig
 from shared.models.load import Start
 from shared.models.lora import LoRAConfig
 from shared.stages import (
+    SAVES,
     Missing,
-    Paused,
     Stages,
     read_json,
     read_jsonl,
@@ -417,21 +417,25 @@ def test_an_error_leaves_nothing_behind(store: Store):
     assert list(store.root.iterdir()) == []
 
 
-def test_paused_work_finds_what_it_had_written_and_others_see_no_stage(store: Store):
+@pytest.mark.parametrize("error", [KeyboardInterrupt, ValueError, OSError, MemoryError])
+def test_work_with_saves_finds_what_it_had_written_and_others_see_no_stage(
+    store: Store, error: type[BaseException]
+):
     tries = []
 
     def slow(folder: Path) -> None:
         tries.append(sorted(p.name for p in folder.iterdir()))
+        (folder / SAVES).mkdir(exist_ok=True)
         (folder / f"{len(tries)}.txt").write_text("")
         if len(tries) < 3:
-            raise Paused("not now")
+            raise error("not now")
 
     for _ in range(2):
-        with pytest.raises(Paused, match="not now"):
+        with pytest.raises(error, match="not now"):
             store.run("slow", slow)
         assert store.folders == []
     done = store.run("slow", slow)
-    assert tries == [[], ["1.txt"], ["1.txt", "2.txt"]]
+    assert tries == [[], ["1.txt", SAVES], ["1.txt", "2.txt", SAVES]]
     assert contents(done).keys() == {"1.txt", "2.txt", "3.txt", "manifest.json"}
     assert [p.name for p in store.root.iterdir()] == [done.name]
 

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from rlhf.ppo import PPOConfig
 from shared.config import InputError
 from shared.generation.engine import Sampling
+from shared.models.device import on_gpu
 
 TRL = "1.12.0"
 
@@ -49,7 +50,7 @@ def trl_settings(ppo: PPOConfig, sampling: Sampling) -> dict[str, Any]:
     instead, it would step once an epoch.
     """
     return {
-        "use_cpu": not torch.cuda.is_available(),
+        "use_cpu": not on_gpu(),
         "bf16": False,
         "gradient_checkpointing": False,
         "report_to": "none",

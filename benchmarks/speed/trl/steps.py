@@ -10,13 +10,13 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any
 
-import torch
 from transformers import PrinterCallback, TrainerCallback
 
 from benchmarks.speed.cases import LOSS_OF_WORK, Case
 from benchmarks.speed.sides import Round, Turns, seconds_since
 from dpo.reference import read_mismatched
 from shared.data.pairs import Pair, read_pairs
+from shared.models.device import on_gpu
 from shared.models.load import load_tokenizer
 from shared.training.fit import OptimizerConfig
 
@@ -102,7 +102,7 @@ def common_settings(
     folder: Path, optimizer: OptimizerConfig, batch: int, epochs: int
 ) -> dict[str, Any]:
     """Settings of every TRL trainer; its warm-up is rounded as ours is."""
-    gpu = torch.cuda.is_available()
+    gpu = on_gpu()
     constant = optimizer.schedule == "constant"
     return {
         "output_dir": str(folder),

@@ -103,7 +103,7 @@ def run_all(
 ) -> list[StudiedSeed]:
     """Run whatever is not there yet, the stages side by side."""
     experiment = experiments[DEFAULT]
-    set_up_process(experiment.threads)
+    set_up_process(experiment.threads, experiment.save_minutes)
     work = partial(run_seeds, experiments, jobs_of(experiment, comparisons))
     plan = plan_of(runs / ".stages", stage_context(), work)
     with progress(plan.root, plan.labels) as say:
