@@ -24,6 +24,7 @@ def commands() -> dict[str, Command]:
     """The commands by name; importing them takes seconds."""
     from benchmarks.commands.data import data
     from benchmarks.commands.head_to_head import compare, plan, report
+    from benchmarks.commands.runs import runs_command
     from benchmarks.commands.scoring import evaluate, filter_command, score
     from benchmarks.commands.tools import doctor, serve, speed, study
     from benchmarks.commands.train import train
@@ -36,6 +37,7 @@ def commands() -> dict[str, Command]:
         "filter": filter_command,
         "plan": plan,
         "report": report,
+        "runs": runs_command,
         "score": score,
         "serve": serve,
         "speed": speed,

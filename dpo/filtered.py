@@ -7,7 +7,7 @@ return. A floor keeps the set from emptying: below it the pairs that come closes
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -108,7 +108,7 @@ def train_filtered(
                 except Diverged as error:  # a result: the last good weights are evaluated
                     failure = str(error)
                     break
-                saves.step_done(len(training.log), progress=asdict(at))
+                saves.step_done(len(training.log), progress=vars(at))
         if failure:
             break
     write_jsonl(folder / "audit.jsonl", at.audit)

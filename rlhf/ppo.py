@@ -34,6 +34,7 @@ from shared.kl import k1
 from shared.models.cost import Meter
 from shared.models.load import Start, load_tokenizer, state_values
 from shared.models.logprobs import logprobs_and_values, token_logprobs
+from shared.models.lora import LoRAConfig
 from shared.models.sequences import Limit, by_length
 from shared.seeds import seed_of
 from shared.tasks.registry import TaskInput, make_task
@@ -65,6 +66,8 @@ class PPOConfig(Config):
     """The optimiser of the policy and, at its own learning rate, of the value model."""
     value_learning_rate: float = Field(default=1e-3, gt=0)
     """Highest learning rate of the value model, where it is a model of its own."""
+    value_lora: LoRAConfig | None = None
+    """Low-rank adapters of the value model, whose head trains whole; else it trains whole."""
     kl_target: float | None = Field(default=None, gt=0)
     """KL to the reference, in nats a sequence, that `kl_coef` adapts towards; without one it
     stays as it is."""
@@ -108,6 +111,12 @@ class PPOConfig(Config):
             )
         return self
 
+    @model_validator(mode="after")
+    def an_adapter_of_the_value_model_needs_one(self) -> "PPOConfig":
+        if self.shared_trunk and self.value_lora is not None:
+            raise Misfit("there is no value model with `shared_trunk`: leave it out", "value_lora")
+        return self
+
     @property
     def limit(self) -> Limit:
         """What one pass of an update holds."""
@@ -118,7 +127,7 @@ class PPOConfig(Config):
         minibatches = -(-self.rollout_size // self.minibatch_size)
         value = self.optimizer.model_copy(update={"learning_rate": self.value_learning_rate})
         steps = updates * self.epochs * minibatches
-        return Optimizers(self.optimizer, value, steps, self.shared_trunk)
+        return Optimizers(self.optimizer, value, steps, self.shared_trunk, self.value_lora)
 
 
 @dataclass

@@ -16,6 +16,7 @@ from shared.data.samples import read_samples
 from shared.models.cost import Meter
 from shared.models.folders import CHATS, NORMALISATION, require_folder
 from shared.models.load import load_tokenizer, new_scalar_model, save, sequence_scores, special_ids
+from shared.models.lora import LoRAConfig, with_lora
 from shared.models.names import is_model_file, local_path
 from shared.models.reward_files import require_scale, save_normalisation
 from shared.models.scorer import scorer_of
@@ -46,6 +47,8 @@ class RewardConfig(Config):
     """A reward model of one's own, a folder or hub name, in place of one that is trained here."""
     revision: str | None = None
     """Branch, tag or commit of `pretrained` on the hub; by default its main branch."""
+    lora: LoRAConfig | None = None
+    """Low-rank adapters of the reward model, merged when it is saved; its head trains whole."""
     normalise: bool = True
     """Divide scores by their standard deviation within a prompt on SFT samples; else they stay
     log-odds, as they were learnt."""
@@ -69,6 +72,7 @@ def train_reward(
     rows = PairRows(pairs, special_ids(tokenizer).pad, reward.limit)
     steps = steps_of(len(pairs), reward.batch_size, reward.epochs)
     model = new_scalar_model(policy, seed_of(seed, "reward head"))
+    model = with_lora(model, reward.lora, seed_of(seed, "reward adapter"))
     trainee, saves = prepare(model, reward.optimizer, steps), Saves(folder, meter)
     saves.follow(reward=trainee)
     log = TrainingLog(folder, steps, kept=saves.steps)

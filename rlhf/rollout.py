@@ -27,10 +27,11 @@ from shared.models.load import (
     state_values,
 )
 from shared.models.logprobs import logprobs_and_values, policy_values, token_logprobs
-from shared.models.lora import add_value_head
+from shared.models.lora import LoRAConfig, add_value_head, with_lora
 from shared.models.packing import packs
 from shared.models.scorer import Scorer
 from shared.models.sequences import SCORING, Sequences, by_length, collate
+from shared.seeds import seed_of
 from shared.tasks.task import Task
 from shared.training.fit import OptimizerConfig, Trainee, arithmetic, prepare
 
@@ -131,6 +132,7 @@ class Optimizers:
     value: OptimizerConfig
     steps: int
     shared_trunk: bool = False
+    value_lora: LoRAConfig | None = None
 
 
 def make_actors(
@@ -158,6 +160,8 @@ def make_actors(
     else:
         scorer = Scorer(judge, reader=tokenizer, ends=ids.ends, dtype=start.dtype)
         value = None if shared_trunk else first_values(start.policy, judge, scorer)
+    if value is not None:
+        value = with_lora(value, optimizers.value_lora, seed_of(start.seed, "value adapter"))
     models = trainee.model, value, ref, scorer.model
     meter.models_held = sum(model is not None for model in models)
     temperature = drawing.sampling.temperature

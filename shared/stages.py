@@ -177,7 +177,10 @@ def read_json(path: Path) -> Any:
 
 
 def write_jsonl(path: Path, rows: list[dict[str, Any]]) -> None:
-    path.write_text("".join(json.dumps(row, allow_nan=False) + "\n" for row in rows))
+    """Write a line a row in one rename."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_text("".join(json.dumps(row, allow_nan=False) + "\n" for row in rows))
+    temporary.replace(path)
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
@@ -189,10 +192,19 @@ def write_manifest(folder: Path, origin: dict[str, Any]) -> None:
     files = {str(p.relative_to(folder)): _sha256(p) for p in _files(folder)}
     manifest = {**origin, "files": files}
     write_json(folder / "manifest.json", {**manifest, "digest": _digest(manifest)})
+    flush_to_disk(folder)
+
+
+def flush_to_disk(folder: Path) -> None:
+    """What `folder` holds, but for SAVES, survives the machine's fall too."""
     for path in [*_files(folder), folder]:
-        descriptor = os.open(path, os.O_RDONLY)
-        os.fsync(descriptor)
-        os.close(descriptor)
+        _flush(path)
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    os.fsync(descriptor)
+    os.close(descriptor)
 
 
 def read_manifest(folder: Path) -> dict[str, Any] | None:
@@ -223,7 +235,7 @@ def _appears_whole(folder: Path) -> Iterator[Path]:
     stopped = folder.with_name(f".stopped-{folder.name}")
     for abandoned in folder.parent.glob(f".unfinished-{folder.name}-*"):
         owner = int(abandoned.name.rpartition("-")[2])
-        if owner == os.getpid() or not _alive(owner):
+        if owner == os.getpid() or not is_running(owner):
             _put_aside(abandoned, stopped)
     unfinished = folder.with_name(f".unfinished-{folder.name}-{os.getpid()}")
     unfinished.mkdir(parents=True)
@@ -239,9 +251,7 @@ def _appears_whole(folder: Path) -> Iterator[Path]:
         _put_aside(unfinished, stopped)  # it is gone if it has become `folder`
     for saves in (folder / SAVES, stopped):
         shutil.rmtree(saves, ignore_errors=True)
-    descriptor = os.open(folder.parent, os.O_RDONLY)
-    os.fsync(descriptor)
-    os.close(descriptor)
+    _flush(folder.parent)
 
 
 def _put_aside(unfinished: Path, stopped: Path) -> None:
@@ -254,7 +264,8 @@ def _put_aside(unfinished: Path, stopped: Path) -> None:
         shutil.rmtree(unfinished, ignore_errors=True)
 
 
-def _alive(process: int) -> bool:
+def is_running(process: int) -> bool:
+    """Whether there is a process of this number."""
     try:
         os.kill(process, 0)
     except ProcessLookupError:

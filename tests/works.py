@@ -31,6 +31,7 @@ DRAWING = Drawing(Sampling(max_new_tokens=8))
 STEADY = OptimizerConfig(
     learning_rate=1e-3, schedule="constant", warmup_share=0.0, adam_epsilon=1e-2
 )
+CHECKPOINTED = STEADY.model_copy(update={"gradient_checkpointing": True})
 DIRECT = DirectConfig(batch_size=8, epochs=1, optimizer=STEADY)
 PPO = PPOConfig(
     episodes=16, rollout_size=8, epochs=1, minibatch_size=4, optimizer=STEADY,
@@ -60,7 +61,7 @@ def works(given: Inputs) -> dict[str, Work]:
     def direct(loss: str, start: Start = start, **setting: float) -> Work:
         return lambda f: train_direct(f, start, data, loss, setting, DIRECT, (0.5,))
 
-    def ppo(start: Start = start, **changes: bool) -> Work:
+    def ppo(start: Start = start, **changes: object) -> Work:
         config = PPO.model_copy(update=changes)
         inputs = given.reward, task, config, 0.1, DRAWING, (0.5,)
         return lambda f: train_ppo(f, start, *inputs)
@@ -81,6 +82,10 @@ def works(given: Inputs) -> dict[str, Work]:
             f, given.policy, given.preferences, given.samples,
             RewardConfig(batch_size=8, optimizer=STEADY), 0,
         ),
+        "reward by LoRA": lambda f: train_reward(
+            f, given.policy, given.preferences, given.samples,
+            RewardConfig(batch_size=8, optimizer=STEADY, lora=LoRAConfig(rank=2)), 0,
+        ),
         "scores": lambda f: score_samples(f, given.reward, given.samples, None),
         "dpo": direct("dpo", beta=0.1),
         "dpo by LoRA": direct("dpo", adapted, beta=0.1),
@@ -92,6 +97,8 @@ def works(given: Inputs) -> dict[str, Work]:
         "ppo": ppo(),
         "ppo by LoRA": ppo(adapted),
         "ppo with one trunk": ppo(shared_trunk=True),
+        "ppo, checkpointed": ppo(optimizer=CHECKPOINTED),
+        "ppo, all by LoRA": ppo(adapted, value_lora=LoRAConfig(rank=2)),
         "best-of-n": lambda f: evaluate_best_of_n(
             f, given.policy, given.reward, 2, prompts, DRAWING
         ),
@@ -100,8 +107,8 @@ def works(given: Inputs) -> dict[str, Work]:
 
 
 TRAINERS = (
-    "reward", "dpo", "dpo by LoRA", "ipo", "kto", "fdpo",
-    "ppo", "ppo by LoRA", "ppo with one trunk",
+    "reward", "reward by LoRA", "dpo", "dpo by LoRA", "ipo", "kto", "fdpo",
+    "ppo", "ppo by LoRA", "ppo with one trunk", "ppo, all by LoRA",
 )  # fmt: skip
 OTHERS = ("samples", "reference", "mismatched", "scores", "best-of-n", "evaluation")
 

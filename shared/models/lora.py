@@ -19,6 +19,7 @@ from shared.config import Config
 from shared.models import ops
 
 VALUE_HEAD = "value_head"  # of a policy whose trunk PPO's value function shares
+SCALAR_HEAD = "score"  # of reward and value models, as transformers names it
 
 
 class LoRAConfig(Config):
@@ -33,7 +34,8 @@ class LoRAConfig(Config):
 def with_lora(model: PreTrainedModel, lora: LoRAConfig | None, seed: int) -> PreTrainedModel:
     """`model` under a fresh adapter, which alone trains; without `lora` the model as it is.
 
-    B starts at 0, so that nothing it says changes; `seed` draws A.
+    B starts at 0, so that nothing it says changes; `seed` draws A. The head of a model of scalars
+    (`score`) has no adapter and trains whole.
     """
     if lora is None:
         return model
@@ -41,9 +43,13 @@ def with_lora(model: PreTrainedModel, lora: LoRAConfig | None, seed: int) -> Pre
 
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        policy: Any = peft.get_peft_model(model, adapter(lora))
+        head = getattr(model, SCALAR_HEAD, None)
+        whole = None if head is None else [SCALAR_HEAD]
+        policy: Any = peft.get_peft_model(model, adapter(lora, whole))
     for layer in adapted_layers(policy).values():
         layer.forward = MethodType(_forward, layer)
+    if head is not None:
+        head.requires_grad_(True)
     return policy
 
 
@@ -60,14 +66,15 @@ def _forward(self: Any, x: Tensor) -> Tensor:
     return ops.adapted(x, weight, base.bias, a, b, self.scaling[name])
 
 
-def adapter(lora: LoRAConfig) -> Any:
-    """`lora` as peft's configuration."""
+def adapter(lora: LoRAConfig, whole: list[str] | None = None) -> Any:
+    """`lora` as peft's configuration; layers named `whole` get no adapter."""
     import peft  # here, since it takes seconds to import
 
     return peft.LoraConfig(
         r=lora.rank,
         lora_alpha=lora.alpha,  # pyright: ignore[reportArgumentType]
         target_modules="all-linear",
+        exclude_modules=whole,
     )
 
 

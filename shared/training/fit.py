@@ -49,6 +49,9 @@ class OptimizerConfig(Config):
     """AdamW's beta2, the decay of the second moment; beta1 is 0.9."""
     precision: Precision = "float32"
     """Precision of matrix products; weights, optimiser state and losses are float32 in any case."""
+    gradient_checkpointing: bool = False
+    """Keep each block's input alone and compute the rest again for its gradient: far less memory,
+    a third more time, the same gradients."""
 
 
 @dataclass
@@ -65,6 +68,8 @@ class Trainee:
 
 def prepare(model: PreTrainedModel, config: OptimizerConfig, steps: int) -> Trainee:
     """Put `model` in train mode under a fresh AdamW with a schedule of `steps` steps."""
+    if config.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
     accelerator = Accelerator(device_placement=False)  # the model is on the device already
     optimizer = torch.optim.AdamW(
         [p for p in model.parameters() if p.requires_grad],

@@ -14,7 +14,14 @@ from typing import Any
 from safetensors.torch import load_file, save_file
 
 from shared.models.cost import Meter
-from shared.stages import SAVES, intact, read_json, write_json, write_manifest
+from shared.stages import (
+    SAVES,
+    flush_to_disk,
+    intact,
+    read_json,
+    write_json,
+    write_manifest,
+)
 from shared.training.fit import Trainee, restore, state_of
 
 KEPT = 2
@@ -86,6 +93,7 @@ class Saves:
         save_file(tensors, unfinished / TENSORS)
         write_json(unfinished / PLAIN, state)
         write_manifest(unfinished, {})
+        flush_to_disk(self.folder.parent)  # the log and checkpoints up to here
         shutil.rmtree(target, ignore_errors=True)  # a damaged one, or this very place
         unfinished.rename(target)
         for older in self._newest_first()[KEPT:]:

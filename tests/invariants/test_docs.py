@@ -20,6 +20,7 @@ from checks import SMALL_WORLD, TINY
 
 from benchmarks.cli import commands, main
 from benchmarks.commands import head_to_head
+from benchmarks.commands import runs as runs_page
 from benchmarks.commands.tools import studies
 from benchmarks.data import check, stats
 from benchmarks.doctor import patient
@@ -117,6 +118,7 @@ def stopped(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(places, "set_up_process", lambda *_: None)
     for module, names in {
         head_to_head: ["run_experiment", "plan_experiment", "build_report"],
+        runs_page: ["read_store"],
         patient: ["of_experiment", "of_files"],
         server: ["become_server"],
         single: ["train_one"],

@@ -15,6 +15,7 @@ from transformers import (
     BloomForCausalLM,
     PreTrainedTokenizerBase,
 )
+from works import Inputs, works
 
 from rlhf.losses import policy_loss, value_loss
 from rlhf.ppo import PPOConfig, engine_is_exact, ppo_update, update_models
@@ -297,3 +298,15 @@ def test_a_family_that_cannot_share_its_trunk_is_refused(
         actors_of(*given, shared_trunk=True)
     assert actors_of(*given).meter.models_held == 4
     assert "bloom" not in CONFIGS
+
+
+def test_checkpointing_changes_no_policy(inputs: Inputs, tmp_path: Path):
+    """Sampling, scoring and updates of both models; sums may be taken in another order."""
+    found = []
+    for name in ("ppo", "ppo, checkpointed"):
+        folder = tmp_path / name
+        folder.mkdir()
+        works(inputs)[name](folder)
+        found.append(weights(load_policy(folder / "final")))
+    close(found[1], found[0], 1e-6)
+    assert not torch.equal(found[0], weights(load_policy(inputs.policy)))

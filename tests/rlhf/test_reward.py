@@ -18,7 +18,13 @@ from shared.data.samples import read_samples, sample_reference
 from shared.generation.engine import Sampling
 from shared.generation.start import Drawing
 from shared.models.cost import Meter
-from shared.models.load import ModelConfig, load_scalar_model, sequence_scores
+from shared.models.load import (
+    ModelConfig,
+    load_scalar_model,
+    new_scalar_model,
+    sequence_scores,
+)
+from shared.models.lora import LoRAConfig
 from shared.models.scorer import Scorer
 from shared.seeds import seed_of
 from shared.stages import read_json, write_jsonl
@@ -78,6 +84,29 @@ def test_training_ranks_the_chosen_answers_higher(reward: Path, preferences_fold
     assert len(log) == 12  # 22 pairs in batches of 11, six times over
     assert log[-1]["loss"] < log[0]["loss"]
     assert read_json(reward / "cost.json")["labels_used"] == 22
+
+
+def test_by_lora_each_matrix_moves_by_the_rank_the_head_moves_whole_and_nothing_else_does(
+    tmp_path: Path, policy_folder: Path, preferences_folder: Path, references: Path
+):
+    """What is saved is a plain reward model, which ranks the pairs as one trained whole does."""
+    config = SMALL.model_copy(update={"lora": LoRAConfig(rank=2), "epochs": 12})
+    reward = trained(tmp_path / "lora", policy_folder, preferences_folder, references, config)
+    before = new_scalar_model(policy_folder, seed_of(3, "reward head")).state_dict()
+    after = load_scalar_model(reward).state_dict()
+    assert before.keys() == after.keys()
+    for name, weights in after.items():
+        moved = weights - before[name]
+        if name == "score.weight":
+            assert moved.abs().max() > 1e-3
+        elif "_proj" in name:
+            assert torch.linalg.matrix_rank(moved, rtol=1e-3) == 2, name
+        else:
+            assert not moved.any(), name
+    pairs = read_pairs(preferences_folder / "train.jsonl")
+    chosen = plain_scores(reward, [p.prompt_ids + p.chosen_ids for p in pairs])
+    rejected = plain_scores(reward, [p.prompt_ids + p.rejected_ids for p in pairs])
+    assert (chosen > rejected).float().mean() > 0.9
 
 
 def test_a_reward_model_costs_its_training_and_its_normalisation(

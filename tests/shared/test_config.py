@@ -302,8 +302,8 @@ def test_every_key_can_be_set_to_its_default_by_its_name(tmp_path: Path):
     assert experiment(tmp_path, "", ARM, *words) == experiment(
         tmp_path,
         "",
-        ARM,
-        "--lora.rank=16",  # a section that is left out by default
+        ARM,  # and the sections that are left out by default
+        *(f"--{section}.rank=16" for section in ("lora", "reward.lora", "ppo.value_lora")),
     )
 
 

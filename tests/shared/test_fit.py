@@ -2,6 +2,7 @@
 
 import json
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,6 +11,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from shared.models.load import Start
+from shared.models.logprobs import token_logprobs
+from shared.models.lora import LoRAConfig
+from shared.models.sequences import collate
 from shared.training.fit import (
     OptimizerConfig,
     batches,
@@ -142,3 +147,35 @@ def test_training_goes_on_from_a_saved_state_as_if_it_had_not_stopped(schedule: 
         assert logs[0] == logs[1]
         assert logs[0]["learning_rate"] not in rates[-1:]
         assert torch.equal(weights(whole.model), weights(later.model))
+
+
+@pytest.mark.parametrize("lora", [None, LoRAConfig(rank=2)])
+@pytest.mark.usefixtures("each_way")
+def test_checkpointing_keeps_less_and_changes_no_gradient(
+    policy_folder: Path, lora: LoRAConfig | None
+):
+    rows = [([1, 2, 3, 4], [5, 6, 7, 8, 9, 10, 11, 12]), ([1, 2, 3], [9, 10, 11, 12, 13])]
+    batch = collate(*map(list, zip(*rows, strict=True)), 0)
+    kept: list[int] = []
+
+    def keep(tensor: Tensor) -> Tensor:
+        kept[-1] += tensor.numel() * (not tensor.requires_grad or tensor.grad_fn is not None)
+        return tensor
+
+    gradients = []
+    for checkpointed in (False, True):
+        config = OptimizerConfig(learning_rate=0.1, gradient_checkpointing=checkpointed)
+        model = prepare(Start(policy_folder, lora).load(), config, 1).model
+        with torch.no_grad():
+            for name, weight in model.named_parameters():
+                if "lora_B" in name:
+                    weight.fill_(0.01)
+        kept.append(0)
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            loss = token_logprobs(model, batch).sum()
+        loss.backward()
+        found = [p.grad for p in model.parameters() if p.requires_grad]
+        gradients.append(torch.cat([g.flatten() for g in found if g is not None]))
+    assert gradients[0].abs().max() > 0.1
+    close(gradients[1], gradients[0], 1e-6)
+    assert kept[1] < 0.5 * kept[0]
