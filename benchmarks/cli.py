@@ -82,3 +82,7 @@ def run_one(known: dict[str, Command], words: Sequence[str], prog: str) -> Any:
         if not end.code and "overrides" in parameters:  # it was asked for help
             print(key_help(name))
         raise
+
+
+if __name__ == "__main__":  # for torchrun and accelerate launch
+    main()

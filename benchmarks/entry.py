@@ -54,7 +54,9 @@ class ExitCodes:
             code, text = 1, f"stopped: {error}"
         else:
             return
-        print(f"{self.command}: {text}", file=sys.stderr)
+        rank = os.environ.get("RANK", "0")  # torchrun's
+        name = self.command if rank == "0" else f"{self.command}, rank {rank}"
+        print(f"{name}: {text}", file=sys.stderr)
         sys.exit(code)
 
 

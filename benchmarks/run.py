@@ -8,11 +8,19 @@ from pathlib import Path
 from benchmarks.pipeline.arms import Pipeline
 from benchmarks.pipeline.compare import Pipelines, compare, first_seeds, timed_seeds, train_alone
 from benchmarks.pipeline.experiment import Experiment
-from benchmarks.pipeline.places import on_threads, set_up_process, stage_context, with_workers
+from benchmarks.pipeline.places import (
+    on_ranks,
+    on_threads,
+    set_up_process,
+    stage_context,
+    with_workers,
+)
 from benchmarks.pipeline.plan import Plan, planned_pipelines
 from benchmarks.pipeline.progress import progress
 from benchmarks.report.build import draw_report
 from benchmarks.results.summary import summarise
+from shared.config import InputError
+from shared.models import ranks
 from shared.stages import Stages, output_folder
 
 OTHERS = ("experiment.json", "samples.json", "curves.json")
@@ -26,12 +34,14 @@ def run_experiment(experiment: Experiment, runs: Path) -> Path:
     folder = output_folder(runs / experiment.name)
     plan = plan_experiment(experiment, runs)
     with progress(plan.root, plan.labels) as say:
-        stages = Stages(plan.root, say, plan.context)
+        stages = on_ranks(Stages(plan.root, say, plan.context))
         pipelines = pipelines_of(experiment, stages)
         if pipelines.timed_seeds != experiment.seeds:
             with with_workers(stages, experiment.workers, experiment.threads) as runner:
                 run_timed(pipelines, replace(pipelines, shared=Pipeline(experiment, runner)))
         summary, report = finish(pipelines)
+    if not ranks.is_first():
+        return folder
     for file in ("results.json", "results.schema.json", *OTHERS):
         put(summary / file, folder / file)
     for part in ("figures", "tables"):
@@ -44,6 +54,11 @@ def run_experiment(experiment: Experiment, runs: Path) -> Path:
 def plan_experiment(experiment: Experiment, runs: Path) -> Plan:
     """All stages that `run_experiment` goes through."""
     set_up_process(experiment.threads, experiment.save_minutes)
+    if ranks.count() > 1 and experiment.workers > 1:
+        raise InputError(
+            f"`workers` is {experiment.workers}: {ranks.count()} ranks do each stage together; "
+            "set it to 1, or start klash without torchrun"
+        )
     plan = Plan(runs / ".stages", stage_context(experiment.generation))
     finish(planned_pipelines(experiment, plan))
     return plan

@@ -17,6 +17,7 @@ from dpo.losses import LOSSES, UNPAIRED, WEIGHTS, LogRatios, balancing_weights, 
 from dpo.reference import read_mismatched, read_reference
 from shared.config import Config, InputError, suggest
 from shared.data.batches import Batch, PairRows, read_rows
+from shared.models import ranks
 from shared.models.cost import Meter
 from shared.models.load import Start, load_tokenizer, special_ids
 from shared.models.logprobs import sequence_logps
@@ -208,19 +209,20 @@ class Objective:
             yield [rows[i] for i in chosen]
 
     def step(self, trainee: Trainee, numbers: list[int]) -> dict[str, float]:
-        """One optimiser step on one of `batches`."""
+        """One optimiser step on one of `batches`; each rank takes its part of it."""
         mismatched = None
         if self.unpaired:
             n = self.rows.count
             rows = numbers if self.single_rows else [r for i in numbers for r in (i, n + i)]
             with arithmetic(trainee.precision):
                 mismatched = self.mismatched_ratios(trainee.model, rows)
-        micro = self.micro_batches(numbers)
+        own, counts = ranks.part(numbers)
+        micro = self.micro_batches(own)
 
-        def loss(model: PreTrainedModel, batch: Batch) -> tuple[Tensor, dict[str, float]]:
+        def loss(model: PreTrainedModel, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
             return self._loss(model, batch, mismatched)
 
-        items = [float(len(b.rows) if self.unpaired else b.chosen) for b in micro]
+        items = [counts * (len(b.rows) if self.unpaired else b.chosen) for b in micro]
         return step(trainee, list(zip(micro, items, strict=True)), loss)
 
     def micro_batches(self, numbers: Sequence[int]) -> list[Batch]:
@@ -232,21 +234,26 @@ class Objective:
     @torch.no_grad()
     def mismatched_ratios(self, model: PreTrainedModel, rows: list[int]) -> Tensor:
         """Log-ratios of the step's prompts with other prompts' completions, (len(rows),)."""
-        partner = self.mismatched.partner[torch.tensor(rows)].tolist()
-        prompts = [self.rows.prompts[i] for i in rows]
+        places, weight = ranks.part(range(len(rows)))
+        own = [rows[place] for place in places]
+        partner = self.mismatched.partner[torch.tensor(own)].tolist()
+        prompts = [self.rows.prompts[i] for i in own]
         completions = [self.rows.completions[j] for j in partner]
         ratios = torch.zeros(len(rows))
-        for group in by_length([*map(len, completions)], [*map(len, prompts)], SCORING):
+        groups = by_length([*map(len, completions)], [*map(len, prompts)], SCORING)
+        for group, counts in ranks.evenly(list(groups)):
             batch = collate(
                 [prompts[i] for i in group], [completions[i] for i in group], self.rows.pad_id
             ).to(model.device)
-            ref = self.mismatched.logps[torch.tensor([rows[i] for i in group])]
-            ratios[torch.tensor(group)] = sequence_logps(model, batch).cpu() - ref
-        return ratios
+            ref = self.mismatched.logps[torch.tensor([own[i] for i in group])]
+            found = ranks.run(sequence_logps, model, batch).cpu() - ref
+            if counts and weight:
+                ratios[torch.tensor([places[i] for i in group])] = found
+        return ranks.total(ratios)
 
     def _loss(
         self, model: PreTrainedModel, batch: Batch, mismatched: Tensor | None
-    ) -> tuple[Tensor, dict[str, float]]:
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         sequences, n = batch.sequences.to(model.device), batch.chosen
         logps = sequence_logps(model, sequences)
         ratios = logps - self.ref_logps[batch.rows].to(logps.device)
@@ -265,17 +272,17 @@ class Objective:
             losses = expected_loss(self.loss, r, batch.p.to(logps.device), **self.setting)
         return losses.mean(), self._metrics(r, logps.detach())
 
-    def _metrics(self, r: LogRatios, logps: Tensor) -> dict[str, float]:
+    def _metrics(self, r: LogRatios, logps: Tensor) -> dict[str, Tensor]:
         """TRL's names; rewards are beta (or tau) times the summed log-ratio."""
         if self.unpaired:
-            z = r.mismatched.mean().clamp(min=0).item() if r.mismatched is not None else 0.0
-            return {"kl": z}
+            assert r.mismatched is not None
+            return {"kl": r.mismatched.mean().clamp(min=0)}
         scale = self.setting.get("beta", self.setting.get("tau", 1.0))
         margins = (r.chosen - r.rejected).detach()
         chosen, rejected = logps.chunk(2)
         return {
-            "rewards/accuracies": (margins > 0).float().mean().item(),
-            "rewards/margins": scale * margins.mean().item(),
-            "logps/chosen": chosen.mean().item(),
-            "logps/rejected": rejected.mean().item(),
+            "rewards/accuracies": (margins > 0).float().mean(),
+            "rewards/margins": scale * margins.double().mean(),
+            "logps/chosen": chosen.mean(),
+            "logps/rejected": rejected.mean(),
         }

@@ -75,7 +75,7 @@ def policy_loss(
     *,
     clip: float,
     weights: Tensor | None = None,
-) -> tuple[Tensor, dict[str, float]]:
+) -> tuple[Tensor, dict[str, Tensor]]:
     """PPO's clipped objective, Schulman et al. 2017, eq. 7 (arXiv:1707.06347), token mean.
 
         loss = mean max(-A rho, -A clip(rho, 1 - clip, 1 + clip)),  rho = exp(logprob - old)
@@ -89,9 +89,9 @@ def policy_loss(
     clipped = -advantages * ratio.clamp(1 - clip, 1 + clip)
     with torch.no_grad():
         numbers = {
-            "ppo/policy/clipfrac": masked_mean((clipped > unclipped).float(), mask).item(),
-            "ppo/policy/approxkl": masked_mean(torch.expm1(log_ratio) - log_ratio, mask).item(),
-            "ppo/policy/ratio": masked_mean(ratio, mask).item(),
+            "ppo/policy/clipfrac": masked_mean((clipped > unclipped).float(), mask),
+            "ppo/policy/approxkl": masked_mean(torch.expm1(log_ratio) - log_ratio, mask),
+            "ppo/policy/ratio": masked_mean(ratio, mask),
         }
     losses = torch.maximum(unclipped, clipped)
     return masked_mean(losses if weights is None else weights * losses, mask), numbers
@@ -99,7 +99,7 @@ def policy_loss(
 
 def value_loss(
     values: Tensor, old_values: Tensor, returns: Tensor, mask: Tensor, *, clip: float
-) -> tuple[Tensor, dict[str, float]]:
+) -> tuple[Tensor, dict[str, Tensor]]:
     """Clipped squared error, half of it, token mean (Ziegler et al. 2019; Huang et al. 2024).
 
     loss = mean 0.5 * max((V - R)^2, (clip(V, V_old - clip, V_old + clip) - R)^2)
@@ -108,7 +108,7 @@ def value_loss(
     kept_near = torch.clamp(values, old_values - clip, old_values + clip)
     unclipped, clipped = (values - returns) ** 2, (kept_near - returns) ** 2
     with torch.no_grad():
-        numbers = {"ppo/val/clipfrac": masked_mean((clipped > unclipped).float(), mask).item()}
+        numbers = {"ppo/val/clipfrac": masked_mean((clipped > unclipped).float(), mask)}
     return 0.5 * masked_mean(torch.maximum(unclipped, clipped), mask), numbers
 
 

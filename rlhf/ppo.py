@@ -31,6 +31,7 @@ from shared.config import Config, Misfit
 from shared.generation.engine import EngineLost, Sampling
 from shared.generation.start import Drawing
 from shared.kl import k1
+from shared.models import ranks
 from shared.models.cost import Meter
 from shared.models.load import Start, load_tokenizer, state_values
 from shared.models.logprobs import logprobs_and_values, token_logprobs
@@ -270,24 +271,25 @@ class Losses:
 
     actors: Actors
     ppo: PPOConfig
-    differences: list[Tensor] = field(default_factory=list)  # policy to rollout, nats a token
+    largest: list[Tensor] = field(default_factory=list)  # policy to rollout, nats a token, a pass
 
-    def policy(self, model: PreTrainedModel, part: Rollout) -> tuple[Tensor, dict[str, float]]:
+    def policy(self, model: PreTrainedModel, part: Rollout) -> tuple[Tensor, dict[str, Tensor]]:
         logprobs = token_logprobs(model, part.sequences, self.actors.temperature)
         return self._policy(logprobs, part)
 
-    def value(self, model: PreTrainedModel, part: Rollout) -> tuple[Tensor, dict[str, float]]:
+    def value(self, model: PreTrainedModel, part: Rollout) -> tuple[Tensor, dict[str, Tensor]]:
         return self._value(state_values(model, part.sequences), part)
 
-    def both(self, model: PreTrainedModel, part: Rollout) -> tuple[Tensor, dict[str, float]]:
+    def both(self, model: PreTrainedModel, part: Rollout) -> tuple[Tensor, dict[str, Tensor]]:
         logprobs, values = logprobs_and_values(model, part.sequences, self.actors.temperature)
         loss, numbers = self._policy(logprobs, part)
         error, more = self._value(values, part)
         return loss + self.ppo.vf_coef * error, {**numbers, **more}
 
-    def _policy(self, logprobs: Tensor, part: Rollout) -> tuple[Tensor, dict[str, float]]:
+    def _policy(self, logprobs: Tensor, part: Rollout) -> tuple[Tensor, dict[str, Tensor]]:
         mask = part.sequences.mask
-        self.differences.append((logprobs.detach() - part.logprobs)[mask].abs())
+        differences = (logprobs.detach() - part.logprobs)[mask].abs()
+        self.largest.append(differences.max())
         loss, numbers = policy_loss(
             logprobs,
             part.logprobs,
@@ -296,26 +298,28 @@ class Losses:
             clip=self.ppo.clip,
             weights=part.weights,
         )
-        return loss, {**numbers, "loss/policy_avg": loss.item()}
+        numbers["generation/logprob_difference"] = differences.mean()
+        return loss, {**numbers, "loss/policy_avg": loss.detach()}
 
-    def _value(self, values: Tensor, part: Rollout) -> tuple[Tensor, dict[str, float]]:
+    def _value(self, values: Tensor, part: Rollout) -> tuple[Tensor, dict[str, Tensor]]:
         mask = part.sequences.mask
         loss, numbers = value_loss(
             values, part.values, part.returns, mask, clip=self.ppo.value_clip
         )
-        return loss, {**numbers, "loss/value_avg": loss.item()}
+        return loss, {**numbers, "loss/value_avg": loss.detach()}
 
 
 def update_models(actors: Actors, rollout: Rollout, ppo: PPOConfig, seed: int) -> dict[str, float]:
     """Epochs of minibatches over one rollout; returns the numbers averaged over minibatches."""
     losses, sums, first = Losses(actors, ppo), {}, {}
     for rows in batches(len(rollout.values), ppo.minibatch_size, ppo.epochs, seed):
-        lengths = rollout.sequences.lengths[torch.tensor(rows)].tolist()
-        before = rollout.sequences.prompt_lengths[torch.tensor(rows)].tolist()
+        own, counts = ranks.part(rows)
+        lengths = rollout.sequences.lengths[torch.tensor(own)].tolist()
+        before = rollout.sequences.prompt_lengths[torch.tensor(own)].tolist()
         parts = []
         for group in by_length(lengths, before, ppo.limit):
-            part = rollout.rows(torch.tensor([rows[i] for i in group]))
-            parts.append((part, float(part.sequences.mask.sum())))
+            part = rollout.rows(torch.tensor([own[i] for i in group]))
+            parts.append((part, counts * sum(lengths[i] for i in group)))
         if actors.value is None:
             numbers = step(actors.policy, parts, losses.both)
         else:
@@ -325,12 +329,12 @@ def update_models(actors: Actors, rollout: Rollout, ppo: PPOConfig, seed: int) -
             for name in ("loss/value_avg", "ppo/val/clipfrac"):
                 numbers[name] = of_value[name]
         if not first:  # nothing had been stepped: the policy was still the sampler
-            differences = torch.cat(losses.differences)
+            furthest = torch.stack(losses.largest).max().item()
             first["ppo/first_ratio"] = numbers["ppo/policy/ratio"]
             first["ppo/first_policy_loss"] = numbers["loss/policy_avg"]
             first["ppo/first_value_loss"] = numbers["loss/value_avg"]
-            first["generation/logprob_difference"] = differences.mean().item()
-            first["generation/logprob_difference_max"] = differences.max().item()
+            first["generation/logprob_difference"] = numbers["generation/logprob_difference"]
+            first["generation/logprob_difference_max"] = ranks.largest(furthest)
         for name, number in numbers.items():
             sums.setdefault(name, []).append(number)
         if numbers["ppo/policy/approxkl"] > ppo.max_approx_kl:

@@ -13,6 +13,7 @@ from shared.config import Config, InputError
 from shared.data.batches import Batch, PairRows
 from shared.data.pairs import read_pairs
 from shared.data.samples import read_samples
+from shared.models import ranks
 from shared.models.cost import Meter
 from shared.models.folders import CHATS, NORMALISATION, require_folder
 from shared.models.load import load_tokenizer, new_scalar_model, save, sequence_scores, special_ids
@@ -80,17 +81,19 @@ def train_reward(
     with meter.phase("train"):
         drawn = batches(len(pairs), reward.batch_size, reward.epochs, order)
         for numbers in islice(drawn, saves.steps, None):
-            micro_batches = [(batch, float(batch.chosen)) for batch in rows.of_pairs(numbers)]
+            own, counts = ranks.part(numbers)
+            micro_batches = [(batch, counts * batch.chosen) for batch in rows.of_pairs(own)]
             try:
                 log.add(step(trainee, micro_batches, loss))
             except Diverged as error:  # nothing that scores can go on without it
                 fix = "lower `reward.optimizer.learning_rate`"
                 raise Diverged(f"reward model, step {len(log) + 1}: {error}; {fix}") from error
             saves.step_done(len(log))
-    save(trainee.accelerator.unwrap_model(trainee.model), tokenizer, folder)
-    with meter.phase("normalise"):
-        ends = special_ids(tokenizer, policy).ends
-        normalise(folder, references, scaled=reward.normalise, ends=ends)
+    save(trainee.model, tokenizer, folder)
+    with meter.phase("normalise"), ranks.alone():
+        if ranks.is_first():  # who has saved it
+            ends = special_ids(tokenizer, policy).ends
+            normalise(folder, references, scaled=reward.normalise, ends=ends)
     write_json(folder / "cost.json", {**meter.summary(), "labels_used": len(pairs)})
 
 
@@ -124,14 +127,15 @@ def take_reward(
 def reward_loss(center: float) -> Loss[Batch]:
     """Bradley-Terry on raw scores, for `step`."""
 
-    def loss(model: PreTrainedModel, batch: Batch) -> tuple[Tensor, dict[str, float]]:
+    def loss(model: PreTrainedModel, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         chosen, rejected = sequence_scores(model, batch.sequences).chunk(2)
-        accuracy = (chosen > rejected).float().mean().item()
+        accuracy = (chosen > rejected).float().mean()
         p = batch.p.to(chosen.device)
         losses = p * bradley_terry_loss(chosen, rejected, center=center)
         if (p < 1).any():  # labels with their probability
             losses = losses + (1 - p) * bradley_terry_loss(rejected, chosen, center=center)
-        return losses.mean(), {"accuracy": accuracy, "margin": (chosen - rejected).mean().item()}
+        margin = (chosen - rejected).detach().mean()
+        return losses.mean(), {"accuracy": accuracy, "margin": margin}
 
     return loss
 

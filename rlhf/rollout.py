@@ -16,6 +16,7 @@ from shared.config import InputError
 from shared.generation.engine import Engine
 from shared.generation.start import Drawing, make_engine
 from shared.kl import k1, k3, masked_mean, masked_sum
+from shared.models import ranks
 from shared.models.cost import Meter
 from shared.models.load import (
     Start,
@@ -108,19 +109,19 @@ class Actors:
     def reference_pass(self, batch: Sequences) -> Tensor:
         """The reference's log-probabilities, (B, T)."""
         with self.reference() as ref:
-            return token_logprobs(ref, batch, self.temperature)
+            return ranks.run(token_logprobs, ref, batch, self.temperature)
 
     def value_pass(self, batch: Sequences) -> Tensor:
         """V before each completion token, (B, T)."""
         if self.value is None:
-            return policy_values(self.policy.model, batch)
-        return state_values(self.value.model, batch)
+            return ranks.run(policy_values, self.policy.model, batch)
+        return ranks.run(state_values, self.value.model, batch)
 
     def policy_and_value_pass(self, batch: Sequences) -> tuple[Tensor, Tensor]:
         """(log-probabilities of the policy, V), (B, T) each: one pass where they share a trunk."""
         if self.value is None:
-            return logprobs_and_values(self.policy.model, batch, self.temperature)
-        logprobs = token_logprobs(self.policy.model, batch, self.temperature)
+            return ranks.run(logprobs_and_values, self.policy.model, batch, self.temperature)
+        logprobs = ranks.run(token_logprobs, self.policy.model, batch, self.temperature)
         return logprobs, self.value_pass(batch)
 
 
@@ -230,18 +231,33 @@ def score_rollout(
     if sampled is not None:
         rollout = rollout._replace(logprobs=as_rows(sampled, episodes))
     scores = actors.scorer.score_all(prompts, completions).to(device)
-    for group in by_length([*map(len, completions)], [*map(len, prompts)], SCORING):
-        index = torch.tensor(group)
+    own, weight = ranks.part(range(len(prompts)))
+    lengths = [len(completions[i]) for i in own], [len(prompts[i]) for i in own]
+    for group, counts in ranks.evenly(list(by_length(*lengths, SCORING))):
+        index = torch.tensor([own[i] for i in group])
         batch = rollout.rows(index).sequences
         columns = batch.mask.shape[1]
         with arithmetic(actors.policy.precision):  # as in the update
             if sampled is None:
-                rollout.logprobs[index, :columns], values = actors.policy_and_value_pass(batch)
+                logprobs, values = actors.policy_and_value_pass(batch)
             else:
-                values = actors.value_pass(batch)
-            rollout.ref_logprobs[index, :columns] = actors.reference_pass(batch)
-        rollout.values[index, :columns] = values
-    return rollout, scores
+                logprobs, values = None, actors.value_pass(batch)
+            ref_logprobs = actors.reference_pass(batch)
+        if counts and weight:
+            rollout.ref_logprobs[index, :columns] = ref_logprobs
+            rollout.values[index, :columns] = values
+            if logprobs is not None:
+                rollout.logprobs[index, :columns] = logprobs
+    return together(rollout, sampled is None), scores
+
+
+def together(rollout: Rollout, logprobs: bool) -> Rollout:
+    """What each rank found of its own rows, put together: the `logprobs` too if they are found."""
+    return rollout._replace(
+        ref_logprobs=ranks.total(rollout.ref_logprobs),
+        values=ranks.total(rollout.values),
+        logprobs=ranks.total(rollout.logprobs) if logprobs else rollout.logprobs,
+    )
 
 
 def as_rows(numbers: list[list[float]], batch: Sequences) -> Tensor:

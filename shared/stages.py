@@ -114,13 +114,15 @@ class Stages:
 
     `context` is hashed into every stage: what may change results besides inputs and code, such as
     the versions of libraries and the number of threads. `fill` does a stage's work and returns its
-    seconds; where it is None, Missing is raised instead. Folders in `checked` were found intact.
+    seconds; where it is None, Missing is raised instead. `there` tells whether a folder is
+    finished. Folders in `checked` were found intact.
     """
 
     root: Path
     report: Callable[[str, str, float], None]
     context: dict[str, Any] = field(default_factory=dict)
     fill: Callable[[Path, Stage], float] | None = fill_stage
+    there: Callable[[Path], bool] = lambda folder: intact(folder)
     checked: set[Path] = field(default_factory=set)
 
     def run(self, name: str, work: Work, *, label: str = "", **inputs: Any) -> Path:
@@ -134,7 +136,7 @@ class Stages:
         stage = stage_of(name, work, inputs, self.context)
         folder = self.root / stage.key
         if folder not in self.checked:
-            if intact(folder):
+            if self.there(folder):
                 self.report(label or name, "cached", 0.0)
             elif self.fill is None:
                 raise Missing(label or name)

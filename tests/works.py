@@ -24,6 +24,7 @@ from shared.models.load import Start
 from shared.models.lora import LoRAConfig
 from shared.tasks.registry import TaskConfig
 from shared.training.fit import OptimizerConfig
+from shared.training.sft import SftConfig, fine_tune
 
 Work = Callable[[Path], None]
 DRAWING = Drawing(Sampling(max_new_tokens=8))
@@ -32,11 +33,14 @@ STEADY = OptimizerConfig(
     learning_rate=1e-3, schedule="constant", warmup_share=0.0, adam_epsilon=1e-2
 )
 CHECKPOINTED = STEADY.model_copy(update={"gradient_checkpointing": True})
-DIRECT = DirectConfig(batch_size=8, epochs=1, optimizer=STEADY)
+# passes of two rows or pairs: of several ranks some make more of them than others
+DIRECT = DirectConfig(batch_size=7, micro_batch_size=2, epochs=1, optimizer=STEADY)
+REWARD = RewardConfig(batch_size=7, micro_batch_size=2, epochs=3, optimizer=STEADY)
 PPO = PPOConfig(
-    episodes=16, rollout_size=8, epochs=1, minibatch_size=4, optimizer=STEADY,
-    value_learning_rate=1e-3,
+    episodes=16, rollout_size=8, epochs=1, minibatch_size=5, micro_batch_size=2,
+    optimizer=STEADY, value_learning_rate=1e-3,
 )  # fmt: skip
+SFT = SftConfig(examples=20, epochs=2, batch_size=4)
 
 
 @dataclass(frozen=True)
@@ -73,6 +77,7 @@ def works(given: Inputs) -> dict[str, Work]:
         evaluate(folder, given.policy, ".", given.policy, given.reward, held, prompts, DRAWING)
 
     return {
+        "sft": lambda f: fine_tune(f, given.policy, task, SFT, 0),
         "samples": lambda f: sample_reference(
             f, task, given.policy, "validation", 4, 3, DRAWING, 0
         ),
@@ -80,11 +85,11 @@ def works(given: Inputs) -> dict[str, Work]:
         "mismatched": lambda f: score_mismatched(f, given.policy, given.preferences, 0),
         "reward": lambda f: train_reward(
             f, given.policy, given.preferences, given.samples,
-            RewardConfig(batch_size=8, optimizer=STEADY), 0,
+            REWARD, 0,
         ),
         "reward by LoRA": lambda f: train_reward(
             f, given.policy, given.preferences, given.samples,
-            RewardConfig(batch_size=8, optimizer=STEADY, lora=LoRAConfig(rank=2)), 0,
+            REWARD.model_copy(update={"lora": LoRAConfig(rank=2)}), 0,
         ),
         "scores": lambda f: score_samples(f, given.reward, given.samples, None),
         "dpo": direct("dpo", beta=0.1),
@@ -107,7 +112,7 @@ def works(given: Inputs) -> dict[str, Work]:
 
 
 TRAINERS = (
-    "reward", "reward by LoRA", "dpo", "dpo by LoRA", "ipo", "kto", "fdpo",
+    "sft", "reward", "reward by LoRA", "dpo", "dpo by LoRA", "ipo", "kto", "fdpo",
     "ppo", "ppo by LoRA", "ppo with one trunk", "ppo, all by LoRA",
 )  # fmt: skip
 OTHERS = ("samples", "reference", "mismatched", "scores", "best-of-n", "evaluation")

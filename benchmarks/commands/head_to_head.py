@@ -10,6 +10,7 @@ from benchmarks.report.build import build_report, read_results
 from benchmarks.report.conclusion import conclude
 from benchmarks.run import plan_experiment, run_experiment
 from shared.config import InputError, suggest
+from shared.models import ranks
 
 RUNS = Path("runs")
 
@@ -31,6 +32,8 @@ def compare(
         runs: the folder of all runs and of the stages they share.
     """
     run = run_experiment(load_experiment(file, overrides, quick), runs)
+    if not ranks.is_first():
+        return
     conclusion = conclude(read_results(run))
     print("\n".join([conclusion.answer, *(f"{word}: {fact}" for word, fact in conclusion.facts)]))
     print(f"report: {run / 'report' / 'index.html'}")

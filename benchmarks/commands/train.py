@@ -31,10 +31,13 @@ def train(
     from benchmarks.pipeline.loading import load_experiment
     from benchmarks.pipeline.single import put_model, train_one
     from shared.config import InputError
+    from shared.models import ranks
 
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise InputError(f"{out}: is there already; name a new folder")
     experiment = load_experiment(file, overrides, quick)
     trained = train_one(experiment, method, runs)
+    if not ranks.is_first():
+        return
     put_model(trained, out)
     print(f"{method}: {out}")

@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import signal
 import sys
+import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
@@ -20,10 +21,20 @@ import torch
 from transformers.utils import logging as transformers_logging
 
 from shared.generation.start import TRANSFORMERS, GenerationConfig, engine_version
+from shared.models import ranks
 from shared.models.cost import versions
 from shared.models.device import device_name, see_one_gpu, visible_gpus
 from shared.models.ops import computed_by
-from shared.stages import OnlyWith, Runner, Stage, Stages, Work, fill_stage, stage_key
+from shared.stages import (
+    OnlyWith,
+    Runner,
+    Stage,
+    Stages,
+    Work,
+    fill_stage,
+    intact,
+    stage_key,
+)
 from shared.training.saves import minutes_between, save_every
 
 A = TypeVar("A")
@@ -31,11 +42,13 @@ B = TypeVar("B")
 THREADS = 64  # that wait for processes
 TRIM_THRESHOLD, MMAP_MAX = -1, -4  # of mallopt(3)
 WATCH = 0.2  # seconds between looks at the parent
+BY_ONE = ("start", "data", "listing", "judge-scores", "summary", "report")  # ranks share no work
 
 
 def set_up_process(threads: int, save_minutes: float = 10.0) -> None:
     """What every process that runs stages starts with."""
     see_one_gpu()
+    ranks.join()
     save_every(save_minutes)
     torch.set_num_threads(threads)
     torch.use_deterministic_algorithms(True)
@@ -76,14 +89,42 @@ def with_threads(context: dict[str, Any], threads: int) -> dict[str, Any]:
     return {**context, "threads": threads}
 
 
+def on_ranks(stages: Stages) -> Stages:
+    """`stages` that all ranks do together, where `torchrun` has started several.
+
+    Rank 0 decides what is there and writes it; what the others write goes nowhere.
+    """
+    if ranks.count() == 1:
+        return stages
+
+    def fill(folder: Path, stage: Stage) -> float:
+        seconds = 0.0
+        if stage.name in BY_ONE:
+            with ranks.alone():
+                seconds = fill_stage(folder, stage) if ranks.is_first() else 0.0
+        elif ranks.is_first():
+            seconds = fill_stage(folder, stage)
+        else:
+            with tempfile.TemporaryDirectory(prefix="klash-rank-") as scratch:
+                stage.work(Path(scratch), **stage.inputs)
+        ranks.wait()  # a folder appears when it is whole
+        return seconds
+
+    def there(folder: Path) -> bool:
+        return ranks.from_first(ranks.is_first() and intact(folder))
+
+    return replace(stages, fill=fill, there=there)
+
+
 def on_threads(stages: Stages, threads: int) -> Stages:
     """`stages` that run here with `threads` threads, however many this process has."""
+    fill_here = stages.fill or fill_stage
 
     def fill(folder: Path, stage: Stage) -> float:
         before = torch.get_num_threads()
         torch.set_num_threads(threads)
         try:
-            return fill_stage(folder, stage)
+            return fill_here(folder, stage)
         finally:
             torch.set_num_threads(before)
 

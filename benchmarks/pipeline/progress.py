@@ -17,6 +17,8 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from shared.models import ranks
+from shared.stages import silent
 from shared.training.finished import LOG
 
 LOOK, SAY = 0.5, 15.0  # seconds between looks at the logs; between lines about one stage
@@ -36,6 +38,9 @@ def progress(root: Path, labels: Mapping[str, str]) -> Iterator[Callable[[str, s
 
     `labels`: of every stage below `root` that will be reported, by its key.
     """
+    if not ranks.is_first():
+        yield silent
+        return
     shown = _bar if sys.stdout.isatty() else _lines
     with shown(len(labels)) as (say, tell), _watching(root, labels, tell):
         yield say

@@ -10,7 +10,7 @@ from benchmarks.pipeline.arms import Pipeline, Trial, setting_text
 from benchmarks.pipeline.defaults import RATES, default_arms
 from benchmarks.pipeline.experiment import Arm, Experiment
 from benchmarks.pipeline.labels import OWN_REWARD_MODEL, lacks_pairs
-from benchmarks.pipeline.places import set_up_process, stage_context
+from benchmarks.pipeline.places import on_ranks, set_up_process, stage_context
 from benchmarks.pipeline.plan import plan_of
 from benchmarks.pipeline.progress import progress
 from benchmarks.pipeline.start import prepare_start
@@ -55,7 +55,7 @@ def train_one(experiment: Experiment, method: str, runs: Path) -> TrainedModel:
     set_up_process(experiment.threads, experiment.save_minutes)
     plan = plan_of(runs / ".stages", stage_context(experiment.generation), work)
     with progress(plan.root, plan.labels) as say:
-        model, preferences = work(Stages(plan.root, say, plan.context))
+        model, preferences = work(on_ranks(Stages(plan.root, say, plan.context)))
     pairs = 0 if preferences is None else _lines(preferences / "train.jsonl")
     return TrainedModel(method, model, setting, experiment, pairs)
 

@@ -1,6 +1,6 @@
 """One way to sample, whatever runs underneath: `generate(prompts, sampling) -> Completions`."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NamedTuple, Protocol
 
 from pydantic import Field, model_validator
@@ -45,6 +45,15 @@ class Completions(NamedTuple):
         """Some of them, in the order of `index`."""
         ids, truncated, logprobs = ([column[i] for i in index] for column in self)
         return Completions(ids, truncated, logprobs)  # pyright: ignore[reportArgumentType]
+
+
+Drawn = tuple[list[int], bool, list[float]]  # one of them: token ids, whether cut, logprobs
+
+
+def in_order(drawn: Mapping[int, Drawn]) -> Completions:
+    """Completions by the number of their prompt, 0 to N - 1."""
+    rows = [drawn[number] for number in range(len(drawn))]
+    return Completions([row[0] for row in rows], [row[1] for row in rows], [row[2] for row in rows])
 
 
 class StaleEngine(Exception):

@@ -12,8 +12,8 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 from shared.generation.decoding import Decoding
-from shared.generation.engine import Completions, Sampling, require_tokens
-from shared.models import ops
+from shared.generation.engine import Completions, Drawn, Sampling, in_order, require_tokens
+from shared.models import ops, ranks
 from shared.models.cost import count_samples
 from shared.models.load import SpecialIds
 from shared.models.lora import merged
@@ -36,8 +36,8 @@ class HFEngine:
     def generate(self, prompts: Sequence[Sequence[int]], sampling: Sampling) -> Completions:
         """See `Engine.generate`. The same seed, weights and prompts give the same tokens."""
         require_tokens(prompts)
-        ids: list[list[int]] = [[] for _ in prompts]
-        logprobs: list[list[float]] = [[] for _ in prompts]
+        found: dict[int, Drawn] = {}
+        own = ranks.mine(range(len(prompts)))
         was_training = self.model.training
         self.model.eval()
         # A prompt's numbers are its own: what others draw, and when they end, changes none
@@ -45,17 +45,19 @@ class HFEngine:
         numbers = torch.rand(
             len(prompts), sampling.max_new_tokens, generator=generator, dtype=torch.float64
         )
-        with merged(self.model):
-            room = [sampling.max_new_tokens] * len(prompts)
-            for rows in by_length([*map(len, prompts)], room, self.limit):
+        with ranks.whole(self.model), merged(self.model):
+            room = [sampling.max_new_tokens] * len(own)
+            for group in by_length([len(prompts[i]) for i in own], room, self.limit):
+                rows = [own[i] for i in group]
                 batch = [prompts[i] for i in rows], numbers[torch.tensor(rows)]
                 drawn = self._generate_batch(*batch, sampling.temperature)
                 for row, tokens, at in zip(rows, *(t.tolist() for t in drawn), strict=True):
                     end = length_of(tokens, self.ids.ends)
-                    ids[row], logprobs[row] = tokens[:end], at[:end]
+                    cut = tokens[end - 1] not in self.ids.ends
+                    found[row] = tokens[:end], cut, at[:end]
         self.model.train(was_training)
-        count_samples(self.model, prompts, ids)
-        return Completions(ids, [row[-1] not in self.ids.ends for row in ids], logprobs)
+        count_samples(self.model, [prompts[i] for i in own], [found[i][0] for i in own])
+        return in_order(ranks.gathered(found))
 
     def sync(self) -> float:
         """The weights are the model's own."""

@@ -23,7 +23,14 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from shared.config import InputError
-from shared.generation.engine import Completions, Dtype, EngineLost, Sampling, require_tokens
+from shared.generation.engine import (
+    Completions,
+    Dtype,
+    EngineLost,
+    Sampling,
+    in_order,
+    require_tokens,
+)
 from shared.generation.sync import require_fresh, require_same_architecture
 from shared.generation.vllm import (
     CPU_BLOCK,
@@ -33,6 +40,7 @@ from shared.generation.vllm import (
     require_room,
     sampling_params,
 )
+from shared.models import ranks
 from shared.models.cost import count_samples
 from shared.models.device import on_gpu
 from shared.models.folders import require_folder
@@ -66,7 +74,9 @@ class ServerEngine:
         served = self._get("/v1/models")["data"][0]
         self.name, self.length = served["id"], int(served["max_model_len"])
         self.sender: Any = None
-        if transfer == "nccl":
+        if transfer == "nccl" and not ranks.is_first():
+            pass  # rank 0 sends the weights of all
+        elif transfer == "nccl":
             self.sender = nccl_sender(model, self.url, self._get("/get_world_size")["world_size"])
         else:
             there = self._post("/collective_rpc", {"method": "klash_architecture"})["results"][0]
@@ -76,30 +86,34 @@ class ServerEngine:
         """See `Engine.generate`. The same seed, weights and prompts give the same tokens."""
         require_tokens(prompts)
         require_room(prompts, sampling, self.length)
-        bodies = [
-            {"model": self.name, "prompt": list(prompt), "return_token_ids": True, **params}
-            for prompt, params in zip(
-                prompts, sampling_params(len(prompts), sampling, self.ids.ends), strict=True
-            )
-        ]
+        own = ranks.mine(range(len(prompts)))
+        params = sampling_params(len(prompts), sampling, self.ids.ends)
+        common = {"model": self.name, "return_token_ids": True}
+        bodies = [{**common, "prompt": list(prompts[i]), **params[i]} for i in own]
         with ThreadPoolExecutor(AT_ONCE) as pool:
             answers = list(pool.map(lambda body: self._post("/v1/completions", body), bodies))
         drawn = [answer["choices"][0] for answer in answers]
-        count_samples(self.model, prompts, [d["token_ids"] for d in drawn])
-        return Completions(
-            [d["token_ids"] for d in drawn],
-            [d["finish_reason"] == "length" for d in drawn],
-            [d["logprobs"]["token_logprobs"] for d in drawn],
-        )
+        count_samples(self.model, [prompts[i] for i in own], [d["token_ids"] for d in drawn])
+        found = {
+            row: (d["token_ids"], d["finish_reason"] == "length", d["logprobs"]["token_logprobs"])
+            for row, d in zip(own, drawn, strict=True)
+        }
+        return in_order(ranks.gathered(found))
 
     def sync(self) -> float:
         """See `Engine.sync`. StaleEngine if the server does not come to the model's weights."""
+        with ranks.whole(self.model):
+            if ranks.is_first():
+                self._send()
+        ranks.wait()
+        return require_fresh(self, self.ids, self.temperature, self.tolerance)
+
+    def _send(self) -> None:
         if self.sender is not None:
             self.sender.send_weights()
         else:
             self._send_file()
         self._post("/reset_prefix_cache", {})
-        return require_fresh(self, self.ids, self.temperature, self.tolerance)
 
     def _send_file(self) -> None:
         with tempfile.TemporaryDirectory(prefix="klash-weights-") as folder:

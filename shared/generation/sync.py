@@ -8,6 +8,7 @@ from transformers import PreTrainedModel
 
 from shared.config import InputError
 from shared.generation.engine import Engine, Sampling, StaleEngine
+from shared.models import ranks
 from shared.models.load import SpecialIds
 from shared.models.logprobs import token_logprobs
 from shared.models.sequences import collate
@@ -25,11 +26,12 @@ def largest_difference(
     engine: Engine, prompts: Sequence[Sequence[int]], draw: Sampling, pad_id: int
 ) -> float:
     """Between the log-probabilities of `engine` and of its model, of sampled tokens, in nats."""
-    drawn = engine.generate(prompts, draw)
+    with ranks.alone():  # each rank looks at its own engine
+        drawn = engine.generate(prompts, draw)
     batch = collate(prompts, drawn.ids, pad_id)
-    ours = token_logprobs(engine.model, batch, draw.temperature).cpu()[batch.mask]
+    ours = ranks.run(token_logprobs, engine.model, batch, draw.temperature).cpu()[batch.mask]
     theirs = torch.tensor([number for row in drawn.logprobs for number in row])
-    return (ours - theirs).abs().max().item()
+    return ranks.largest((ours - theirs).abs().max().item())
 
 
 def probe(engine: Engine, ids: SpecialIds, temperature: float) -> float:

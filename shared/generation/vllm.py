@@ -17,8 +17,16 @@ import torch
 from transformers import PreTrainedModel
 
 from shared.config import InputError
-from shared.generation.engine import Completions, Dtype, Sampling, StaleEngine, require_tokens
+from shared.generation.engine import (
+    Completions,
+    Dtype,
+    Sampling,
+    StaleEngine,
+    in_order,
+    require_tokens,
+)
 from shared.generation.sync import require_fresh
+from shared.models import ranks
 from shared.models.cost import count_samples
 from shared.models.device import on_gpu
 from shared.models.load import SpecialIds
@@ -73,32 +81,32 @@ class VLLMEngine:
         require_room(prompts, sampling, self.llm.model_config.max_model_len)
         from vllm import SamplingParams
 
-        params = [
-            SamplingParams(**request, detokenize=False)
-            for request in sampling_params(len(prompts), sampling, self.ids.ends)
-        ]
+        own = ranks.mine(range(len(prompts)))
+        requests = sampling_params(len(prompts), sampling, self.ids.ends)
+        params = [SamplingParams(**requests[i], detokenize=False) for i in own]
         with _awake(self.llm), torch.random.fork_rng():
             outputs = self.llm.generate(
-                [{"prompt_token_ids": list(p)} for p in prompts], params, use_tqdm=False
+                [{"prompt_token_ids": list(prompts[i])} for i in own], params, use_tqdm=False
             )
         drawn = [output.outputs[0] for output in outputs]
-        count_samples(self.model, prompts, [d.token_ids for d in drawn])
-        return Completions(
-            [list(d.token_ids) for d in drawn],
-            [d.finish_reason == "length" for d in drawn],
-            [
-                [at[token].logprob for token, at in zip(d.token_ids, d.logprobs, strict=True)]
-                for d in drawn
-            ],
-        )
+        count_samples(self.model, [prompts[i] for i in own], [d.token_ids for d in drawn])
+        found = {row: _drawn(d) for row, d in zip(own, drawn, strict=True)}
+        return in_order(ranks.gathered(found))
 
     def sync(self) -> float:
         """See `Engine.sync`. StaleEngine if the engine does not come to the model's weights."""
         VLLMEngine.tenant = weakref.ref(self)
-        with _awake(self.llm), torch.no_grad():
+        with _awake(self.llm), ranks.whole(self.model), torch.no_grad():
             self.llm.collective_rpc("klash_load", args=(plain_weights(self.model),))
             self.llm.reset_prefix_cache()
         return require_fresh(self, self.ids, self.temperature, self.tolerance)
+
+
+def _drawn(output: Any) -> tuple[list[int], bool, list[float]]:
+    """(token ids, whether it was cut, log-probabilities) of one of vLLM's completions."""
+    at = zip(output.token_ids, output.logprobs, strict=True)
+    logprobs = [found[token].logprob for token, found in at]
+    return list(output.token_ids), output.finish_reason == "length", logprobs
 
 
 def sampling_params(count: int, sampling: Sampling, ends: frozenset[int]) -> list[dict[str, Any]]:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from shared.models import ops
+from shared.models import ops, ranks
 from shared.models.device import device, device_name, on_gpu
 from shared.models.packing import READ
 
@@ -73,18 +73,24 @@ class Meter:
     def state(self) -> dict[str, Any]:
         """What `restore` goes on from, in another process too."""
         now = {"phases": self._so_far(), "_start": time.perf_counter() - self._start}
-        return {name: value for name, value in vars(self).items() if name != "_open"} | now
+        kept = {name: value for name, value in vars(self).items() if name != "_open"}
+        return {**kept, **self._of_all_ranks(), **now}
 
     def restore(self, state: dict[str, Any]) -> None:
-        vars(self).update(state, _start=time.perf_counter() - state["_start"])
+        if ranks.is_first():  # the others add what they do from now on
+            vars(self).update(state, _start=time.perf_counter() - state["_start"])
+
+    def _of_all_ranks(self) -> dict[str, Any]:
+        own = [float(self.train_tokens), float(self.generated_tokens), self.flops]
+        train, generated, flops = ranks.total(torch.tensor(own, dtype=torch.float64)).tolist()
+        return {"train_tokens": int(train), "generated_tokens": int(generated), "flops": flops}
 
     def summary(self) -> dict[str, float | int | dict[str, float]]:
+        """Of all ranks: what they did in all, and the most that one of them held."""
         return {
             "wall_s": time.perf_counter() - self._start,
-            "train_tokens": self.train_tokens,
-            "generated_tokens": self.generated_tokens,
-            "flops": self.flops,
-            "peak_memory_bytes": peak_memory_bytes(),
+            **self._of_all_ranks(),
+            "peak_memory_bytes": int(ranks.largest(peak_memory_bytes())),
             "models_held": self.models_held,
             "phases": dict(self.phases),
         }

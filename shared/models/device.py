@@ -6,11 +6,13 @@ from functools import cache
 import torch
 
 VISIBLE = "CUDA_VISIBLE_DEVICES"
+LOCAL_RANK = "LOCAL_RANK"  # set by torchrun and accelerate launch
 
 
 def device() -> torch.device:
-    """The first visible GPU, or the CPU where there is none."""
-    return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+    """The first visible GPU, of ranks on one machine each its own; the CPU where there is none."""
+    number = int(os.environ.get(LOCAL_RANK, "0"))
+    return torch.device("cuda", number) if torch.cuda.is_available() else torch.device("cpu")
 
 
 def on_gpu() -> bool:
@@ -38,5 +40,5 @@ def see_one_gpu(number: int = 0, gpus: tuple[str, ...] | None = None) -> None:
     By default of those that it saw at first. Libraries that see several spread a model over all.
     """
     gpus = visible_gpus() if gpus is None else gpus
-    if len(gpus) > 1:
+    if len(gpus) > 1 and LOCAL_RANK not in os.environ:  # each rank knows which is its own
         os.environ[VISIBLE] = gpus[number % len(gpus)]

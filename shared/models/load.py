@@ -20,6 +20,7 @@ from transformers import (
 )
 
 from shared.config import Config, InputError, Misfit
+from shared.models import ranks
 from shared.models.cost import At, Work, count_pass
 from shared.models.device import device
 from shared.models.folders import listed_ends
@@ -166,8 +167,10 @@ def special_ids(tokenizer: PreTrainedTokenizerBase, folder: Path | None = None) 
 
 def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     """Write a plain transformers folder: LoRA merged in, PPO's value head left out."""
-    below_lora(model).save_pretrained(folder, state_dict=dict(plain_weights(model)))
-    tokenizer.save_pretrained(folder)
+    with ranks.whole(model):
+        if ranks.is_first():
+            below_lora(model).save_pretrained(folder, state_dict=dict(plain_weights(model)))
+            tokenizer.save_pretrained(folder)
 
 
 def without_dropout(model: PreTrainedModel) -> PreTrainedModel:

@@ -9,7 +9,7 @@ from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
-from shared.models import ops
+from shared.models import ops, ranks
 from shared.models.cost import At, Work, count_pass
 from shared.models.load import last_states
 from shared.models.lora import value_head
@@ -175,8 +175,10 @@ def score_logps(
     limit: Limit = SCORING,
 ) -> Tensor:
     """`sequence_logps` of any number of rows in their order, no gradients, on the CPU, (N,)."""
-    logps = torch.zeros(len(prompts))
-    for rows in by_length([*map(len, completions)], [*map(len, prompts)], limit):
+    logps, own = torch.zeros(len(prompts)), ranks.mine(range(len(prompts)))
+    lengths = [len(completions[i]) for i in own], [len(prompts[i]) for i in own]
+    for group in by_length(*lengths, limit):
+        rows = [own[i] for i in group]
         batch = collate([prompts[i] for i in rows], [completions[i] for i in rows], pad_id)
         logps[torch.tensor(rows)] = sequence_logps(model, batch).cpu()
-    return logps
+    return ranks.total(logps)

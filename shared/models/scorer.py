@@ -16,6 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from shared.config import InputError
 from shared.data.chat import Encoder, answer_text, render, require_words, said_by
 from shared.data.rows import Message, Messages, Row, Unusable
+from shared.models import ranks
 from shared.models.cost import At, Work, count_pass
 from shared.models.folders import places_of
 from shared.models.load import (
@@ -126,11 +127,13 @@ class Scorer:
     def _score_tokens(
         self, prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]], limit: Limit
     ) -> Tensor:
-        scores = torch.zeros(len(prompts))
-        for rows in by_length([*map(len, completions)], [*map(len, prompts)], limit):
+        scores, own = torch.zeros(len(prompts)), ranks.mine(range(len(prompts)))
+        lengths = [len(completions[i]) for i in own], [len(prompts[i]) for i in own]
+        for group in by_length(*lengths, limit):
+            rows = [own[i] for i in group]
             batch = collate([prompts[i] for i in rows], [completions[i] for i in rows], self.pad_id)
             scores[torch.tensor(rows)] = self.score(batch).cpu()
-        return scores
+        return ranks.total(scores)
 
     def _score_texts(
         self, prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]], limit: Limit
@@ -145,10 +148,11 @@ class Scorer:
         ids = [self._read(row["input_ids"]) for row in encoded]
         if self.decoder and all(len(row) > 1 for row in ids):  # where prompts end changes nothing
             return self._score_tokens([row[:1] for row in ids], [row[1:] for row in ids], limit)
-        scores = torch.zeros(len(encoded))
-        for rows in by_length([*map(len, ids)], [0] * len(ids), limit):
+        scores, own = torch.zeros(len(encoded)), ranks.mine(range(len(encoded)))
+        for group in by_length([len(ids[i]) for i in own], [0] * len(own), limit):
+            rows = [own[i] for i in group]
             scores[torch.tensor(rows)] = self._score_encoded([encoded[i] for i in rows])
-        return (scores - self.offset) / self.scale
+        return (ranks.total(scores) - self.offset) / self.scale
 
     @torch.no_grad()
     def _score_encoded(self, rows: list[dict[str, list[int]]]) -> Tensor:

@@ -7,6 +7,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from shared.models import ranks
 from shared.models.cost import Meter
 from shared.models.load import save
 from shared.stages import read_jsonl, write_json, write_jsonl
@@ -23,7 +24,7 @@ class TrainingLog:
 
     def __init__(self, folder: Path, steps: int, *, kept: int = 0):
         self.path, self.steps = folder / LOG, steps
-        self.rows: list[dict[str, Any]] = read_log(folder)[:kept]
+        self.rows: list[dict[str, Any]] = ranks.from_first(read_log(folder)[:kept])
         if self.rows:
             write_jsonl(self.path, self.rows)
         else:
@@ -83,5 +84,4 @@ class Training:
         write_json(self.folder / "cost.json", {**meter.summary(), "labels_used": labels_used})
 
     def _save(self, name: str) -> None:
-        model = self.trainee.accelerator.unwrap_model(self.trainee.model)
-        save(model, self.tokenizer, self.folder / name)
+        save(self.trainee.model, self.tokenizer, self.folder / name)

@@ -1,29 +1,29 @@
-"""The one optimiser step and the plain loop around it, on Accelerate.
+"""The one optimiser step and the plain loop around it, on one rank or several.
 
 A loss function gets the model and one micro-batch and returns the mean over its items (pairs,
 tokens, ...) with a few numbers to log; the caller says how many items each micro-batch holds, and
-gradients and logged numbers are weighted by them. So cutting a batch into micro-batches changes
-memory and speed, never the result.
+gradients and logged numbers are weighted by them, over all ranks. So cutting a batch into
+micro-batches, or sharing it among ranks, changes memory and speed, never the result.
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
 import torch
-from accelerate import Accelerator
 from pydantic import Field
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel, get_scheduler
 
 from shared.config import Config
+from shared.models import ranks
 from shared.models.device import device
 
 T = TypeVar("T")
 Precision = Literal["float32", "bfloat16"]
-Loss = Callable[[PreTrainedModel, T], tuple[Tensor, dict[str, float]]]
+Loss = Callable[[PreTrainedModel, T], tuple[Tensor, Mapping[str, Tensor | float]]]
 
 
 class Diverged(Exception):
@@ -56,12 +56,11 @@ class OptimizerConfig(Config):
 
 @dataclass
 class Trainee:
-    """A model on its way: optimiser, schedule, and the accelerator that runs them."""
+    """A model on its way: its optimiser and schedule."""
 
     model: PreTrainedModel
     optimizer: Any
     scheduler: Any
-    accelerator: Accelerator
     max_grad_norm: float
     precision: Precision = "float32"
 
@@ -70,7 +69,7 @@ def prepare(model: PreTrainedModel, config: OptimizerConfig, steps: int) -> Trai
     """Put `model` in train mode under a fresh AdamW with a schedule of `steps` steps."""
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    accelerator = Accelerator(device_placement=False)  # the model is on the device already
+    ranks.spread(model.train())
     optimizer = torch.optim.AdamW(
         [p for p in model.parameters() if p.requires_grad],
         lr=config.learning_rate,
@@ -81,48 +80,56 @@ def prepare(model: PreTrainedModel, config: OptimizerConfig, steps: int) -> Trai
     )
     name = "constant_with_warmup" if config.schedule == "constant" else config.schedule
     scheduler = get_scheduler(name, optimizer, math.ceil(config.warmup_share * steps), steps)
-    model, optimizer = accelerator.prepare(model.train(), optimizer)
-    limits = config.max_grad_norm, config.precision
-    return Trainee(model, optimizer, scheduler, accelerator, *limits)
+    return Trainee(model, optimizer, scheduler, config.max_grad_norm, config.precision)
 
 
 def arithmetic(precision: Precision) -> AbstractContextManager[Any]:
-    """Within it matrix products run at `precision`, on float32 weights.
-
-    Accelerate's own mixed precision is one for a whole process, and here stages differ.
-    """
+    """Within it matrix products run at `precision`, on float32 weights."""
     if precision == "float32":
         return nullcontext()
     return torch.autocast(device().type, torch.bfloat16)
 
 
-def state_of(trainee: Trainee) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """(tensors, plain values) from which training goes on as if it had not stopped."""
+def state_of(trainee: Trainee) -> tuple[Iterator[tuple[str, Tensor]], dict[str, Any]]:
+    """(tensors by name, plain values) from which training goes on as if it had not stopped.
+
+    Every rank goes through the tensors, which are whole one at a time.
+    """
     optimizer = trainee.optimizer.state_dict()
-    tensors = {f"model.{name}": p.detach() for name, p in _in_training(trainee)}
-    for number, moments in optimizer["state"].items():
-        tensors |= {f"optimizer.{number}.{key}": moment for key, moment in moments.items()}
+
+    def tensors() -> Iterator[tuple[str, Tensor]]:
+        for name, p in _in_training(trainee).items():
+            yield f"model.{name}", ranks.whole_tensor(p.detach())
+        for number, moments in optimizer["state"].items():
+            for key, moment in moments.items():
+                yield f"optimizer.{number}.{key}", ranks.whole_tensor(moment)
+
     plain = {"groups": optimizer["param_groups"], "scheduler": trainee.scheduler.state_dict()}
-    return tensors, plain
+    return tensors(), plain
 
 
 @torch.no_grad()
-def restore(trainee: Trainee, tensors: dict[str, Tensor], plain: dict[str, Any]) -> None:
-    """What `state_of` gave, into a trainee that was prepared in the same way."""
-    state: dict[int, dict[str, Tensor]] = {}
-    for name, p in _in_training(trainee):
-        p.copy_(tensors[f"model.{name}"])
-    for name, tensor in tensors.items():
-        if name.startswith("optimizer."):
-            _, number, key = name.split(".")
-            state.setdefault(int(number), {})[key] = tensor
+def restore(trainee: Trainee, tensors: Iterable[tuple[str, Tensor]], plain: dict[str, Any]) -> None:
+    """What `state_of` gave, into a trainee that was prepared in the same way, for as many ranks as
+    there are now.
+    """
+    weights, state = _in_training(trainee), dict[int, dict[str, Tensor]]()
+    numbered = [p for group in trainee.optimizer.param_groups for p in group["params"]]
+    for name, tensor in tensors:
+        part, _, rest = name.partition(".")
+        if part == "model":
+            weights[rest].copy_(ranks.as_part_of(tensor, weights[rest]))
+        else:
+            number, _, key = rest.partition(".")
+            own = ranks.as_part_of(tensor, numbered[int(number)])
+            state.setdefault(int(number), {})[key] = own
     trainee.optimizer.load_state_dict({"state": state, "param_groups": plain["groups"]})
     trainee.scheduler.load_state_dict(plain["scheduler"])
 
 
-def _in_training(trainee: Trainee) -> Iterator[tuple[str, Tensor]]:
+def _in_training(trainee: Trainee) -> dict[str, Tensor]:
     """What is frozen comes from the model's folder, again."""
-    return ((name, p) for name, p in trainee.model.named_parameters() if p.requires_grad)
+    return {name: p for name, p in trainee.model.named_parameters() if p.requires_grad}
 
 
 def step(
@@ -130,18 +137,24 @@ def step(
 ) -> dict[str, float]:
     """One optimiser step over `(micro_batch, items)`; returns item-weighted means of the log.
 
-    Raises Diverged, before any weight changes, if a loss or the gradient is not finite.
+    Of several ranks each brings its own micro-batches of the step, one at least. Raises Diverged,
+    before any weight changes, if a loss or the gradient is not finite.
     """
-    total = sum(items for _, items in micro_batches)
-    log = {"loss": 0.0}
-    for micro_batch, items in micro_batches:
+    own = torch.tensor(sum(items for _, items in micro_batches), dtype=torch.float64)
+    total, shares = ranks.total(own).item(), list(ranks.evenly(micro_batches))
+    sums: dict[str, Tensor] = {}
+    for place, ((micro_batch, items), counts) in enumerate(shares, 1):
+        items = items if counts else 0.0
         with arithmetic(trainee.precision):
-            value, numbers = loss(trainee.model, micro_batch)
-        trainee.accelerator.backward(value * (items / total))
-        for key, number in {"loss": value.item(), **numbers}.items():
-            log[key] = log.get(key, 0.0) + number * items / total
-    norm = trainee.accelerator.clip_grad_norm_(trainee.model.parameters(), trainee.max_grad_norm)
-    log["grad_norm"] = float(norm)  # pyright: ignore[reportArgumentType]
+            value, numbers = ranks.run(loss, trainee.model, micro_batch)
+        ranks.last_backward(trainee.model, place == len(shares))
+        (value * (items / total * ranks.count())).backward()  # the mean over ranks is taken
+        for key, number in {"loss": value.detach(), **numbers}.items():
+            here = torch.as_tensor(number, dtype=torch.float64, device=value.device)
+            sums[key] = sums.get(key, 0.0) + here * items / total
+    norm = nn.utils.clip_grad_norm_(trainee.model.parameters(), trainee.max_grad_norm)
+    log = dict(zip(sums, ranks.total(torch.stack([*sums.values()])).tolist(), strict=True))
+    log["grad_norm"] = float(ranks.whole_tensor(norm))
     if not (math.isfinite(log["loss"]) and math.isfinite(log["grad_norm"])):
         trainee.optimizer.zero_grad()
         raise Diverged(f"loss {log['loss']}, gradient norm {log['grad_norm']}: not finite")

@@ -12,7 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
+from shared.models import ranks
 from shared.models.cost import Meter
 from shared.stages import (
     SAVES,
@@ -50,8 +52,10 @@ class Saves:
         self.folder, self.meter = folder / SAVES, meter
         self.trainees: dict[str, Trainee] = {}
         self.last = time.monotonic()
+        # rank 0 has the folder, and tells the others what lies in it
         self.newest = next((save for save in self._newest_first() if intact(save)), None)
-        self.state: dict[str, Any] = {} if self.newest is None else read_json(self.newest / PLAIN)
+        found = {} if self.newest is None else read_json(self.newest / PLAIN)
+        self.state: dict[str, Any] = ranks.from_first(found)
 
     @property
     def place(self) -> dict[str, Any]:
@@ -66,18 +70,18 @@ class Saves:
     def follow(self, **trainees: Trainee | None) -> None:
         """Save these from now on; after a stop they, and the cost, are first what they were."""
         self.trainees = {name: t for name, t in trainees.items() if t is not None}
-        if self.newest is None:
+        if not self.state:
             return
-        tensors = load_file(self.newest / TENSORS)
+        tensors = {} if self.newest is None else load_file(self.newest / TENSORS)
         for name, trainee in self.trainees.items():
             start = f"{name}."
-            own = {k.removeprefix(start): t for k, t in tensors.items() if k.startswith(start)}
-            restore(trainee, own, self.state["trainees"][name])
+            own = ((k.removeprefix(start), t) for k, t in tensors.items() if k.startswith(start))
+            restore(trainee, ranks.tensors_from_first(own), self.state["trainees"][name])
         self.meter.restore(self.state["cost"])
 
     def step_done(self, steps: int, **place: Any) -> None:
-        """Save if it is time to."""
-        if time.monotonic() - self.last >= 60 * _minutes:
+        """Save if it is time to: rank 0's clock says."""
+        if ranks.from_first(time.monotonic() - self.last >= 60 * _minutes):
             self.save(steps, **place)
 
     def save(self, steps: int, **place: Any) -> None:
@@ -85,9 +89,18 @@ class Saves:
         tensors, plain = {}, {}
         for name, trainee in self.trainees.items():
             found, plain[name] = state_of(trainee)
-            tensors |= {f"{name}.{key}": t.cpu().contiguous() for key, t in found.items()}
-        state = {"place": {"steps": steps, **place}, "trainees": plain, "cost": self.meter.state()}
-        target, unfinished = self.folder / f"{steps:08d}", self.folder / "unfinished"
+            for key, tensor in found:  # every rank helps to put it together, rank 0 keeps it
+                if ranks.is_first():
+                    tensors[f"{name}.{key}"] = tensor.cpu().contiguous()
+        cost = self.meter.state()
+        if ranks.is_first():
+            place = {"steps": steps, **place}
+            self._write(tensors, {"place": place, "trainees": plain, "cost": cost})
+        self.last = time.monotonic()
+
+    def _write(self, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
+        target = self.folder / f"{state['place']['steps']:08d}"
+        unfinished = self.folder / "unfinished"
         shutil.rmtree(unfinished, ignore_errors=True)
         unfinished.mkdir(parents=True)
         save_file(tensors, unfinished / TENSORS)
@@ -98,7 +111,6 @@ class Saves:
         unfinished.rename(target)
         for older in self._newest_first()[KEPT:]:
             shutil.rmtree(older)
-        self.last = time.monotonic()
 
     def _newest_first(self) -> list[Path]:
         found = [f for f in self.folder.glob("[0-9]*") if f.is_dir()]

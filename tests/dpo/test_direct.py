@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from accelerate import Accelerator
 from checks import beginnings, close, weights
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -68,7 +67,7 @@ def descent(model: PreTrainedModel) -> Trainee:
     """Gradient descent: a step moves the weights by the gradient, cut to norm 1."""
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
     scheduler = torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1.0)
-    return Trainee(model, optimizer, scheduler, Accelerator(), max_grad_norm=1.0)
+    return Trainee(model, optimizer, scheduler, max_grad_norm=1.0)
 
 
 @pytest.fixture

@@ -4,7 +4,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from accelerate import Accelerator
 from checks import close, weights
 from pydantic import ValidationError
 from transformers import PreTrainedTokenizerBase
@@ -246,7 +245,7 @@ def test_a_kto_step_of_one_row_or_of_one_label_reads_the_baseline_of_another_pro
     assert max(abs(t - 0.5) for t in terms) > 0.02
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
     scheduler = torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1.0)
-    log = data.step(Trainee(model, optimizer, scheduler, Accelerator(), 1.0), rows)
+    log = data.step(Trainee(model, optimizer, scheduler, 1.0), rows)
     assert log["loss"] == pytest.approx(sum(terms) / len(terms), rel=1e-4)
 
 

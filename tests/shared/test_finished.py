@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 import torch
 from checks import weights
-from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from dpo.train import DirectConfig, DirectData, Objective, train_direct
@@ -135,13 +134,12 @@ def test_a_training_that_diverges_keeps_the_lines_of_its_steps(
 # Checkpoints and the end
 
 
-def test_checkpoints_and_the_end_are_plain_folders_of_the_model_inside(
+def test_checkpoints_and_the_end_are_plain_folders(
     tmp_path: Path, policy_folder: Path, tokenizer: PreTrainedTokenizerBase
 ):
-    """Wrapped for several GPUs, on the way as at the end; each has the weights of its moment."""
+    """On the way as at the end; each has the weights of its moment."""
     model = load_policy(policy_folder)
     trainee = prepare(model, STEADY, 3)
-    trainee.model = nn.DataParallel(model)  # pyright: ignore
     training = Training(tmp_path, trainee, tokenizer, TrainingLog(tmp_path, 3), {2: 0.5, 9: 0.9})
     for step in (1, 2, 3):
         with torch.no_grad():

@@ -139,9 +139,9 @@ def test_training_goes_on_from_a_saved_state_as_if_it_had_not_stopped(schedule: 
     whole = prepare(line(), config, steps=8)
     rates = [step(whole, [(inputs(4 + i), 4.0 + i)], squares)["learning_rate"] for i in range(4)]
     tensors, plain = state_of(whole)
-    tensors = {name: tensor.clone() for name, tensor in tensors.items()}
+    tensors = {name: tensor.clone() for name, tensor in tensors}
     later = prepare(line(), config, steps=8)
-    restore(later, tensors, json.loads(json.dumps(plain)))
+    restore(later, tensors.items(), json.loads(json.dumps(plain)))
     for i in range(4, 8):
         logs = [step(t, [(inputs(4 + i), 4.0 + i)], squares) for t in (whole, later)]
         assert logs[0] == logs[1]
