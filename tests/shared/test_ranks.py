@@ -10,6 +10,7 @@ from on_ranks import launch, one_stage, words
 from safetensors.torch import load_file
 from works import OTHERS, TRAINERS, Inputs, works
 
+from shared.models import ranks
 from shared.models.load import load_policy
 from shared.stages import intact, read_json, read_jsonl
 from shared.training.finished import read_log
@@ -17,6 +18,20 @@ from shared.training.finished import read_log
 SHARDED = {"ACCELERATE_USE_FSDP": "true"}  # as `accelerate launch` with fsdp2.yaml sets it
 Results = Callable[[str], Path]
 TOLERANCE = 1e-5
+
+
+@pytest.mark.parametrize(("items", "processes"), [(5, 2), (2, 3), (1, 4), (6, 3)])
+def test_each_item_counts_once(items: int, processes: int, monkeypatch: pytest.MonkeyPatch):
+    """And every rank has one to make a pass of, if only to keep step with the others."""
+    monkeypatch.setattr(ranks, "count", lambda: processes)
+    counted = [0.0] * items
+    for number in range(processes):
+        monkeypatch.setattr(ranks, "number", lambda number=number: number)
+        own, counts = ranks.part(range(items))
+        assert own
+        for item in own:
+            counted[item] += counts
+    assert counted == [1.0] * items
 
 
 @pytest.fixture(
