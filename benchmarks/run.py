@@ -26,20 +26,17 @@ from shared.stages import Stages, output_folder
 OTHERS = ("experiment.json", "samples.json", "curves.json")
 
 
-def run_experiment(experiment: Experiment, runs: Path) -> Path:
+def run_experiment(experiment: Experiment, runs: Path, ray: str = "") -> Path:
     """Run `experiment`; returns its folder: results.json, report/, and what the report shows.
 
-    Stages lie in `runs/.stages` and are shared by all runs below `runs`.
+    Stages lie in `runs/.stages` and are shared by all runs below `runs`. `ray`: the address of a
+    Ray cluster that runs them.
     """
     folder = output_folder(runs / experiment.name)
-    plan = plan_experiment(experiment, runs)
-    with progress(plan.root, plan.labels) as say:
-        stages = on_ranks(Stages(plan.root, say, plan.context))
-        pipelines = pipelines_of(experiment, stages)
-        if pipelines.timed_seeds != experiment.seeds:
-            with with_workers(stages, experiment.workers, experiment.threads) as runner:
-                run_timed(pipelines, replace(pipelines, shared=Pipeline(experiment, runner)))
-        summary, report = finish(pipelines)
+    if ray:
+        summary, report = run_on_cluster(experiment, runs, ray)
+    else:
+        summary, report = run_here(experiment, runs)
     if not ranks.is_first():
         return folder
     for file in ("results.json", "results.schema.json", *OTHERS):
@@ -49,6 +46,39 @@ def run_experiment(experiment: Experiment, runs: Path) -> Path:
         shutil.copytree(report / part, folder / "report" / part)
     put(report / "index.html", folder / "report" / "index.html")
     return folder
+
+
+def run_on_cluster(experiment: Experiment, runs: Path, address: str) -> tuple[Path, Path]:
+    """(summary, report): all stages as tasks of the cluster, what is timed one after another."""
+    from benchmarks.pipeline.ray import Start, cluster
+
+    threads, root = experiment.threads, (runs / ".stages").resolve()
+    set_up_process(threads, experiment.save_minutes)
+    start = Start(threads, experiment.save_minutes, experiment.generation, root)
+    with cluster(address, start) as machines:
+        plan = Plan(root, machines.context)
+        finish(planned_pipelines(experiment, plan))
+        with progress(plan.root, plan.labels) as say:
+            stages = Stages(plan.root, say, plan.context)
+            timed = machines.stages(stages, experiment.timed_threads or threads)
+            seeds = timed_seeds(experiment)
+            shared = Pipeline(experiment, machines.stages(stages, threads))
+            pipelines = Pipelines(shared, Pipeline(experiment, timed), seeds)
+            if seeds != experiment.seeds:
+                run_timed(pipelines, pipelines)
+            return finish(pipelines)
+
+
+def run_here(experiment: Experiment, runs: Path) -> tuple[Path, Path]:
+    """(summary, report): all stages on this machine."""
+    plan = plan_experiment(experiment, runs)
+    with progress(plan.root, plan.labels) as say:
+        stages = on_ranks(Stages(plan.root, say, plan.context))
+        pipelines = pipelines_of(experiment, stages)
+        if pipelines.timed_seeds != experiment.seeds:
+            with with_workers(stages, experiment.workers, experiment.threads) as runner:
+                run_timed(pipelines, replace(pipelines, shared=Pipeline(experiment, runner)))
+        return finish(pipelines)
 
 
 def plan_experiment(experiment: Experiment, runs: Path) -> Plan:

@@ -10,6 +10,8 @@ half done, and a training goes on from what it had saved (`shared.training.saves
 import hashlib
 import json
 import os
+import platform
+import re
 import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -26,6 +28,7 @@ from shared.config import InputError
 A = TypeVar("A")
 B = TypeVar("B")
 Work = Callable[..., None]
+MACHINE = re.sub(r"[^A-Za-z0-9]", "_", platform.node())  # whose processes `is_running` knows
 SAVES = "saves"  # in a stage's folder: what its work goes on from if it is stopped
 
 
@@ -85,12 +88,15 @@ def stage_key(
     return stage_of(name, work, inputs, context or {}).key
 
 
-def fill_stage(folder: Path, stage: Stage) -> float:
-    """Set a damaged `folder` aside, and let the stage's work fill it; seconds."""
+def fill_stage(folder: Path, stage: Stage, *, taken_over: bool = False) -> float:
+    """Set a damaged `folder` aside, and let the stage's work fill it; seconds.
+
+    `taken_over`: who was at it on another machine has fallen, so that its saves are ours.
+    """
     with suppress(FileNotFoundError):  # not there, or another process was first
         folder.rename(folder.with_name(f".damaged-{folder.name}-{time.time_ns()}"))
     start = time.perf_counter()
-    with _appears_whole(folder) as unfinished:
+    with _appears_whole(folder, taken_over) as unfinished:
         stage.work(unfinished, **stage.inputs)
         write_manifest(unfinished, {"stage": stage.name, **stage.origin})
     return time.perf_counter() - start
@@ -232,14 +238,15 @@ def intact(folder: Path, files: Iterable[str] | None = None) -> bool:
 
 
 @contextmanager
-def _appears_whole(folder: Path) -> Iterator[Path]:
+def _appears_whole(folder: Path, taken_over: bool) -> Iterator[Path]:
     """A folder to fill that becomes `folder` in one rename; another process may get there first."""
     stopped = folder.with_name(f".stopped-{folder.name}")
     for abandoned in folder.parent.glob(f".unfinished-{folder.name}-*"):
-        owner = int(abandoned.name.rpartition("-")[2])
-        if owner == os.getpid() or not is_running(owner):
+        machine, process = owner_of(abandoned)
+        here = machine == MACHINE and (process == os.getpid() or not is_running(process))
+        if here or (machine != MACHINE and taken_over):
             _put_aside(abandoned, stopped)
-    unfinished = folder.with_name(f".unfinished-{folder.name}-{os.getpid()}")
+    unfinished = unfinished_folder(folder, os.getpid())
     unfinished.mkdir(parents=True)
     with suppress(FileNotFoundError):
         stopped.rename(unfinished)
@@ -254,6 +261,17 @@ def _appears_whole(folder: Path) -> Iterator[Path]:
     for saves in (folder / SAVES, stopped):
         shutil.rmtree(saves, ignore_errors=True)
     _flush(folder.parent)
+
+
+def unfinished_folder(folder: Path, process: int) -> Path:
+    """Where a process of this machine fills `folder`."""
+    return folder.with_name(f".unfinished-{folder.name}-{MACHINE}.{process}")
+
+
+def owner_of(unfinished: Path) -> tuple[str, int]:
+    """(machine, process) that fills a folder, or did; ("", 0) where its name does not say."""
+    machine, _, process = unfinished.name.rpartition("-")[2].rpartition(".")
+    return (machine, int(process)) if process.isdigit() and machine else ("", 0)
 
 
 def _put_aside(unfinished: Path, stopped: Path) -> None:

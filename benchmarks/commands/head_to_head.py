@@ -20,6 +20,7 @@ def compare(
     /,
     quick: bool = False,
     runs: Path = RUNS,
+    ray: str = "",
     overrides: Overrides = (),
 ) -> None:
     """A head-to-head: train, evaluate, write results.json and the report.
@@ -30,8 +31,9 @@ def compare(
         file: an experiment's TOML file, or the name of one that comes with Klash.
         quick: one seed, smaller, each arm at its first setting.
         runs: the folder of all runs and of the stages they share.
+        ray: address of a Ray cluster whose machines all see `runs`, or auto: stages run there.
     """
-    run = run_experiment(load_experiment(file, overrides, quick), runs)
+    run = run_experiment(load_experiment(file, overrides, quick), runs, ray)
     if not ranks.is_first():
         return
     conclusion = conclude(read_results(run))

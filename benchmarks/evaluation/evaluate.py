@@ -18,7 +18,7 @@ from shared.data.splits import Split
 from shared.generation.engine import Completions
 from shared.generation.start import Drawing, make_engine
 from shared.kl import exact_kl, k1, k3, masked_sum
-from shared.models import ops
+from shared.models import ops, ranks
 from shared.models.cost import Meter
 from shared.models.load import load_policy, load_tokenizer, special_ids
 from shared.models.logprobs import completion_logits, gather_logprobs, score_logps
@@ -215,7 +215,10 @@ def measure_kl(
     sums = {name: torch.zeros(len(prompts)) for name in ("kl", "k1", "k3", "ref_logp")}
     row = model.config.get_text_config().vocab_size * max(map(len, completions))
     limit = limit._replace(rows=max(1, min(limit.rows, ops.active().block // row)))
-    for rows in by_length([*map(len, completions)], [*map(len, prompts)], limit):
+    own = ranks.mine(range(len(prompts)))
+    lengths = [len(completions[i]) for i in own], [len(prompts[i]) for i in own]
+    for group in by_length(*lengths, limit):
+        rows = [own[i] for i in group]
         batch = collate([prompts[i] for i in rows], [completions[i] for i in rows], pad_id)
         batch = batch.to(model.device)
         logits, ref_logits = (completion_logits(m, batch) for m in (model, ref_model))
@@ -225,7 +228,7 @@ def measure_kl(
         sums["k1"][index] = masked_sum(k1(logprobs, ref_logprobs), batch.mask).cpu()
         sums["ref_logp"][index] = masked_sum(ref_logprobs, batch.mask).cpu()
         sums["k3"][index] = masked_sum(k3(logprobs, ref_logprobs), batch.mask).cpu()
-    return {name: values.tolist() for name, values in sums.items()}
+    return {name: ranks.total(values).tolist() for name, values in sums.items()}
 
 
 def _rows(texts: list[str], columns: dict[str, list[Any]], samples: int) -> list[dict[str, Any]]:

@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from shared.config import InputError
-from shared.stages import is_running, read_manifest
+from shared.stages import MACHINE, is_running, owner_of, read_manifest
 
-DAY = 86_400.0
+DAY, HOUR = 86_400.0, 3_600.0
 
 
 @dataclass(frozen=True)
@@ -102,19 +102,22 @@ def same_results(stage: Path, shown: bytes) -> bool:
     return file.is_file() and file.read_bytes() == shown
 
 
-def at_work(store: Store) -> Iterator[int]:
-    """The processes that are filling a stage now."""
+def at_work(store: Store) -> Iterator[str]:
+    """The processes that are filling a stage now; of another machine those that did an hour ago."""
     for left in store.leftovers:
-        owner = left.folder.name.rpartition("-")[2]
-        unfinished = left.folder.name.startswith(".unfinished-") and owner.isdigit()
-        if unfinished and is_running(int(owner)):
-            yield int(owner)
+        machine, process = owner_of(left.folder)
+        if not left.folder.name.startswith(".unfinished-") or not machine:
+            continue
+        if machine != MACHINE and time.time() - left.changed < HOUR:
+            yield f"process {process} of {machine}"
+        elif machine == MACHINE and is_running(process):
+            yield f"process {process}"
 
 
 def remove(store: Store, folders: Sequence[Kept]) -> None:
     """Remove what is not needed; InputError while a run is under way, whose stages no run shows."""
     for process in at_work(store):
-        raise InputError(f"a run is under way (process {process}): wait until it has ended")
+        raise InputError(f"a run is under way ({process}): wait until it has ended")
     for one in folders:
         gone = one.folder.with_name(f".damaged-{one.folder.name}-{os.getpid()}")
         one.folder.rename(gone)  # a removal that is stopped leaves no half of a stage

@@ -9,7 +9,7 @@ import pytest
 from checks import Klash
 
 from benchmarks.pipeline.store import Kept, age, read_store, size_text
-from shared.stages import SAVES, Stages, read_json, silent, write_json
+from shared.stages import SAVES, Stages, read_json, silent, unfinished_folder, write_json
 
 
 def make(folder: Path, number: int, reads: Path | None = None) -> None:
@@ -110,7 +110,7 @@ def test_what_a_stopped_training_saved_goes_and_a_run_under_way_stops_the_remova
 ):
     stopped = runs / ".stages" / ".stopped-ppo-0123456789abcdef" / SAVES
     stopped.mkdir(parents=True)
-    working = runs / ".stages" / f".unfinished-ppo-0123456789abcdef-{os.getpid()}"
+    working = unfinished_folder(runs / ".stages" / "ppo-0123456789abcdef", os.getpid())
     working.mkdir()
     code, _, err = klash("runs", "clean", "--yes")
     assert code == 2

@@ -59,7 +59,7 @@ def _seconds(runs: Path) -> float:
 def _wait_for(process: subprocess.Popen, runs: Path, stages: int) -> None:
     """Wait until so many stages are finished and the process is at work on another."""
     while process.poll() is None:
-        working = list((runs / ".stages").glob(f".unfinished-*-{process.pid}"))
+        working = list((runs / ".stages").glob(f".unfinished-*.{process.pid}"))
         if working and len(_finished(runs)) >= stages:
             return
         time.sleep(0.05)

@@ -37,6 +37,7 @@ from shared.stages import (
     read_json,
     read_jsonl,
     stage_key,
+    unfinished_folder,
     write_json,
     write_jsonl,
 )
@@ -476,7 +477,7 @@ def test_a_killed_run_leaves_nothing_half_done_and_the_next_one_completes(store:
 def test_a_process_with_the_number_of_a_dead_one_is_not_in_its_way(store: Store):
     """In a container every run may have the same process number."""
     key = stage_key("fill", fill, {"seed": 3})
-    left = store.root / f".unfinished-{key}-{os.getpid()}"
+    left = unfinished_folder(store.root / key, os.getpid())
     left.mkdir(parents=True)
     (left / "half.txt").write_text("half")
     folder = store.run(seed=3)
@@ -485,7 +486,7 @@ def test_a_process_with_the_number_of_a_dead_one_is_not_in_its_way(store: Store)
 
 def test_the_unfinished_folder_of_a_living_process_is_left_alone(store: Store):
     key = stage_key("fill", fill, {"seed": 3})
-    others = store.root / f".unfinished-{key}-{os.getppid()}"
+    others = unfinished_folder(store.root / key, os.getppid())
     others.mkdir(parents=True)
     store.run(seed=3)
     assert others.is_dir()
